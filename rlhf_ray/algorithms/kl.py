@@ -1,0 +1,116 @@
+"""The leash to the reference model: estimators of the KL divergence, and who sets the weight of the penalty."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+import torch
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estimator: KLEstimator) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference), from tokens sampled by the policy.
+
+    After Schulman 2020, "Approximating KL Divergence". With `d = log π − log π_ref`: `k1 = d` (unbiased, high variance,
+    may be negative), `k2 = d²/2` (biased, low variance), `k3 = exp(−d) − 1 + d` (unbiased, low variance, not negative).
+
+    The estimates are differentiable, but an unbiased value is not an unbiased gradient: on the policy's own samples the
+    expected gradient of k1 is zero, that of k2 is the gradient of KL(policy || reference), that of k3 is the gradient
+    of KL(reference || policy). As a term of the loss k1 therefore does nothing.
+
+    Args:
+        logprobs: `[R]` nats, under the policy.
+        reference_logprobs: `[R]` nats, under the reference.
+        estimator: which.
+
+    Returns:
+        `[R]` nats.
+    """
+    difference = logprobs - reference_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * difference.square()
+    if estimator == "k3":
+        # expm1 keeps the digits that exp(−d) − 1 would lose for small d, where most tokens are.
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"unknown KL estimator {estimator!r}; one of k1, k2, k3")
+
+
+class KLController(Protocol):
+    """Sets the weight of the KL penalty; its state belongs into the checkpoint."""
+
+    coefficient: float
+
+    def update(self, kl: float, num_samples: int) -> None:
+        """Take note of one step.
+
+        Args:
+            kl: mean over the step's sequences of the summed per-token KL, nats.
+            num_samples: sequences of the step.
+        """
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None: ...
+
+
+class FixedKLController:
+    """The coefficient stays what the settings say, also after a resume with changed settings."""
+
+    def __init__(self, coefficient: float) -> None:
+        self.coefficient = coefficient
+
+    def update(self, kl: float, num_samples: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass
+
+
+class AdaptiveKLController:
+    """Proportional control in log space (Ziegler et al. 2019, section 2.2).
+
+    `e = clip(kl / target − 1, −0.2, 0.2)`, then `β ← β (1 + e · num_samples / horizon)`. A step larger than the horizon
+    counts as one horizon; with five times as many samples β would otherwise turn negative.
+
+    Args:
+        coefficient: first β.
+        target: nats a sequence.
+        horizon: samples over which an error is corrected.
+    """
+
+    MAX_ERROR = 0.2
+
+    def __init__(self, coefficient: float, target: float, horizon: int) -> None:
+        self.coefficient = coefficient
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, kl: float, num_samples: int) -> None:
+        if not math.isfinite(kl):
+            raise ValueError(f"the KL divergence of a step must be finite, not {kl}")
+        error = min(max(kl / self.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
+        self.coefficient *= 1 + error * min(num_samples / self.horizon, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coefficient = state["coefficient"]
+
+
+def kl_controller(
+    controller: Literal["fixed", "adaptive"], coefficient: float, target: float, horizon: int
+) -> KLController:
+    """The controller of that name; `target` and `horizon` matter to the adaptive one only."""
+    if controller == "fixed":
+        return FixedKLController(coefficient)
+    if controller == "adaptive":
+        return AdaptiveKLController(coefficient, target, horizon)
+    raise ValueError(f"unknown KL controller {controller!r}; one of fixed, adaptive")

@@ -1,0 +1,173 @@
+"""Loading models from Hugging Face directories, in the type and with the attention of the device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.failures import BadInput
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What can be known of a model without loading it.
+
+    Attributes:
+        vocab_size: rows of its embedding.
+        context_tokens: longest sequence of positions.
+        num_layers: transformer layers.
+        has_weights: false for a directory that is only a configuration.
+    """
+
+    vocab_size: int
+    context_tokens: int
+    num_layers: int
+    num_labels: int
+    architectures: tuple[str, ...]
+
+
+def read_model_facts(model: str, key: str) -> ModelFacts:
+    """Read a model's configuration and see that its weights are there and whole.
+
+    Raises:
+        BadInput: under `key`, when there is no such directory or hub model, or a file is missing or broken.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(model)
+    if folder.is_dir():
+        _check_weight_files(folder, key)
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.parent.is_dir():
+        raise BadInput(
+            key,
+            f"there is no directory '{model}'",
+            "a Hugging Face directory (see `rlhf-ray prepare --help`) or a hub id such as 'org/name'",
+        )
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise BadInput(
+            key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
+        ) from None
+    return ModelFacts(
+        vocab_size=int(config.vocab_size),
+        context_tokens=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
+        num_layers=int(getattr(config, "num_hidden_layers", 0)),
+        num_labels=int(getattr(config, "num_labels", 0) or 0),
+        architectures=tuple(config.architectures or ()),
+    )
+
+
+def load_tokenizer(model: str, key: str) -> Any:
+    """The tokenizer in a model's directory.
+
+    Raises:
+        BadInput: under `key`, when there is none or it does not fit the model.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BadInput(
+            key,
+            f"'{model}' has no readable tokenizer ({_first_line(error)})",
+            "a directory with tokenizer.json and tokenizer_config.json",
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise BadInput(
+            key, f"the tokenizer of '{model}' has no end-of-sequence token", "a tokenizer with eos_token set"
+        )
+    return tokenizer
+
+
+def check_tokenizer_fits(tokenizer: Any, facts: ModelFacts, model: str, key: str) -> None:
+    """Every token id must have a row in the embedding; a foreign tokenizer trains in silence and learns nothing."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= facts.vocab_size:
+        raise BadInput(
+            key,
+            f"the tokenizer of '{model}' does not fit the model: its highest token id is {highest}, "
+            f"the embedding has {facts.vocab_size} rows",
+            "the tokenizer that the model was trained with",
+        )
+
+
+def _check_weight_files(folder: Path, key: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise BadInput(key, f"'{folder}' has no config.json", "a Hugging Face directory")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise BadInput(key, f"'{folder}' lacks {', '.join(missing[:3])}", "all shards named in the weight index")
+        return
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with single.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(header_size)) if 0 < header_size < single.stat().st_size else None
+                end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            except (ValueError, AttributeError, KeyError, UnicodeDecodeError):
+                raise BadInput(key, f"'{single}' is not a safetensors file", "an undamaged copy") from None
+        if 8 + header_size + end > single.stat().st_size:
+            raise BadInput(key, f"'{single}' is cut short ({single.stat().st_size} bytes)", "an undamaged copy")
+        return
+    if not any(folder.glob("pytorch_model*.bin")):
+        raise BadInput(key, f"'{folder}' has no weights", "model.safetensors beside config.json")
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 instructions; without them bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    except (OSError, IndexError):
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def resolve_dtype(dtype: str, on_gpu: bool) -> str:
+    """`auto` to `bfloat16` where it is the faster type, else `float32`."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if on_gpu or cpu_has_bf16() else "float32"
+
+
+def resolve_attention(attention: str, on_gpu: bool) -> str:
+    """`auto` to an attention that takes packed rows on this device, registered with transformers."""
+    from rlhf_ray.models.packing import register_packed_sdpa
+
+    register_packed_sdpa()
+    if attention == "auto":
+        return "flash_attention_2" if on_gpu else "packed_sdpa"
+    return attention
+
+
+def train_only_top_layers(model: Any, num_layers: int | None) -> None:
+    """Freeze all but the last layers, the final norm and the head.
+
+    Args:
+        model: a transformers model with a head.
+        num_layers: layers from the top that stay trainable; none: every parameter is trained.
+    """
+    if num_layers is None:
+        return
+    base = model.base_model
+    layers = base.encoder.layer if hasattr(base, "encoder") else base.layers
+    trained: list[Any] = list(layers)[max(len(layers) - num_layers, 0) :]
+    trained += [module for name, module in base.named_children() if name in ("norm", "ln_f", "pooler")]
+    head = [parameter for name, parameter in model.named_parameters() if not name.startswith(model.base_model_prefix)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in [parameter for module in trained for parameter in module.parameters()] + head:
+        parameter.requires_grad_(True)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]

@@ -1,0 +1,227 @@
+"""Sequences of different lengths in one row, without padding and without seeing each other.
+
+`flash_attention_2` on a GPU and `packed_sdpa` (ours, for CPUs) take such rows with the same arguments
+(`cu_seq_lens_*`, as transformers names them). A block-diagonal mask over the whole row would cost the square
+of the row's length; `packed_sdpa` pays only for each sequence by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from rlhf_ray.rollout import Rollout, offsets
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One row of `T` tokens of `S` sequences, and which of its tokens are predicted.
+
+    Attributes:
+        input_ids: `[1, T]` int64.
+        position_ids: `[1, T]` int64, starting again at 0 in each sequence.
+        lengths: length of each sequence.
+        predict_at: `[R]` int64 positions in the row whose next token is predicted (or valued).
+        targets: `[R]` int64 the tokens that follow those positions.
+        columns: `[R]` int64 where each predicted token stands in the caller's flat token columns.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    predict_at: torch.Tensor
+    targets: torch.Tensor
+    columns: torch.Tensor
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of a transformers model."""
+        starts = torch.from_numpy(offsets(self.lengths).astype(np.int32)).to(self.input_ids.device)
+        longest = max(self.lengths)
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "use_cache": False,
+        }
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return PackedBatch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.lengths,
+            self.predict_at.to(device),
+            self.targets.to(device),
+            self.columns.to(device),
+        )
+
+
+def pack(
+    sequences: Sequence[NDArray[np.int32]], learn_from: Sequence[int], column_starts: Sequence[int] | None = None
+) -> PackedBatch:
+    """Put sequences one after another.
+
+    Args:
+        sequences: token ids, each at least 2 long.
+        learn_from: for each, the first index that is predicted (at least 1).
+        column_starts: for each, where its predicted tokens start in the caller's columns; one after another if empty.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    starts = offsets(lengths)
+    predicted = [length - first for length, first in zip(lengths, learn_from, strict=True)]
+    places = column_starts if column_starts is not None else offsets(predicted)[:-1]
+    tokens = np.concatenate(sequences).astype(np.int64)
+    predict_at = np.concatenate(
+        [np.arange(end - count, end) - 1 for end, count in zip(starts[1:], predicted, strict=True)]
+    )
+    columns = np.concatenate([np.arange(count) + place for count, place in zip(predicted, places, strict=True)])
+    return PackedBatch(
+        input_ids=torch.from_numpy(tokens)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        lengths=tuple(lengths),
+        predict_at=torch.from_numpy(predict_at),
+        targets=torch.from_numpy(tokens[predict_at + 1]),
+        columns=torch.from_numpy(columns),
+    )
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split sequences, longest first, into packs of at most `max_tokens` (a longer one is alone).
+
+    Sequences of like length share a pack, so laying a pack out as a padded batch wastes little.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    packs: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not packs or lengths[index] > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].append(index)
+        room -= lengths[index]
+    return packs
+
+
+class RolloutRows:
+    """The samples of several rollouts, numbered through, ready to be packed.
+
+    Token columns of the rollouts, concatenated in the same order, are `[R]` flat arrays that `PackedBatch.columns`
+    points into.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+        self._sequences: list[NDArray[np.int32]] = []
+        self._prompt_lengths: list[int] = []
+        response_lengths: list[int] = []
+        self._first_sample = [0]
+        for rollout in rollouts:
+            starts = rollout.token_starts()
+            self._sequences += [rollout.tokens[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+            self._prompt_lengths += rollout.prompt_lengths.tolist()
+            response_lengths += rollout.response_lengths.tolist()
+            self._first_sample.append(len(self._sequences))
+        self.column_starts = offsets(response_lengths)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_columns(self) -> int:
+        """`R`, response tokens in all."""
+        return int(self.column_starts[-1])
+
+    def samples_of(self, rollout: int) -> range:
+        """Numbers of the samples of one rollout."""
+        return range(self._first_sample[rollout], self._first_sample[rollout + 1])
+
+    def columns_of(self, rollout: int) -> slice:
+        """Where the token columns of one rollout stand."""
+        samples = self.samples_of(rollout)
+        return slice(int(self.column_starts[samples.start]), int(self.column_starts[samples.stop]))
+
+    def pack(self, samples: Sequence[int], max_tokens: int) -> list[PackedBatch]:
+        """Packs of the chosen samples; every response token is predicted."""
+        groups = micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens)
+        return [
+            pack(
+                [self._sequences[samples[i]] for i in group],
+                [self._prompt_lengths[samples[i]] for i in group],
+                [int(self.column_starts[samples[i]]) for i in group],
+            )
+            for group in groups
+        ]
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a packed row, each sequence by itself: the row is laid out as a padded batch only here.
+
+    Args:
+        query: `[1, heads, T, head_size]`; key and value the same with their own number of heads.
+        cu_seq_lens_q: `[S + 1]` starts of the sequences, with the total at the end.
+
+    Returns:
+        `[1, T, heads, head_size]`, as transformers' attention interface wants it.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError("packed_sdpa needs cu_seq_lens_q and max_length_q: the row's sequences")
+    starts = cu_seq_lens_q.to(torch.int64)
+    lengths = starts[1:] - starts[:-1]
+    num_sequences, longest = len(lengths), max_length_q
+    slots = torch.arange(query.shape[2], device=query.device)
+    slots += torch.repeat_interleave(torch.arange(num_sequences, device=query.device) * longest - starts[:-1], lengths)
+
+    def spread(packed: torch.Tensor) -> torch.Tensor:
+        heads, size = packed.shape[1], packed.shape[3]
+        padded = packed.new_zeros(num_sequences * longest, heads, size)
+        padded = padded.index_copy(0, slots, packed[0].transpose(0, 1))
+        return padded.view(num_sequences, longest, heads, size).transpose(1, 2)
+
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    mask = None
+    if not causal:
+        mask = (torch.arange(longest, device=query.device) < lengths[:, None])[:, None, None, :]
+    attended = F.scaled_dot_product_attention(
+        spread(query),
+        spread(key),
+        spread(value),
+        attn_mask=mask,
+        dropout_p=dropout if module.training else 0.0,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    flat = attended.transpose(1, 2).reshape(num_sequences * longest, query.shape[1], query.shape[3])
+    return flat.index_select(0, slots)[None], None
+
+
+def register_packed_sdpa() -> None:
+    """Make `attn_implementation="packed_sdpa"` known to transformers (no mask is built for it)."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("packed_sdpa", packed_sdpa)
+    AttentionMaskInterface.register("packed_sdpa", _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The sequences' bounds travel as `cu_seq_lens_*`; there is no mask to build."""

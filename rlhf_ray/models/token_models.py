@@ -1,0 +1,112 @@
+"""Models that say something about every response token of a packed row: its log-probability, or its value."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rlhf_ray.models.packing import PackedBatch
+
+
+Entropy = Literal["none", "measured", "differentiable"]
+"""Whether a forward pass gives the entropy too, and with its gradient (which costs another pass over the vocabulary)."""
+
+
+class PolicyModel(nn.Module):
+    """A causal language model that gives log-probabilities of the tokens that were sampled.
+
+    Args:
+        language_model: any `AutoModelForCausalLM`.
+        temperature: logits are divided by it, as the engine did when it sampled.
+    """
+
+    def __init__(self, language_model: Any, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.temperature = temperature
+
+    def forward(self, batch: PackedBatch, entropy: Entropy = "none") -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of `batch.targets`, and the entropy of the distributions they were drawn from.
+
+        Only the predicted positions reach the output projection, whose cost grows with the vocabulary.
+
+        Returns:
+            `[R]` float32 log-probs in nats, `[R]` float32 entropies in nats (or nothing).
+        """
+        outputs = self.language_model(**batch.model_inputs(), logits_to_keep=batch.predict_at)
+        return logprobs_of(outputs.logits[0], batch.targets, self.temperature, entropy)
+
+
+class CriticModel(nn.Module):
+    """A token classifier with one label: the expected return after each position (its label is the value)."""
+
+    def __init__(self, token_classifier: Any) -> None:
+        super().__init__()
+        self.token_classifier = token_classifier
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """`[R]` float32 values of the states in which the predicted tokens were chosen."""
+        outputs = self.token_classifier(**batch.model_inputs())
+        return outputs.logits[0, batch.predict_at, 0].float()
+
+
+def logprobs_of(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: Entropy
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-softmax in float32 at a temperature, gathered at the targets.
+
+    Args:
+        logits: `[R, V]` in any float type.
+        targets: `[R]`.
+    """
+    scaled = logits.float()
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    log_distribution = torch.log_softmax(scaled, dim=-1)
+    logprobs = log_distribution.gather(-1, targets[:, None])[:, 0]
+    if entropy == "none":
+        return logprobs, None
+    with torch.set_grad_enabled(entropy == "differentiable" and torch.is_grad_enabled()):
+        return logprobs, -(log_distribution.exp() * log_distribution).sum(-1)
+
+
+def load_policy_model(model: str, *, dtype: str, attention: str, temperature: float) -> PolicyModel:
+    """A policy from a Hugging Face directory or hub id.
+
+    Args:
+        dtype: a torch type by name, already resolved.
+        attention: an attention that takes packed rows, already resolved.
+    """
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return PolicyModel(loaded, temperature)
+
+
+def load_critic_model(model: str, *, dtype: str, attention: str, seed: int) -> CriticModel:
+    """A critic on the backbone of any causal language model; its head starts at zero, so first values are 0."""
+    from transformers import AutoConfig, AutoModelForTokenClassification
+
+    torch.manual_seed(seed)
+    config = AutoConfig.from_pretrained(model)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
+    loaded = AutoModelForTokenClassification.from_pretrained(
+        model, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+    with gathered(list(loaded.score.parameters())):
+        for parameter in loaded.score.parameters():
+            nn.init.zeros_(parameter)
+    return CriticModel(loaded)
+
+
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Parameters in full for the length of a block, changes kept; ZeRO-3 has them in pieces otherwise."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters, modifier_rank=0)

@@ -1,0 +1,249 @@
+"""One rank of a data-parallel group that trains a module with DeepSpeed.
+
+What DeepSpeed is asked for: ZeRO, mixed precision, gradient reduction and clipping. What stays here: which
+micro-batches make up an optimizer step and what the learning rate is. Losses arrive as sums divided by the
+normaliser of the whole minibatch over all ranks, so the gradient does not depend on how the minibatch was cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.algorithms.schedule import learning_rate
+from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.models.token_models import gathered
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A process's place in its group, and where the group meets."""
+
+    rank: int
+    world_size: int
+    master_address: str
+    master_port: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: norm of the gradient before clipping, and the learning rate used."""
+
+    grad_norm: float
+    learning_rate: float
+
+
+def join_group(rank: Rank, on_gpu: bool) -> None:
+    """Join the learner's process group (`nccl` on GPUs, `gloo` on CPUs), once a process."""
+    os.environ.update(
+        RANK=str(rank.rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(rank.world_size),
+        MASTER_ADDR=rank.master_address,
+        MASTER_PORT=str(rank.master_port),
+    )
+    import deepspeed
+    import deepspeed.ops
+
+    if not on_gpu:
+        # A shared-memory all-reduce that would be compiled at the first start (~40 s); gloo serves as well for
+        # the few ranks that a CPU machine has.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+class DeepSpeedEngine:
+    """Trains one module. Every method is a collective: all ranks of the group call it together.
+
+    Args:
+        build: makes the module (in ZeRO-3 it is called where parameters are partitioned as they are loaded).
+        settings: how it is trained.
+        rank: this process.
+        dtype: compute type by name, already resolved.
+        total_steps: optimizer steps of the whole run, for the learning rate's schedule.
+    """
+
+    def __init__(
+        self, build: Callable[[], torch.nn.Module], settings: LearnerSettings, rank: Rank, dtype: str, total_steps: int
+    ) -> None:
+        on_gpu = settings.gpus > 0
+        join_group(rank, on_gpu)
+        import deepspeed
+
+        self.rank = rank
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self._settings = settings
+        self._total_steps = total_steps
+        self.steps_done = 0
+        configuration = deepspeed_configuration(settings, dtype)
+        if settings.zero_stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            # transformers partitions while it loads as long as this object is alive.
+            self._partitioned_loading = HfDeepSpeedConfig(configuration)
+        module = build()
+        if settings.gradient_checkpointing:
+            for part in module.children():
+                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        groups = _parameter_groups(module, settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=configuration, dist_init_required=False
+        )
+
+    @property
+    def module(self) -> Any:
+        """What to call in a forward pass."""
+        return self._engine
+
+    @property
+    def unwrapped(self) -> Any:
+        """The module as it was built."""
+        return self._engine.module
+
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a float64 vector over the ranks, in rank order whatever their timing."""
+        if self.rank.world_size == 1:
+            return values
+        local = values.to(self.device, torch.float64)
+        parts = [torch.empty_like(local) for _ in range(self.rank.world_size)]
+        dist.all_gather(parts, local)
+        return torch.stack(parts).sum(0).to(values.device)
+
+    def optimizer_step(self, batches: Sequence[Batch], loss: Callable[[Batch], torch.Tensor]) -> StepReport:
+        """Forward and backward over this rank's micro-batches, then one step.
+
+        Args:
+            batches: at least one.
+            loss: a micro-batch's part of the minibatch's loss: its sum over this micro-batch, divided by the
+                normaliser of the whole minibatch over all ranks.
+        """
+        rate = learning_rate(
+            self.steps_done,
+            peak=self._settings.learning_rate,
+            warmup_steps=self._settings.warmup_steps,
+            total_steps=self._total_steps,
+            schedule=self._settings.lr_schedule,
+            min_lr_ratio=self._settings.min_lr_ratio,
+        )
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.train()
+        rounds = self._common_rounds(len(batches))
+        for index in range(rounds):
+            real = index < len(batches)
+            value = loss(batches[index] if real else batches[-1])
+            # DeepSpeed averages over ranks, ours is a sum; a rank that has run out joins in with nothing.
+            value = value * (self.rank.world_size if real else 0.0)
+            self._engine.set_gradient_accumulation_boundary(index == rounds - 1)
+            self._engine.backward(value)
+        self._engine.step()
+        self.steps_done += 1
+        norm = self._engine.get_global_grad_norm()
+        return StepReport(grad_norm=float(norm) if norm is not None else float("nan"), learning_rate=rate)
+
+    def forward_each(self, batches: Sequence[Batch], forward: Callable[[Batch], Result]) -> list[Result]:
+        """Results of a forward pass over this rank's batches, without gradients."""
+        self._engine.eval()
+        with torch.no_grad():
+            results = [forward(batch) for batch in batches]
+            for _ in range(self._common_rounds(len(batches)) - len(batches)):
+                forward(batches[-1])
+        return results
+
+    def _common_rounds(self, own: int) -> int:
+        """The most micro-batches any rank has: ZeRO's collectives need as many passes on each."""
+        if own == 0:
+            raise ValueError("a learner rank needs at least one sample in every minibatch")
+        if self.rank.world_size == 1:
+            return own
+        rounds = torch.tensor([own], device=self.device)
+        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+        return int(rounds.item())
+
+    def full_weights(self, strip: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight in full and in the compute type, under its Hugging Face name.
+
+        A collective in ZeRO-3; only rank 0 is given anything.
+
+        Args:
+            strip: name prefix that our wrapper put before the Hugging Face names.
+        """
+        for name, parameter in self.unwrapped.named_parameters():
+            with gathered([parameter]):
+                if self.rank.rank == 0:
+                    yield name.removeprefix(strip), parameter.data
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Weights, optimizer and step count of this rank."""
+        self._engine.save_checkpoint(
+            str(folder), tag="state", client_state={"steps_done": self.steps_done}, save_latest=False
+        )
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Back to the saved state, exactly."""
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        if loaded is None:
+            raise FileNotFoundError(f"{folder / 'state'} holds no checkpoint that this engine can read")
+        self.steps_done = int(client_state["steps_done"])
+
+    def save_pretrained(self, folder: Path, part: Any, strip: str) -> None:
+        """An ordinary Hugging Face directory, written by rank 0 from the full weights.
+
+        Args:
+            part: the transformers model inside the module.
+            strip: as in `full_weights`.
+        """
+        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.full_weights(strip)}
+        if self.rank.rank == 0:
+            # A tied output projection is left out of named_parameters; transformers ties it again on loading.
+            part.save_pretrained(folder, state_dict=state)
+
+
+def deepspeed_configuration(settings: LearnerSettings, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Accumulation and batch sizes are ours, so it is told of one."""
+    configuration: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 30,
+    }
+    return _merged(configuration, settings.deepspeed)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in extra.items():
+        known = result.get(key)
+        result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not. ZeRO-3 shows a partition's shape as `ds_shape`."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    matrices = [parameter for parameter in trained if len(getattr(parameter, "ds_shape", parameter.shape)) > 1]
+    vectors = [parameter for parameter in trained if len(getattr(parameter, "ds_shape", parameter.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,176 @@
+"""Sampling responses with vLLM, and taking in new weights between shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.config.settings import GeneratorSettings
+from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.models.loading import resolve_dtype
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What to sample for one shard. The same plan under the same weights gives the same rollout, bit for bit.
+
+    Attributes:
+        index: the shard's place in its step.
+        prompt_ids: `[P]` the prompts' draws in the run.
+        prompts: `[P]` their token ids.
+        samples_per_prompt: responses to each.
+        seeds: `[P * samples_per_prompt]` one for each response.
+        temperature: 0 is greedy.
+        max_response_tokens: a response is cut off here.
+    """
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    prompts: tuple[NDArray[np.int32], ...]
+    samples_per_prompt: int
+    seeds: tuple[int, ...]
+    temperature: float
+    max_response_tokens: int
+
+
+class Generator:
+    """One vLLM engine in this process.
+
+    Args:
+        model: Hugging Face directory or hub id.
+        settings: the engine.
+        context_tokens: longest prompt and response together.
+        eos_token_id: ends a response.
+        transport: weight transfer engine, `object_store` or `nccl`.
+    """
+
+    def __init__(
+        self, model: str, settings: GeneratorSettings, context_tokens: int, eos_token_id: int, transport: str
+    ) -> None:
+        on_gpu = settings.gpus > 0
+        self._eos_token_id = eos_token_id
+        self._version = 0
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from rlhf_ray.roles.weight_receiver import register_object_store_engine
+
+        register_object_store_engine()
+        # Without a KV size, an engine on a CPU claims nearly all memory and dies beside the other roles.
+        memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
+        if settings.kv_cache_gib is not None:
+            memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30))}
+        arguments: dict[str, Any] = {
+            "model": model,
+            "dtype": resolve_dtype(settings.dtype, on_gpu),
+            "max_model_len": context_tokens,
+            "max_num_seqs": settings.max_concurrent_sequences,
+            "tensor_parallel_size": settings.tensor_parallel,
+            "enforce_eager": settings.enforce_eager,
+            "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "ray",
+            "weight_transfer_config": WeightTransferConfig(backend=transport),
+            # Log-probs at the sampling temperature, as the learner computes them.
+            "logprobs_mode": "processed_logprobs",
+            # Sampling settings come from the plan alone, never from a file beside the model.
+            "generation_config": "vllm",
+            "seed": 0,
+            "disable_log_stats": True,
+            **memory,
+            **settings.engine,
+        }
+        self._engine = LLM(**arguments)
+        self._engine.init_weight_transfer_engine({"init_info": {}}) if transport == "object_store" else None
+
+    def generate(self, plan: ShardPlan) -> tuple[Rollout, RolloutHeader]:
+        """Sample one shard.
+
+        Raises:
+            RoleFailure: the engine gave back fewer tokens or log-probs than it says it sampled.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        count = plan.samples_per_prompt
+        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in plan.prompts for _ in range(count)]
+        sampling = [
+            SamplingParams(
+                temperature=plan.temperature,
+                max_tokens=plan.max_response_tokens,
+                logprobs=0,
+                seed=seed,
+                stop_token_ids=[self._eos_token_id],
+                detokenize=False,
+            )
+            for seed in plan.seeds
+        ]
+        outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
+        sequences: list[NDArray[np.int32]] = []
+        logprobs: list[float] = []
+        for prompt, output in zip((ids for ids in plan.prompts for _ in range(count)), outputs, strict=True):
+            response = output.outputs[0]
+            sampled = response.logprobs or []
+            if len(sampled) != len(response.token_ids) or not response.token_ids:
+                raise RoleFailure(
+                    FailureKind.FATAL,
+                    "generator",
+                    "?",
+                    f"the engine returned {len(response.token_ids)} tokens "
+                    f"with {len(sampled)} log-probs (finish reason {response.finish_reason!r})",
+                )
+            sequences += [prompt, np.array(response.token_ids, dtype=np.int32)]
+            logprobs += [entry[token].logprob for token, entry in zip(response.token_ids, sampled, strict=True)]
+        finished = [output.outputs[0].finish_reason == "stop" for output in outputs]
+        prompt_ids = np.repeat(np.array(plan.prompt_ids, dtype=np.int64), count)
+        rollout = Rollout(
+            tokens=np.concatenate(sequences),
+            prompt_lengths=np.array([len(ids) for ids in plan.prompts for _ in range(count)], dtype=np.int32),
+            response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
+            logprobs=np.array(logprobs, dtype=np.float32),
+            policy_versions=np.full(len(logprobs), self._version, dtype=np.int32),
+            finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
+            sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
+            prompt_ids=prompt_ids,
+        )
+        return rollout, rollout.header()
+
+    def load_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Take in a full set of weights through vLLM's weight-transfer API.
+
+        The prefix cache is reset: keys and values in it were computed with the old weights.
+        """
+        self._engine.start_weight_update()
+        for bucket in buckets:
+            self._engine.update_weights({"update_info": {"bucket": bucket}})
+        self.finish_weight_update(version)
+
+    def finish_weight_update(self, version: int) -> None:
+        """Weights are complete: name them and forget what was computed with the old ones."""
+        self._engine.finish_weight_update(weight_version=str(version))
+        if not self._engine.reset_prefix_cache():
+            raise RoleFailure(
+                FailureKind.FATAL,
+                "generator",
+                "?",
+                "the prefix cache could not be reset after a weight update; stale keys and values would survive it",
+            )
+        self._version = version
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Meet the sender (called by vLLM's own trainer side of the `nccl` transport)."""
+        self._engine.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """First call of an `nccl` transfer."""
+        self._engine.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive what the sender broadcasts."""
+        self._engine.update_weights({"update_info": update_info})

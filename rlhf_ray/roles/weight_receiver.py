@@ -1,0 +1,62 @@
+"""The receiving end of the `object_store` transport: a weight-transfer engine registered with vLLM.
+
+CPU linear layers prepack their weights when the model is loaded, so writing into the parameters afterwards changes
+nothing that is computed. Loading happens inside vLLM's layerwise reload, which packs them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlhf_ray.models.buckets import WeightBucket
+
+BACKEND = "object_store"
+
+
+@dataclass
+class InitInfo:
+    """Nothing needs to be agreed on beforehand."""
+
+
+@dataclass
+class UpdateInfo:
+    """One bucket of weights."""
+
+    bucket: WeightBucket
+
+
+class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads buckets that have come through the object store."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """There is no connection to open."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class synchronises an accelerator here, which a CPU does not have; loading is synchronous.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        self.model.load_weights(update_info.bucket.tensors())
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """There is no connection to close."""
+
+
+def register_object_store_engine() -> None:
+    """Make `weight_transfer_config.backend = "object_store"` known to vLLM, once a process."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreWeightTransferEngine)

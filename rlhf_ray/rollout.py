@@ -1,0 +1,218 @@
+"""A `Rollout` is one shard of sampled responses: the rows that every role reads and none changes.
+
+Written once, by one generator, into the object store. Arrays are NumPy, flat and unpadded, because Ray
+hands such arrays to every reader on the node without copying. What other roles have to say about the rows
+is a *column*: an object of its own with one entry a response token (`[R]`) or one a sample (`[B]`).
+
+The driver only ever moves references. `refuse_rollouts_in_this_process` makes that a rule: a process that
+called it cannot unpickle a rollout or a column, so a stray `ray.get` fails at once and with this reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FINISH_STOP = 0
+"""The response ended with an end-of-sequence token."""
+FINISH_LENGTH = 1
+"""The response was cut off at the token limit."""
+
+_refuse = False
+
+
+class RolloutFetchedByDriver(RuntimeError):
+    """A process that may only hold references tried to read the rows behind one."""
+
+
+def refuse_rollouts_in_this_process(refuse: bool = True) -> None:
+    """From now on this process cannot unpickle a rollout or a column. The driver calls it once."""
+    global _refuse
+    _refuse = refuse
+
+
+class _Shipped:
+    """Base of everything that travels between roles through the object store."""
+
+    def __setstate__(self, state: Any) -> None:
+        if _refuse:
+            raise RolloutFetchedByDriver(
+                f"this process holds references only, but fetched a {type(self).__name__}; "
+                "let a role read it, or put what the driver needs into the header"
+            )
+        self.__dict__.update(state)
+
+    def nbytes(self) -> int:
+        """Bytes held in arrays."""
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+
+
+@dataclass(frozen=True)
+class Rollout(_Shipped):
+    """One shard of sampled responses. `B` samples, `T` tokens in all, `R` of them response tokens.
+
+    Attributes:
+        tokens: `[T]` int32. Prompt and response of sample 0, then of sample 1, and so on.
+        prompt_lengths: `[B]` int32.
+        response_lengths: `[B]` int32, each at least 1.
+        logprobs: `[R]` float32, log-probability of each response token under the policy that sampled it
+            and at the sampling temperature (the behaviour policy, as the engine computed it).
+        policy_versions: `[R]` int32, the version of the weights that produced each response token.
+        finish_reasons: `[B]` int8, `FINISH_STOP` or `FINISH_LENGTH`.
+        sample_ids: `[B]` int64, unique in a run: `prompt_id * samples_per_prompt + sample`.
+        prompt_ids: `[B]` int64, the prompt's draw in the run; samples of one prompt form a group.
+    """
+
+    tokens: NDArray[np.int32]
+    prompt_lengths: NDArray[np.int32]
+    response_lengths: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    policy_versions: NDArray[np.int32]
+    finish_reasons: NDArray[np.int8]
+    sample_ids: NDArray[np.int64]
+    prompt_ids: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        num_samples = len(self.prompt_lengths)
+        expected = {
+            "tokens": int(self.prompt_lengths.sum() + self.response_lengths.sum()),
+            "response_lengths": num_samples,
+            "logprobs": int(self.response_lengths.sum()),
+            "policy_versions": int(self.response_lengths.sum()),
+            "finish_reasons": num_samples,
+            "sample_ids": num_samples,
+            "prompt_ids": num_samples,
+        }
+        for name, length in expected.items():
+            found = getattr(self, name).shape
+            if found != (length,):
+                raise ValueError(f"Rollout.{name} has shape {found}, expected ({length},)")
+        if num_samples and int(self.response_lengths.min()) < 1:
+            raise ValueError("Rollout.response_lengths: every response has at least one token")
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """`[B]` tokens of prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    def token_starts(self) -> NDArray[np.int64]:
+        """`[B + 1]` where each sample's tokens start in `tokens`."""
+        return offsets(self.lengths)
+
+    def response_starts(self) -> NDArray[np.int64]:
+        """`[B + 1]` where each sample's response starts in the `[R]` arrays."""
+        return offsets(self.response_lengths)
+
+    def sample_tokens(self, index: int) -> NDArray[np.int32]:
+        """Prompt and response of one sample."""
+        starts = self.token_starts()
+        return self.tokens[starts[index] : starts[index + 1]]
+
+    def header(self) -> RolloutHeader:
+        """What the driver may know of these rows."""
+        return RolloutHeader(
+            num_samples=self.num_samples,
+            num_tokens=len(self.tokens),
+            num_response_tokens=len(self.logprobs),
+            num_truncated=int((self.finish_reasons == FINISH_LENGTH).sum()),
+            version_min=int(self.policy_versions.min()),
+            version_max=int(self.policy_versions.max()),
+            version_sum=int(self.policy_versions.astype(np.int64).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class RolloutHeader:
+    """Counts and versions of one shard; the only part of a rollout that reaches the driver."""
+
+    num_samples: int
+    num_tokens: int
+    num_response_tokens: int
+    num_truncated: int
+    version_min: int
+    version_max: int
+    version_sum: int
+
+
+@dataclass(frozen=True)
+class TokenColumn(_Shipped):
+    """One float a response token, in the order of `Rollout.logprobs`: log-probs or values.
+
+    Attributes:
+        data: `[R]` float32.
+    """
+
+    data: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RewardColumn(_Shipped):
+    """One score a sample, or the cause why there is none. A failure is never a number.
+
+    Attributes:
+        scores: `[B]` float64; meaningless where `failures` names a cause (NaN there).
+        failures: `[B]` empty string where the score is good, else the cause.
+        version: version of the reward model.
+        num_truncated: how many texts were longer than the model's maximum and were cut.
+    """
+
+    scores: NDArray[np.float64]
+    failures: tuple[str, ...]
+    version: str
+    num_truncated: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.failures) != len(self.scores):
+            raise ValueError(f"{len(self.scores)} scores but {len(self.failures)} failure causes")
+        if not np.isfinite(self.scores[self.ok]).all():
+            raise ValueError("a score that is not finite must be given as a failure with its cause")
+
+    @property
+    def ok(self) -> NDArray[np.bool_]:
+        """`[B]` true where there is a score."""
+        return np.array([not cause for cause in self.failures], dtype=bool)
+
+    def header(self) -> RewardHeader:
+        good = self.scores[self.ok]
+        causes: dict[str, int] = {}
+        for cause in self.failures:
+            if cause:
+                causes[cause] = causes.get(cause, 0) + 1
+        return RewardHeader(
+            num_samples=len(self.scores),
+            num_scored=len(good),
+            score_sum=float(good.sum()),
+            score_square_sum=float((good**2).sum()),
+            num_truncated=self.num_truncated,
+            failure_causes=causes,
+            version=self.version,
+        )
+
+
+@dataclass(frozen=True)
+class RewardHeader:
+    """Sums over one shard's scores, enough for mean and standard deviation over all shards."""
+
+    num_samples: int
+    num_scored: int
+    score_sum: float
+    score_square_sum: float
+    num_truncated: int
+    failure_causes: dict[str, int]
+    version: str
+
+
+def offsets(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:
+    """`[n + 1]` starts of consecutive segments, with the total at the end."""
+    result = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=result[1:])
+    return result

@@ -1,0 +1,190 @@
+"""The folder of a run: which file is where, and who may write into it.
+
+Everything that another program may read while the run goes on is replaced as a whole (`write_atomic`) or only
+ever appended to (`logs`). A checkpoint counts once its `state.json` is there, which is written last.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.failures import BadInput
+
+CHECKPOINT_STATE = "state.json"
+"""Written last into a checkpoint: a folder without it is half a checkpoint and never resumed from."""
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file so that a reader, or a crash at any moment, meets the old or the new content, never a part."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private; a run's files are as readable as any other
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The new name itself is on disk only when the folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<paths.runs>/<run.name>`.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path, config_yaml: str, resume: bool) -> RunFolder:
+        """Make or reopen the folder of a run and write the resolved configuration into it.
+
+        Args:
+            path: the folder.
+            config_yaml: the resolved configuration.
+            resume: continue from the latest checkpoint; without it the folder must hold no run.
+
+        Raises:
+            BadInput: the folder holds another run, or nothing to resume from, or cannot be written.
+        """
+        folder = cls(Path(path))
+        folder._refuse_another_run(resume)
+        try:
+            for needed in (folder.path, folder.checkpoints, folder.logs):
+                needed.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder.config_yaml, config_yaml)
+        except OSError as error:
+            raise BadInput(str(path), f"cannot be written ({error.strerror})", "a folder this user may write") from None
+        return folder
+
+    def _refuse_another_run(self, resume: bool) -> None:
+        where = str(self.path)
+        finished = self.summary.exists()
+        if finished and resume:
+            raise BadInput(where, "holds a finished run", "nothing is left to resume; start another run.name")
+        if finished:
+            raise BadInput(where, "holds a finished run", "choose another run.name, or delete the folder")
+        if resume and self.latest_checkpoint() is None:
+            raise BadInput(where, "has no checkpoint to resume from", "start without --resume")
+        if not resume and self.metrics.exists() and self.metrics.stat().st_size:
+            raise BadInput(where, "holds an unfinished run", "add --resume, or choose another run.name")
+
+    @property
+    def config_yaml(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """Starts, stops, deaths, restarts, checkpoints."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def policy(self) -> Path:
+        """The trained policy, a Hugging Face directory."""
+        return self.path / "policy"
+
+    @property
+    def reward_model(self) -> Path:
+        """The trained reward model, a Hugging Face directory."""
+        return self.path / "reward_model"
+
+    @property
+    def logs(self) -> Path:
+        """What the engines and libraries print."""
+        return self.path / "logs"
+
+    @property
+    def summary(self) -> Path:
+        """Written last; its presence says that the run is finished."""
+        return self.path / "summary.json"
+
+    @property
+    def plot(self) -> Path:
+        """The run's curves."""
+        return self.path / "training.png"
+
+    @property
+    def samples_page(self) -> Path:
+        """Samples before and after, to look at."""
+        return self.path / "samples.html"
+
+    @property
+    def samples(self) -> Path:
+        """Samples before and after, to compute with."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Weights & Biases' files."""
+        return self.path / "wandb"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step belongs: `checkpoints/step-000010`."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def latest_checkpoint(self) -> tuple[int, Path] | None:
+        """Step and folder of the newest complete checkpoint."""
+        complete = [(step, path) for step, path in self._checkpoints() if (path / CHECKPOINT_STATE).exists()]
+        return complete[-1] if complete else None
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the `keep` newest complete checkpoints, and half ones older than the newest.
+
+        A half one that is newer than all complete ones may be on its way and stays.
+        """
+        latest = self.latest_checkpoint()
+        if latest is None:
+            return
+        older = [path for step, path in self._checkpoints() if step <= latest[0]]
+        complete = [path for path in older if (path / CHECKPOINT_STATE).exists()]
+        for path in older:
+            if path not in complete[-keep:]:
+                # First the mark: a deletion that is interrupted must not leave half a checkpoint that looks whole.
+                (path / CHECKPOINT_STATE).unlink(missing_ok=True)
+                shutil.rmtree(path)
+
+    def _checkpoints(self) -> list[tuple[int, Path]]:
+        if not self.checkpoints.is_dir():
+            return []
+        matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints.iterdir())
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _umask() -> int:
+    # There is no call that reads the mask without setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,105 @@
+"""Advantages against brute force."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.algorithms.advantages import gae, grpo, rloo, whiten
+from rlhf_ray.algorithms.segments import Moments
+
+
+def brute_force_gae(rewards: list[float], values: list[float], gamma: float, gae_lambda: float) -> list[float]:
+    """Each advantage as the sum of its definition, O(T²)."""
+    bootstrapped = [*values, 0.0]
+    advantages = []
+    for t in range(len(rewards)):
+        total = 0.0
+        for k in range(t, len(rewards)):
+            delta = rewards[k] + gamma * bootstrapped[k + 1] - bootstrapped[k]
+            total += (gamma * gae_lambda) ** (k - t) * delta
+        advantages.append(total)
+    return advantages
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.9, 0.0)])
+def test_gae_equals_brute_force(seed: int, gamma: float, gae_lambda: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 40, (9,), generator=generator)
+    total = int(lengths.sum())
+    rewards, values = torch.randn(2, total, dtype=torch.float64, generator=generator)
+    mask = torch.rand(total, generator=generator) < (1.0 if seed % 2 else 0.7)
+    expected = torch.zeros(total, dtype=torch.float64)
+    start = 0
+    for length in lengths.tolist():
+        kept = [t for t in range(start, start + length) if mask[t]]
+        expected[kept] = torch.tensor(
+            brute_force_gae(rewards[kept].tolist(), values[kept].tolist(), gamma, gae_lambda), dtype=torch.float64
+        )
+        start += length
+    garbage = torch.where(mask, 0.0, math.nan)
+
+    advantages, returns = gae(rewards + garbage, values + garbage, lengths, gamma, gae_lambda, mask)
+
+    assert (advantages - expected).abs().max() <= 1e-10
+    assert (returns - torch.where(mask, expected + values, 0.0)).abs().max() <= 1e-10
+
+
+def test_gae_without_discount_is_the_rest_of_the_rewards_less_the_value() -> None:
+    rewards = torch.tensor([0.0, 0.0, 1.0, -1.0, 2.0])
+    values = torch.tensor([0.5, 0.25, 0.0, 1.0, 1.0])
+    advantages, returns = gae(rewards, values, torch.tensor([3, 2]), 1.0, 1.0)
+    assert advantages.tolist() == [0.5, 0.75, 1.0, 0.0, 1.0]
+    assert returns.tolist() == [1.0, 1.0, 1.0, 1.0, 2.0]
+    assert advantages.dtype == torch.float32
+
+
+def random_groups(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(40, dtype=torch.float64, generator=generator)
+    group_ids = torch.randint(0, 12, (40,), generator=generator) * 1000
+    ok = torch.rand(40, generator=generator) < 0.7
+    return scores, group_ids, ok
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_group_advantages_equal_the_loop_over_groups(seed: int) -> None:
+    scores, group_ids, ok = random_groups(seed)
+    expected_rloo, expected_grpo = torch.zeros(2, 40, dtype=torch.float64)
+    for i in range(40):
+        group = [j for j in range(40) if group_ids[j] == group_ids[i] and ok[j]]
+        if not ok[i] or len(group) < 2:
+            continue
+        expected_rloo[i] = scores[i] - sum(scores[j] for j in group if j != i) / (len(group) - 1)
+        expected_grpo[i] = (scores[i] - scores[group].mean()) / (scores[group].std(correction=1) + 1e-6)
+    garbage = torch.where(ok, scores, math.nan)
+    torch.testing.assert_close(rloo(garbage, group_ids, ok), expected_rloo, atol=1e-12, rtol=0)
+    torch.testing.assert_close(grpo(garbage, group_ids, ok), expected_grpo, atol=1e-12, rtol=0)
+    assert expected_rloo.count_nonzero() > 10
+
+
+def test_a_group_of_equal_scores_has_no_advantage() -> None:
+    scores, ok = torch.full((3,), 0.1, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
+    group_ids = torch.zeros(3, dtype=torch.int64)
+    assert rloo(scores, group_ids, ok).abs().max() < 1e-15
+    assert grpo(scores, group_ids, ok).abs().max() < 1e-9
+
+
+def test_whitening_gives_mean_0_and_std_1_within_the_mask() -> None:
+    values = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    mask = torch.arange(500) % 3 > 0
+    values[~mask] = math.nan
+    moments = Moments.of(values, mask)
+    whitened = whiten(values, mask, moments)
+    assert abs(float(whitened[mask].mean())) < 1e-12
+    assert float(whitened[mask].std(correction=0)) == pytest.approx(1, abs=1e-8)
+    assert (whitened[~mask] == 0).all()
+    kept = whiten(values, mask, moments, shift_mean=False)
+    assert float(kept[mask].mean()) == pytest.approx(moments.mean, abs=1e-12)
+    assert float(kept[mask].std(correction=0)) == pytest.approx(1, abs=1e-8)
+
+
+def test_whitening_equal_values_gives_0_and_not_infinity() -> None:
+    values, mask = torch.full((4,), 2.0), torch.ones(4, dtype=torch.bool)
+    assert whiten(values, mask, Moments.of(values)).tolist() == [0, 0, 0, 0]

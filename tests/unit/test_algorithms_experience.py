@@ -1,0 +1,279 @@
+"""Rows and columns become advantages: shared by all ranks, untouched by failed samples."""
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceSpec, build_experience
+from rlhf_ray.algorithms.segments import segment_ids, segment_sum
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
+
+SAMPLES, GROUP = 8, 4
+SPEC = ExperienceSpec(
+    advantage="gae",
+    gamma=0.99,
+    gae_lambda=0.95,
+    reward_whiten=True,
+    advantage_whiten=True,
+    score_clip=1.5,
+    missing_eos_penalty=0.5,
+    kl_estimator="k3",
+    kl_in_reward=True,
+    loss_aggregation="sequence",
+)
+SPECS = [
+    SPEC,
+    replace(SPEC, advantage="rloo", kl_estimator="k1", loss_aggregation="token"),
+    replace(SPEC, advantage="grpo", reward_whiten=False, kl_in_reward=False),
+    replace(SPEC, advantage_whiten=False, score_clip=None, kl_estimator="k2"),
+]
+
+
+def make_shard(index: int, failed: tuple[int, ...] = (2, 5)) -> ExperienceShard:
+    """Eight samples of two prompts; the rewards of `failed` are failures."""
+    random = np.random.default_rng(index)
+    lengths = random.integers(1, 12, SAMPLES).astype(np.int32)
+    total = int(lengths.sum())
+    prompt_ids = np.repeat(np.arange(SAMPLES // GROUP) + index * 10, GROUP)
+
+    def column(scale: float) -> TokenColumn:
+        return TokenColumn((random.normal(size=total) * scale - 1).astype(np.float32))
+
+    rollout = Rollout(
+        tokens=random.integers(0, 99, total + SAMPLES).astype(np.int32),
+        prompt_lengths=np.ones(SAMPLES, dtype=np.int32),
+        response_lengths=lengths,
+        logprobs=column(0.5).data,
+        policy_versions=np.zeros(total, dtype=np.int32),
+        finish_reasons=random.choice([FINISH_STOP, FINISH_LENGTH], SAMPLES).astype(np.int8),
+        sample_ids=np.arange(SAMPLES) + index * SAMPLES,
+        prompt_ids=prompt_ids,
+    )
+    scores = random.normal(size=SAMPLES) * 3 + 1
+    scores[list(failed)] = math.nan
+    failures = tuple("timed out" if sample in failed else "" for sample in range(SAMPLES))
+    return ExperienceShard(rollout, RewardColumn(scores, failures, "v1"), column(0.5), column(1.0), column(0.5))
+
+
+def build(shards: list[ExperienceShard], spec: ExperienceSpec = SPEC) -> Experience:
+    return build_experience(shards, spec=spec, kl_coefficient=0.1, dtype=torch.float64)
+
+
+class SimulatedRanks:
+    """An all-reduce over threads."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.barrier = threading.Barrier(num_ranks, timeout=20)
+        self.parts: list[torch.Tensor | None] = [None] * num_ranks
+
+    def all_reduce(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def reduce(sums: torch.Tensor) -> torch.Tensor:
+            self.parts[rank] = sums
+            self.barrier.wait()
+            total = sum(self.parts)  # type: ignore[arg-type]
+            self.barrier.wait()
+            return total
+
+        return reduce
+
+
+def assert_same(left: Experience, right: Experience) -> None:
+    assert vars(left.stats) == pytest.approx(vars(right.stats), rel=1e-12, abs=1e-12)
+    for one, other in zip(left.shards, right.shards, strict=True):
+        for name, expected in vars(one).items():
+            if expected is None:
+                assert vars(other)[name] is None
+            else:
+                torch.testing.assert_close(vars(other)[name], expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spread", [([0, 1], [2, 3]), ([3], [1, 2, 0]), ([], [2, 0, 3, 1])])
+def test_the_result_does_not_depend_on_how_shards_are_spread(
+    spec: ExperienceSpec, spread: tuple[list[int], list[int]]
+) -> None:
+    shards = [make_shard(index) for index in range(4)]
+    whole = build(shards, spec)
+    ranks = SimulatedRanks(2)
+
+    def run(rank: int) -> Experience:
+        mine = [shards[index] for index in spread[rank]]
+        return build_experience(
+            mine, spec=spec, kl_coefficient=0.1, all_reduce=ranks.all_reduce(rank), dtype=torch.float64
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, range(2)))
+    for rank, result in enumerate(results):
+        expected = Experience([whole.shards[index] for index in spread[rank]], whole.stats)
+        assert_same(result, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e6, -7.0])
+def test_failed_samples_have_no_influence(spec: ExperienceSpec, garbage: float) -> None:
+    shards = [make_shard(0), make_shard(1, failed=(0, 1, 2))]
+
+    def spoil(shard: ExperienceShard) -> ExperienceShard:
+        lengths = torch.tensor(shard.rollout.response_lengths)
+        bad = (~torch.tensor(shard.rewards.ok))[segment_ids(lengths)].numpy()
+
+        def spoiled(column: TokenColumn | None) -> TokenColumn:
+            assert column is not None
+            return TokenColumn(np.where(bad, np.float32(garbage), column.data))
+
+        ok = shard.rewards.ok
+        return replace(
+            shard,
+            rollout=replace(
+                shard.rollout,
+                tokens=np.zeros_like(shard.rollout.tokens),
+                logprobs=spoiled(TokenColumn(shard.rollout.logprobs)).data,
+                finish_reasons=np.where(ok, shard.rollout.finish_reasons, np.int8(FINISH_LENGTH)),
+            ),
+            rewards=replace(shard.rewards, scores=np.where(ok, shard.rewards.scores, garbage)),
+            reference=spoiled(shard.reference),
+            values=spoiled(shard.values),
+            policy=spoiled(shard.policy),
+        )
+
+    clean, spoilt = build(shards, spec), build([spoil(shard) for shard in shards], spec)
+    assert vars(clean.stats) == vars(spoilt.stats)
+    for one, other in zip(clean.shards, spoilt.shards, strict=True):
+        failed = ~one.ok[segment_ids(one.lengths)]
+        assert torch.equal(one.advantages, other.advantages)
+        assert torch.equal(one.weights, other.weights)
+        assert (one.weights[failed] == 0).all()
+        assert (one.weights[~failed] > 0).all()
+        assert (one.advantages[failed] == 0).all()
+        assert (one.returns is None) == (other.returns is None)
+        if one.returns is not None:
+            assert torch.equal(one.returns, other.returns)
+
+
+def test_statistics_by_hand() -> None:
+    shards = [make_shard(0), make_shard(1)]
+    stats = build(shards, replace(SPEC, reward_whiten=False, score_clip=None, kl_estimator="k1")).stats
+    scores, lengths, kls, rewards, truncated = [], [], [], [], []
+    for shard in shards:
+        assert shard.policy is not None
+        assert shard.reference is not None
+        starts = shard.rollout.response_starts()
+        for sample in np.flatnonzero(shard.rewards.ok):
+            tokens = slice(starts[sample], starts[sample + 1])
+            kl = float((shard.policy.data[tokens].astype(float) - shard.reference.data[tokens]).sum())
+            cut = shard.rollout.finish_reasons[sample] == FINISH_LENGTH
+            scores.append(shard.rewards.scores[sample])
+            lengths.append(int(shard.rollout.response_lengths[sample]))
+            kls.append(kl)
+            truncated.append(cut)
+            rewards.append(scores[-1] - 0.5 * cut - 0.1 * kl)
+    assert (stats.num_samples, stats.num_valid, stats.num_valid_tokens) == (16, 12, sum(lengths))
+    assert stats.score_mean == pytest.approx(np.mean(scores))
+    assert stats.score_std == pytest.approx(np.std(scores))
+    assert stats.shaped_reward_mean == pytest.approx(np.mean(rewards))
+    assert stats.kl_reference == pytest.approx(np.mean(kls))
+    assert stats.response_length_mean == pytest.approx(np.mean(lengths))
+    assert stats.truncated_fraction == pytest.approx(np.mean(truncated))
+    assert 0 < stats.truncated_fraction < 1
+
+
+def test_whitened_advantages_of_all_valid_tokens_have_mean_0_and_std_1() -> None:
+    experience = build([make_shard(0), make_shard(1)])
+    valid = torch.cat([each.advantages[each.weights > 0] for each in experience.shards])
+    assert float(valid.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(valid.std(correction=0)) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_kl_statistic_is_k1_whatever_the_penalty_is() -> None:
+    stats = [build([make_shard(0)], replace(SPEC, kl_estimator=name)).stats for name in ("k1", "k2", "k3")]
+    assert stats[0].kl_reference == stats[1].kl_reference == stats[2].kl_reference
+    assert stats[0].shaped_reward_mean != stats[1].shaped_reward_mean != stats[2].shaped_reward_mean
+
+
+def test_whitened_scores_do_not_depend_on_the_scale_of_the_reward_model() -> None:
+    def scaled(shard: ExperienceShard) -> ExperienceShard:
+        return replace(shard, rewards=replace(shard.rewards, scores=shard.rewards.scores * 50 + 7))
+
+    shards = [make_shard(0), make_shard(1)]
+    for reward_whiten in (True, False):
+        spec = replace(SPEC, reward_whiten=reward_whiten, advantage_whiten=False)
+        one, other = build(shards, spec), build([scaled(shard) for shard in shards], spec)
+        same = torch.allclose(one.shards[0].advantages, other.shards[0].advantages, atol=1e-6)
+        assert same == reward_whiten
+
+
+def test_returns_are_not_whitened() -> None:
+    shards = [make_shard(0)]
+    whitened, plain = build(shards), build(shards, replace(SPEC, advantage_whiten=False))
+    assert torch.equal(whitened.shards[0].returns, plain.shards[0].returns)
+    assert not torch.allclose(whitened.shards[0].advantages, plain.shards[0].advantages)
+
+
+def test_leave_one_out_compares_summed_rewards_and_spreads_them_over_the_response() -> None:
+    shard = make_shard(0, failed=())
+    spec = replace(
+        SPEC, advantage="rloo", advantage_whiten=False, reward_whiten=False, score_clip=None, kl_estimator="k1"
+    )
+    result = build([shard], spec).shards[0]
+    kl = segment_sum(result.old_logprobs - result.reference_logprobs, result.lengths)
+    penalty = 0.5 * torch.tensor(shard.rollout.finish_reasons == FINISH_LENGTH)
+    rewards = (torch.tensor(shard.rewards.scores) - penalty - 0.1 * kl).view(-1, GROUP)
+    expected = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (GROUP - 1)).flatten()
+    torch.testing.assert_close(result.advantages, expected[segment_ids(result.lengths)])
+
+
+def test_a_sample_without_valid_peers_keeps_advantage_0_through_whitening() -> None:
+    lonely = make_shard(0, failed=(0, 1, 2))
+    result = build([lonely, make_shard(1)], replace(SPEC, advantage="rloo")).shards[0]
+    advantages = result.advantages.split(result.lengths.tolist())
+    assert (advantages[3] == 0).all()
+    assert (advantages[4] != 0).all()
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_reward() -> None:
+    shard = make_shard(0)
+    spec = replace(SPEC, kl_in_reward=False)
+    with_kl = build_experience([shard], spec=spec, kl_coefficient=5.0)
+    without = build_experience([shard], spec=spec, kl_coefficient=0.0)
+    assert torch.equal(with_kl.shards[0].advantages, without.shards[0].advantages)
+    assert with_kl.shards[0].reference_logprobs is not None
+    assert with_kl.stats.kl_reference == without.stats.kl_reference
+
+
+def test_without_the_learners_logprobs_the_engines_are_the_old_ones() -> None:
+    shard = make_shard(0)
+    assert shard.policy is not None
+    recomputed = build_experience([shard], spec=SPEC, kl_coefficient=0.1).shards[0]
+    behaviour = build_experience([replace(shard, policy=None)], spec=SPEC, kl_coefficient=0.1).shards[0]
+    assert np.array_equal(recomputed.old_logprobs.numpy(), shard.policy.data)
+    assert np.array_equal(recomputed.engine_logprobs.numpy(), shard.rollout.logprobs)
+    assert np.array_equal(behaviour.old_logprobs.numpy(), shard.rollout.logprobs)
+
+
+def test_a_step_without_a_single_score_has_no_means_and_no_weight() -> None:
+    experience = build([make_shard(0, failed=tuple(range(SAMPLES)))])
+    assert experience.stats.num_valid == 0
+    assert math.isnan(experience.stats.score_mean)
+    assert not experience.shards[0].weights.any()
+    assert not experience.shards[0].advantages.any()
+
+
+def test_missing_and_misfitting_columns_are_refused() -> None:
+    shard = make_shard(0)
+    with pytest.raises(ValueError, match="no values"):
+        build([replace(shard, values=None)])
+    with pytest.raises(ValueError, match="no reference"):
+        build([replace(shard, reference=None)])
+    with pytest.raises(ValueError, match="policy column"):
+        build([shard, replace(make_shard(1), policy=None)])
+    with pytest.raises(ValueError, match="values: column of shape"):
+        replace(shard, values=TokenColumn(np.zeros(3, dtype=np.float32)))
+    free = build_experience([replace(shard, reference=None)], spec=SPEC, kl_coefficient=0.0)
+    assert free.stats.kl_reference is None

@@ -1,0 +1,204 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf_ray.config.load import dump_config, load_config
+from rlhf_ray.config.settings import PPOConfig, RewardModelConfig, SFTConfig
+from rlhf_ray.failures import BadInput
+
+COMPLETE = """\
+run:
+  name: tiny
+prompts:
+  path: ${paths.data}/prompts.jsonl
+policy:
+  model: models/policy
+  learner:
+    learning_rate: 1e-5
+critic: {}
+reward:
+  model: models/reward
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def run(text: str, *overrides: str) -> PPOConfig:
+        path = tmp_path / "ppo.yaml"
+        path.write_text(text)
+        return load_config(PPOConfig, path, overrides)
+
+    return run
+
+
+@pytest.fixture
+def refuse(load, tmp_path):
+    def run(text: str, *overrides: str) -> BadInput:
+        with pytest.raises(BadInput) as caught:
+            load(text, *overrides)
+        assert "\n" not in str(caught.value)
+        caught.value.where = caught.value.where.replace(f"{tmp_path}/", "")
+        return caught.value
+
+    return run
+
+
+def test_a_complete_file_loads_with_its_values_and_defaults(load):
+    config = load(COMPLETE)
+    assert config.run.name == "tiny"
+    assert config.policy.learner.learning_rate == 1e-5
+    assert config.sampling.samples_per_prompt == 4
+    assert config.critic is not None
+
+
+def test_settings_cannot_be_changed_afterwards(load):
+    with pytest.raises(ValueError, match="frozen"):
+        load(COMPLETE).run.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "line", "found", "allowed"),
+    [
+        ("stesp: 3", 12, "unknown key 'stesp'", "did you mean 'steps'?"),
+        (
+            "algorithm:\n  kl:\n    coeficient: 0.1",
+            14,
+            "unknown key 'algorithm.kl.coeficient'",
+            "did you mean 'algorithm.kl.coefficient'?",
+        ),
+        ("weights:\n  zzz: 1", 13, "unknown key 'weights.zzz'", "known: transport, bucket_mib"),
+        ("steps: many", 12, "steps is 'many'", "valid integer"),
+        ("sampling: 3", 12, "sampling is 3", "a section with keys of its own"),
+        ("steps: 0", 12, "steps is 0", "greater than or equal to 1"),
+        ("algorithm:\n  advantage: gea", 13, "algorithm.advantage is 'gea'", "'gae', 'rloo' or 'grpo'"),
+        ("steps: ${run.nothing}", 12, "steps: Interpolation key 'run.nothing' not found", "resolved"),
+        ("steps: ${oc.env:SURELY_NOT_SET}", 12, "SURELY_NOT_SET", "resolved"),
+        ("steps: ${steps}", 12, "Recursive interpolation", "resolved"),
+        ("run:\n  name: twice", 12, "duplicate key run", "a YAML mapping"),
+        ("steps: [1", 13, "not valid YAML", "a YAML mapping"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named_with_its_line(refuse, lines, line, found, allowed):
+    error = refuse(COMPLETE + lines + "\n")
+    assert error.where == f"ppo.yaml:{line}"
+    assert found in error.found
+    assert allowed in error.allowed
+
+
+def test_a_missing_key_is_named_with_its_section_and_meaning(refuse):
+    error = refuse(COMPLETE.replace("  model: models/reward", "  batch_size: 8"))
+    assert error.where == "ppo.yaml:10"
+    assert error.found == "'reward.model' is missing"
+    assert "AutoModelForSequenceClassification" in error.allowed
+
+
+def test_a_misspelt_key_is_reported_before_the_key_it_should_have_been(refuse):
+    error = refuse(COMPLETE.replace("  model: models/reward", "  modle: models/reward"))
+    assert (error.where, error.found) == ("ppo.yaml:11", "unknown key 'reward.modle'")
+    assert error.allowed == "did you mean 'reward.model'? (and 1 more)"
+
+
+def test_overrides_win_and_are_read_as_yaml(load):
+    config = load(
+        COMPLETE,
+        "steps=7",
+        "policy.learner.learning_rate=3e-6",
+        "algorithm.value_clip=null",
+        "reward.env={A: x}",
+        "policy.model=a=b",
+        "steps=8",
+    )
+    assert config.steps == 8
+    assert config.policy.learner.learning_rate == 3e-6
+    assert config.algorithm.value_clip is None
+    assert config.reward.env == {"A": "x"}
+    assert config.policy.model == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("steps", "is not an override"),
+        ("=3", "is not an override"),
+        ("run..name=x", "is not an override"),
+        ("steps=[1", "cannot be read"),
+        ("stepz=3", "unknown key 'stepz'"),
+        ("steps=x", "steps is 'x'"),
+        ("run.name=a b", "run.name is 'a b'"),
+    ],
+)
+def test_a_wrong_override_is_named_not_the_file(refuse, override, found):
+    error = refuse(COMPLETE, "steps=5", override)
+    assert error.where == f"override '{override}'"
+    assert found in error.found
+
+
+def test_interpolation_reaches_the_file_its_defaults_overrides_and_the_environment(load, monkeypatch):
+    monkeypatch.setenv("MODEL_FOLDER", "/models")
+    text = COMPLETE.replace("models/policy", "${oc.env:MODEL_FOLDER}/${run.name}")
+    assert load(text).prompts.path == "data/prompts.jsonl"
+    config = load(text, "paths.data=/elsewhere", "run.name=other")
+    assert config.prompts.path == "/elsewhere/prompts.jsonl"
+    assert config.policy.model == "/models/other"
+
+
+def test_dump_and_load_give_the_same_settings(load):
+    config = load(
+        COMPLETE,
+        "generator.engine={max_model_len: 64, sizes: [1, 2]}",
+        "algorithm.score_clip=1e-7",
+        "policy.learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",
+        "run.name=nan",
+    )
+    assert load(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["critic=null"], "critic"),
+        (["algorithm.advantage=rloo"], "critic"),
+        (["algorithm.advantage=grpo", "critic=null", "sampling.samples_per_prompt=1"], "sampling.samples_per_prompt"),
+        (["reference=null"], "reference"),
+        (["sampling.prompts_per_step=12"], "sampling"),
+        (["policy.learner.replicas=3"], "policy.learner.replicas"),
+        (["critic.learner.replicas=3"], "critic.learner.replicas"),
+        (["algorithm.minibatches=33"], "algorithm.minibatches"),
+        (["weights.transport=nccl"], "weights.transport"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_by_key(refuse, overrides, key):
+    assert refuse(COMPLETE, *overrides).found.startswith(f"{key}: ")
+
+
+def test_what_the_rules_ask_for_is_accepted(load):
+    load(COMPLETE, "critic=null", "algorithm.advantage=rloo", "reference=null", "algorithm.kl.coefficient=0")
+    load(COMPLETE, "weights.transport=nccl", "generator.gpus=1", "policy.learner.gpus=1")
+
+
+def test_other_commands_have_their_own_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"run": {"name": "x"}, "text": {"path": "t"}, "policy": {"model": "m"}}))
+    assert load_config(SFTConfig, path).epochs == 1
+    with pytest.raises(BadInput, match="unknown key 'policy'"):
+        load_config(RewardModelConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "there is no such file"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"- a\n- b\n", "is a ListConfig"),
+        (b"", "'run' is missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content, found):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        load_config(PPOConfig, path)
+    assert caught.value.where == str(path)
+    assert found in caught.value.found
