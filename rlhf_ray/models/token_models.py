@@ -10,7 +10,6 @@ from torch import nn
 
 from rlhf_ray.models.packing import PackedBatch
 
-
 Entropy = Literal["none", "measured", "differentiable"]
 """Whether a forward pass gives the entropy too, and with its gradient (which costs another pass over the vocabulary)."""
 

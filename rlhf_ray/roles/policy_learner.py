@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -166,7 +167,7 @@ class PolicyLearner:
                     dual_clip=loss_spec.dual_clip,
                     importance_weights=None if importance is None else importance[at],
                 )
-                entropy_sum = (weights * entropy).sum()
+                entropy_sum = torch.where(weights != 0, weights * entropy, 0.0).sum()
                 total = parts.loss_sum - loss_spec.entropy_coefficient * entropy_sum
                 if loss_spec.kl_in_loss and data.reference_logprobs is not None:
                     penalty = kl_estimate(logprobs, data.reference_logprobs[at], loss_spec.kl_estimator)
@@ -239,6 +240,23 @@ class PolicyLearner:
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         """All weights in buckets; rank 0 yields them, the others take part in gathering them."""
         return fill_buckets(self._engine.full_weights(_PREFIX), max_bytes)
+
+    def open_nccl_sender(self, client: Any, address: str, port: int, world_size: int) -> None:
+        """Meet the engines for vLLM's NCCL transport.
+
+        Args:
+            client: reaches the engines and carries the version they are told.
+        """
+        from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender
+
+        source = LearnerWeightSource(self._engine.unwrapped, _PREFIX)
+        self._client = client
+        self._sender = open_sender(source, client, self._engine.rank.rank, address, port, world_size)
+
+    def send_weights_nccl(self, version: int) -> None:
+        """Broadcast all weights to the engines."""
+        self._client.version = version
+        self._sender.send_weights()
 
     def compare(self, rollout: Rollout) -> ParityReport:
         """How far the learner's log-probs are from the engine's on a probe."""

@@ -376,7 +376,7 @@ REWARD_MODEL_METRICS: tuple[Metric, ...] = (
     Metric(
         "loss",
         "nats per pair",
-        "Bradley-Terry loss, -log sigmoid(score of chosen - score of rejected), with its weights and soft labels. 0.693 "
+        "Bradley-Terry loss, -log sigmoid(score of chosen - score of rejected), with weights and soft labels. 0.693 "
         "is guessing; stuck there means that the model cannot tell the answers apart or the labels are noise.",
     ),
     Metric(

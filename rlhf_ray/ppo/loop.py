@@ -1,0 +1,385 @@
+"""The loop: sample, score, learn, sync; again."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import ray
+
+from rlhf_ray.algorithms.experience import ExperienceSpec
+from rlhf_ray.algorithms.kl import kl_controller
+from rlhf_ray.config.settings import AlgorithmSettings, PPOConfig
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
+from rlhf_ray.ppo.evaluation import (
+    evaluate,
+    held_out_kl,
+    held_out_summary,
+    load_samples,
+    pair_samples,
+    save_samples,
+)
+from rlhf_ray.ppo.inputs import Inputs, read_inputs
+from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row
+from rlhf_ray.ppo.state import LoopState
+from rlhf_ray.ppo.step import Columns, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
+from rlhf_ray.roles.critic_learner import CriticReport
+from rlhf_ray.roles.learner import TrainSpec
+from rlhf_ray.roles.policy_learner import PolicyLossSpec, PolicyReport
+from rlhf_ray.rollout import refuse_rollouts_in_this_process
+from rlhf_ray.runtime.cluster import check_resources, connect
+from rlhf_ray.runtime.waiting import collect
+from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
+from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
+from rlhf_ray.tracking.run_folder import RunFolder
+from rlhf_ray.tracking.tracker import Tracker, open_folder
+
+BEFORE = "held_out_before.jsonl"
+AFTER = "held_out_after.jsonl"
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has kept its state."""
+
+
+def run_ppo(config: PPOConfig, resume: bool = False) -> None:
+    """Everything `rlhf-ray ppo` does.
+
+    Raises:
+        BadInput: before any actor starts.
+        RoleFailure: a role failed, died or did not answer.
+        Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
+    """
+    inputs = read_inputs(config)
+    connect(config.cluster)
+    try:
+        check_resources(role_requests(config))
+        folder = open_folder(config, resume)
+        title = f"PPO {config.run.name} · {config.policy.model}"
+        with Tracker(config, "ppo", folder, title, config.steps, COLUMNS) as tracker:
+            refuse_rollouts_in_this_process()
+            tracker.phase("starting the roles and loading their models")
+            cast = start_cast(config, inputs, folder.logs)
+            for group in cast.groups():
+                for member in group.members:
+                    tracker.events.write("role_started", role=member.name, node=member.node)
+            PPO(config, inputs, cast, tracker, folder).run(resume)
+    finally:
+        refuse_rollouts_in_this_process(False)
+        ray.shutdown()
+
+
+class PPO:
+    """One run's loop over its cast.
+
+    Args:
+        config: of the run.
+        inputs: what was read.
+        cast: the roles, built.
+        tracker: the run's logs.
+        folder: the run's folder.
+    """
+
+    def __init__(self, config: PPOConfig, inputs: Inputs, cast: Cast, tracker: Tracker, folder: RunFolder) -> None:
+        self._config, self._inputs, self._cast = config, inputs, cast
+        self._tracker, self._folder = tracker, folder
+        kl = config.algorithm.kl
+        self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
+        self._state = LoopState()
+        self._experience = experience_spec(config.algorithm)
+        self._transport = open_transport(config.weights, cast.policy, cast.generators, config.generator.tensor_parallel)
+
+    def run(self, resume: bool) -> None:
+        """From the first step, or from the latest checkpoint, to the end."""
+        with stop_signals() as stop:
+            if resume:
+                self._load_checkpoint()
+            self._tracker.phase("first sync of the weights")
+            self._sync(StepClock())
+            self._evaluate_before()
+            last_kl: float | None = None
+            while self._state.step < self._config.steps:
+                last_kl = self._step()
+                if stop:
+                    self._save_checkpoint()
+                    self._tracker.events.write("run_stopped", cause=f"signal {stop[0]}", step=self._state.step)
+                    raise Stopped(f"stopped by signal {stop[0]} after step {self._state.step}; continue with --resume")
+                if self._state.step % self._config.checkpoint.every_steps == 0:
+                    self._save_checkpoint()
+                if self._kl_too_large(last_kl):
+                    break
+        self._finish(last_kl)
+
+    def _step(self) -> float | None:
+        """Sample, score, learn, sync."""
+        cast, config, clock = self._cast, self._config, StepClock()
+        drawn = self._inputs.prompts.draw(config.run.seed, self._state.step, config.sampling.prompts_per_step)
+        shards = generate(cast, plan_shards(drawn, config.sampling, config.run.seed, "train"), drawn)
+        scored = score(cast, shards)
+        references = refer(cast, shards)
+        values = learner_columns(cast.critic, "values", shards) if cast.critic else [None] * len(shards)
+        recompute = config.algorithm.old_logprobs == "learner"
+        policy = learner_columns(cast.policy, "logprobs", shards) if recompute else [None] * len(shards)
+        columns = [
+            Columns(rewards, header, reference, value, own)
+            for (rewards, header), reference, value, own in zip(scored, references, values, policy, strict=True)
+        ]
+
+        self._tracker.phase("sampling")
+        with clock.phase("generate"):
+            rollouts = cast.generators.wait([shard.header for shard in shards])
+        self._tracker.phase("scoring")
+        with clock.phase("reward"):
+            rewards = cast.scorers.wait([column.reward_header for column in columns])
+        for name, pending in (("reference", references), ("values", values), ("old_logprobs", policy)):
+            with clock.phase(name):
+                self._wait_stored([item for item in pending if item is not None])
+        headers = StepHeaders(tuple(rollouts), tuple(rewards))
+        self._check_scores(headers)
+
+        self._tracker.phase("learning")
+        coefficient = self._kl.coefficient
+        with clock.phase("train"):
+            policy_report, critic_report = self._learn(shards, columns, coefficient)
+        if policy_report.stats.kl_reference is not None:
+            self._kl.update(policy_report.stats.kl_reference, headers.num_samples)
+        sampled_version = self._state.step
+        self._state.step += 1
+        self._state.samples += headers.num_samples
+        self._state.tokens += headers.num_tokens
+        self._tracker.phase("syncing the weights")
+        parity = self._sync(clock)
+        self._tracker.step(
+            step_row(
+                self._state,
+                headers,
+                policy_report,
+                critic_report,
+                parity,
+                sampled_version,
+                coefficient,
+                clock,
+                self._tracker.wall_s,
+            )
+        )
+        return policy_report.stats.kl_reference
+
+    def _learn(
+        self, shards: list, columns: list[Columns], coefficient: float
+    ) -> tuple[PolicyReport, CriticReport | None]:
+        """Policy and critic learn at the same time, from the same columns."""
+        cast, algorithm, step = self._cast, self._config.algorithm, self._state.step
+        learner = self._config.policy.learner
+        spec = TrainSpec(algorithm.epochs, algorithm.minibatches, learner.micro_batch_tokens, self._config.run.seed)
+        pending = train(
+            cast.policy, shards, columns, step, self._experience, spec, policy_loss_spec(algorithm), coefficient
+        )
+        if cast.critic is not None and self._config.critic is not None:
+            critic = self._config.critic.learner
+            critic_spec = TrainSpec(spec.epochs, spec.minibatches, critic.micro_batch_tokens, spec.seed)
+            pending += train(
+                cast.critic, shards, columns, step, self._experience, critic_spec, algorithm.value_clip, coefficient
+            )
+        reports = collect(pending, self._config.cluster.call_timeout_s)
+        critic_report = reports[len(cast.policy)] if cast.critic is not None else None
+        return reports[0], critic_report
+
+    def _sync(self, clock: StepClock) -> Parity:
+        """The learner's weights into every generator, and the proof."""
+        weights, sampling = self._config.weights, self._config.sampling
+        version = self._state.step
+        with clock.phase("sync"):
+            self._transport.send(version)
+        probe = [
+            (number, self._inputs.prompts[number % len(self._inputs.prompts)])
+            for number in range(weights.probe_prompts)
+        ]
+        [plan] = plan_shards(
+            probe,
+            sampling.model_copy(update={"prompts_per_shard": len(probe)}),
+            self._config.run.seed,
+            "probe",
+            samples_per_prompt=1,
+            max_response_tokens=min(weights.probe_tokens, sampling.max_response_tokens),
+        )
+        with clock.phase("probe"):
+            return verify(weights, self._cast.policy, self._cast.generators, plan, version, self._cast.exact)
+
+    def _wait_stored(self, pending: list) -> None:
+        """Wait until columns are there, or their role failed, without fetching them."""
+        timeout_s = self._config.cluster.call_timeout_s
+        ready, late = (
+            ray.wait(
+                [item.reference for item in pending], num_returns=len(pending), timeout=timeout_s, fetch_local=False
+            )
+            if pending
+            else ([], [])
+        )
+        if late:
+            first = next(item for item in pending if item.reference in late)
+            raise RoleFailure(
+                FailureKind.INFRASTRUCTURE,
+                first.role,
+                first.node,
+                f"no answer to '{first.task}' within {timeout_s:.0f} s",
+            )
+
+    def _check_scores(self, headers: StepHeaders) -> None:
+        """A failed score is counted and set aside; a step without any is the end."""
+        causes = headers.failure_causes
+        if causes:
+            self._tracker.events.write("scores_failed", step=self._state.step + 1, causes=causes)
+        if headers.num_failures == headers.num_samples:
+            raise RoleFailure(
+                FailureKind.FATAL, "reward", "?", f"not one sample of step {self._state.step + 1} has a score: {causes}"
+            )
+
+    def _kl_too_large(self, kl: float | None) -> bool:
+        limit = self._config.algorithm.kl.stop_above
+        if limit is None or kl is None or kl <= limit:
+            return False
+        cause = f"kl/reference is {kl:.2f} nats, above algorithm.kl.stop_above {limit:g}"
+        self._tracker.events.write("run_ended_early", cause=cause, step=self._state.step)
+        self._tracker.display.message(f"ending early: {cause}")
+        return True
+
+    def _save_checkpoint(self) -> None:
+        path = self._folder.checkpoint_path(self._state.step)
+        self._tracker.phase("saving a checkpoint")
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+        learners = [group for group in (self._cast.policy, self._cast.critic) if group is not None]
+        pending = [
+            item
+            for group in learners
+            for rank in range(len(group))
+            for item in group.submit(rank, "save_checkpoint", str(path.absolute()))
+        ]
+        collect(pending, self._config.cluster.call_timeout_s)
+        self._state.kl_controller = self._kl.state_dict()
+        self._state.save(path)
+        self._folder.prune(self._config.checkpoint.keep)
+        self._tracker.events.write("checkpoint_saved", step=self._state.step, path=str(path))
+
+    def _load_checkpoint(self) -> None:
+        latest = self._folder.latest_checkpoint()
+        if latest is None:
+            raise BadInput(
+                str(self._folder.path), "has no complete checkpoint", "a run that reached one, or no --resume"
+            )
+        step, path = latest
+        self._tracker.phase(f"loading the checkpoint of step {step}")
+        self._state = LoopState.load(path)
+        self._kl.load_state_dict(self._state.kl_controller)
+        learners = [group for group in (self._cast.policy, self._cast.critic) if group is not None]
+        pending = [
+            item
+            for group in learners
+            for rank in range(len(group))
+            for item in group.submit(rank, "load_checkpoint", str(path.absolute()))
+        ]
+        collect(pending, self._config.cluster.call_timeout_s)
+        dropped = self._tracker.metrics.truncate_after(step)
+        self._tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
+
+    def _evaluate_before(self) -> None:
+        path = self._folder.path / BEFORE
+        if self._inputs.held_out is None or path.exists():
+            return
+        self._tracker.phase("judging the policy before training")
+        save_samples(path, self._evaluate())
+
+    def _evaluate(self) -> list:
+        assert self._inputs.held_out is not None, "called with held-out prompts only"
+        return evaluate(
+            self._cast,
+            self._inputs.held_out,
+            self._config.evaluation,
+            self._config.sampling,
+            self._config.run.seed,
+            self._config.cluster.call_timeout_s,
+        )
+
+    def _finish(self, last_kl: float | None) -> None:
+        """The policy as a Hugging Face directory, the judgement, the plot and the page; the summary last."""
+        folder, config = self._folder, self._config
+        summary: dict[str, object] = {
+            "name": config.run.name,
+            "steps": self._state.step,
+            "samples": self._state.samples,
+        }
+        card = self._inputs.reward_card
+        if card is not None:
+            summary["reward_model"] = card.evaluation
+        pairs = []
+        if self._inputs.held_out is not None:
+            self._tracker.phase("judging the policy after training")
+            before, after = load_samples(folder.path / BEFORE), self._evaluate()
+            save_samples(folder.path / AFTER, after)
+            summary["held_out"] = held_out_summary(before, after)
+            last_kl = held_out_kl(after) if self._cast.references is not None else None
+            pairs = pair_samples(before, after)
+        summary["kl/reference"] = last_kl
+        self._tracker.phase("writing the policy")
+        self._cast.policy.call_all("export", str(folder.policy.absolute()))
+        title = f"{config.run.name} · {config.policy.model}"
+        plot_ppo(folder.metrics, folder.plot, title)
+        summary["wall_s"] = self._tracker.wall_s
+        if pairs:
+            write_samples(folder.samples, pairs)
+            shown = pairs[: config.evaluation.page_samples]
+            write_samples_page(folder.samples_page, title, summary, shown, folder.plot)
+        self._tracker.finish(summary)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT are noted, so that the step under way ends and is kept; a second one acts as usual."""
+    received: list[int] = []
+    previous = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def experience_spec(algorithm: AlgorithmSettings) -> ExperienceSpec:
+    """The algorithm's settings as what the experience needs."""
+    return ExperienceSpec(
+        advantage=algorithm.advantage,
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+        reward_whiten=algorithm.reward_whiten,
+        advantage_whiten=algorithm.advantage_whiten,
+        score_clip=algorithm.score_clip,
+        missing_eos_penalty=algorithm.missing_eos_penalty,
+        kl_estimator=algorithm.kl.estimator,
+        kl_in_reward=algorithm.kl.placement == "reward",
+        loss_aggregation=algorithm.loss_aggregation,
+    )
+
+
+def policy_loss_spec(algorithm: AlgorithmSettings) -> PolicyLossSpec:
+    """The algorithm's settings as what the policy's loss needs."""
+    return PolicyLossSpec(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        entropy_coefficient=algorithm.entropy_coefficient,
+        importance_cap=algorithm.importance_cap,
+        kl_in_loss=algorithm.kl.placement == "loss",
+        kl_estimator=algorithm.kl.estimator,
+    )

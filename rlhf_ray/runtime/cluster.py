@@ -1,0 +1,127 @@
+"""Joining or starting a Ray cluster, and reserving room in it before any role starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+
+
+@dataclass(frozen=True)
+class RoleRequest:
+    """What a role asks of the cluster."""
+
+    role: str
+    key: str
+    settings: ActorSettings
+
+
+def connect(settings: ClusterSettings) -> None:
+    """Join the cluster of the settings or of `RAY_ADDRESS`, or start one on this machine.
+
+    Raises:
+        BadInput: there is no such cluster.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput(
+                "cluster.address",
+                f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]})",
+                "the address of a running cluster, or empty for a new one on this machine",
+            ) from None
+        return
+    ray.init(
+        address="local",
+        num_cpus=settings.num_cpus,
+        object_store_memory=int(settings.object_store_gib * (1 << 30)),
+        include_dashboard=False,
+        **quiet,
+    )
+
+
+def check_resources(requests: Sequence[RoleRequest]) -> None:
+    """See that the cluster could ever hold all roles.
+
+    Raises:
+        BadInput: naming the roles that ask for it, what they ask for in all and what there is.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for resource, attribute in (("CPU", "cpus"), ("GPU", "gpus")):
+        available = sum(node["Resources"].get(resource, 0.0) for node in nodes)
+        largest = max((node["Resources"].get(resource, 0.0) for node in nodes), default=0.0)
+        asked = {request.key: _amount(request, attribute) * request.settings.replicas for request in requests}
+        total = sum(asked.values())
+        parts = ", ".join(f"{key} {amount:g}" for key, amount in asked.items() if amount)
+        heaviest = max(asked, key=lambda key: asked[key])
+        if total > available + 1e-9:
+            raise BadInput(
+                f"{heaviest}.{attribute}",
+                f"the roles ask for {total:g} {resource}s ({parts}); the cluster has {available:g} on {len(nodes)} node(s)",
+                "fewer replicas or a smaller share each",
+            )
+        for request in requests:
+            if _amount(request, attribute) > largest + 1e-9:
+                raise BadInput(
+                    f"{request.key}.{attribute}",
+                    f"one process asks for {_amount(request, attribute):g} {resource}s; the largest node has {largest:g}",
+                    "at most what one node has",
+                )
+    largest_cpu = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
+    for request in requests:
+        if request.settings.threads > max(largest_cpu, 1.0):
+            raise BadInput(
+                f"{request.key}.threads",
+                f"{request.settings.threads} threads in one process; the largest node has {largest_cpu:g} CPUs",
+                "at most the CPUs of one node",
+            )
+
+
+def reserve(requests: Sequence[RoleRequest], settings: ClusterSettings) -> PlacementGroup:
+    """Room for every process of every role, in the order of the requests.
+
+    Raises:
+        RoleFailure: the cluster could hold them, but had no room within the deadline.
+    """
+    bundles = [_bundle(request.settings) for request in requests for _ in range(request.settings.replicas)]
+    group = placement_group(bundles, strategy=settings.placement_strategy)
+    started = time.monotonic()
+    if not group.wait(timeout_seconds=settings.placement_timeout_s):
+        remove_placement_group(group)
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        asked = "; ".join(
+            f"{request.role}: {request.settings.replicas} x {_bundle(request.settings)}" for request in requests
+        )
+        raise RoleFailure(
+            FailureKind.INFRASTRUCTURE,
+            "cluster",
+            "?",
+            f"no room within {time.monotonic() - started:.0f} s (cluster.placement_timeout_s). Asked for {asked}; free now: "
+            f"{free or 'nothing'}; placement {settings.placement_strategy}",
+        )
+    return group
+
+
+def _amount(request: RoleRequest, attribute: str) -> float:
+    return request.settings.cpus if attribute == "cpus" else request.settings.gpus
+
+
+def _bundle(settings: ActorSettings) -> dict[str, float]:
+    bundle = {"CPU": settings.cpus}
+    if settings.gpus:
+        bundle["GPU"] = settings.gpus
+    return bundle

@@ -1,0 +1,108 @@
+"""What every training command has in common: its folder, its logs, its sinks and its display."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from rlhf_ray.config.load import dump_config
+from rlhf_ray.config.settings import RunConfig
+from rlhf_ray.tracking.display import Column, Display, open_display
+from rlhf_ray.tracking.logs import EventLog, MetricsLog
+from rlhf_ray.tracking.metrics import MetricKind, check_known
+from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.sinks import Sink, open_sinks
+
+
+def run_folder_path(config: RunConfig) -> str:
+    """`<paths.runs>/<run.name>`."""
+    return f"{config.paths.runs}/{config.run.name}"
+
+
+class Tracker:
+    """A context manager around one run.
+
+    Args:
+        config: of the run.
+        kind: which metrics it has.
+        folder: of the run.
+        title: for the display.
+        total_steps: of the whole run.
+        columns: for the display.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        kind: MetricKind,
+        folder: RunFolder,
+        title: str,
+        total_steps: int,
+        columns: Sequence[Column],
+    ) -> None:
+        self._config, self._kind, self.folder = config, kind, folder
+        self.events = EventLog(folder.events)
+        self.metrics = MetricsLog(folder.metrics, self.events)
+        self.display: Display = open_display(config.tracking.progress, title, total_steps, columns)
+        self._sinks: list[Sink] = []
+        self._stack = ExitStack()
+        self._summary: dict[str, object] = {}
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.events.write("run_started", name=self._config.run.name, kind_of_run=self._kind)
+        self._sinks = open_sinks(
+            self._config.tracking,
+            self.folder,
+            self._config.run.name,
+            json.loads(self._config.model_dump_json()),
+            self._sink_failed,
+        )
+        self._stack.enter_context(self.display)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
+        for sink in self._sinks:
+            sink.close(self._summary)
+        self._stack.close()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since this process took up the run."""
+        return time.monotonic() - self._started
+
+    def phase(self, text: str) -> None:
+        """Say what is going on."""
+        self.display.phase(text)
+
+    def step(self, row: Mapping[str, float | int | None]) -> None:
+        """Log one step everywhere."""
+        check_known(self._kind, row)
+        self.metrics.write(row)
+        number = int(row["step"] or 0)
+        for sink in self._sinks:
+            sink.log(number, row)
+        self.display.step(row)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Write the summary, which makes the run a finished one."""
+        self._summary = dict(summary)
+        write_atomic(self.folder.summary, json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
+        self.events.write("run_finished")
+
+    def _sink_failed(self, name: str, cause: str) -> None:
+        self.events.write("sink_failed", cause=cause, sink=name)
+        self.display.message(f"{name} is off: {cause}")
+
+
+def open_folder(config: RunConfig, resume: bool = False) -> RunFolder:
+    """The run's folder, made or taken up again."""
+    return RunFolder.create(run_folder_path(config), dump_config(config), resume)
