@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.failures import BadInput, RoleFailure
+from rlhf_ray.failures import BadInput, RoleFailure, Stopped
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -88,12 +88,13 @@ def ppo(
 def main() -> None:
     """Run a command; exit status 0 done, 2 bad input in one line, 1 anything else."""
     try:
-        app(standalone_mode=False)
+        app()
     except BadInput as error:
         print(f"bad input: {error}", file=sys.stderr)
         sys.exit(2)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except RoleFailure as error:
         print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as error:
+        print(error, file=sys.stderr)
         sys.exit(1)

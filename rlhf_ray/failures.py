@@ -56,6 +56,10 @@ class RoleFailure(Exception):
         return RoleFailure, (self.kind, self.role, self.node, self.cause, self.details)
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and has kept its state."""
+
+
 def classify(error: BaseException) -> FailureKind:
     """The kind of a failure, judged where the exception was caught.
 

@@ -25,3 +25,18 @@ def keyed_seed(seed: int, *key: str | int) -> int:
 def keyed_generator(seed: int, *key: str | int) -> np.random.Generator:
     """A NumPy generator for the draws under one key."""
     return np.random.Generator(np.random.Philox(keyed_seed(seed, *key)))
+
+
+def batch_rows(num_rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The rows of a step: entries step·batch_size … of one keyed permutation after another.
+
+    Args:
+        step: from 0.
+    """
+    rows: list[int] = []
+    for entry in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(entry, num_rows)
+        if not rows or place == 0:
+            order = keyed_generator(seed, "row-order", epoch).permutation(num_rows)
+        rows.append(int(order[place]))
+    return rows

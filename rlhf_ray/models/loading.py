@@ -19,7 +19,8 @@ class ModelFacts:
         vocab_size: rows of its embedding.
         context_tokens: longest sequence of positions.
         num_layers: transformer layers.
-        has_weights: false for a directory that is only a configuration.
+        num_labels: of a classifier's head; transformers' default where the configuration names none.
+        architectures: class names that the weights were saved from.
     """
 
     vocab_size: int
@@ -48,10 +49,14 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
         )
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
         ) from None
+    if not hasattr(config, "vocab_size"):
+        raise BadInput(
+            key, f"the configuration of '{model}' ({config.model_type}) has no vocab_size", "a model that reads text"
+        )
     return ModelFacts(
         vocab_size=int(config.vocab_size),
         context_tokens=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
@@ -77,6 +82,16 @@ def load_tokenizer(model: str, key: str) -> Any:
             f"'{model}' has no readable tokenizer ({_first_line(error)})",
             "a directory with tokenizer.json and tokenizer_config.json",
         ) from None
+    return tokenizer
+
+
+def load_policy_tokenizer(model: str, key: str) -> Any:
+    """A tokenizer that can end a response.
+
+    Raises:
+        BadInput: as `load_tokenizer`, or it has no end-of-sequence token.
+    """
+    tokenizer = load_tokenizer(model, key)
     if tokenizer.eos_token_id is None:
         raise BadInput(
             key, f"the tokenizer of '{model}' has no end-of-sequence token", "a tokenizer with eos_token set"
@@ -100,26 +115,35 @@ def _check_weight_files(folder: Path, key: str) -> None:
     if not (folder / "config.json").is_file():
         raise BadInput(key, f"'{folder}' has no config.json", "a Hugging Face directory")
     index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(key, f"'{index}' is not a weight index", "an undamaged copy") from None
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
             raise BadInput(key, f"'{folder}' lacks {', '.join(missing[:3])}", "all shards named in the weight index")
-        return
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with single.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(header_size)) if 0 < header_size < single.stat().st_size else None
-                end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            except (ValueError, AttributeError, KeyError, UnicodeDecodeError):
-                raise BadInput(key, f"'{single}' is not a safetensors file", "an undamaged copy") from None
-        if 8 + header_size + end > single.stat().st_size:
-            raise BadInput(key, f"'{single}' is cut short ({single.stat().st_size} bytes)", "an undamaged copy")
-        return
-    if not any(folder.glob("pytorch_model*.bin")):
+        for name in shards:
+            _check_safetensors(folder / name, key)
+    elif single.is_file():
+        _check_safetensors(single, key)
+    elif not any(folder.glob("pytorch_model*.bin")):
         raise BadInput(key, f"'{folder}' has no weights", "model.safetensors beside config.json")
+
+
+def _check_safetensors(path: Path, key: str) -> None:
+    """Only the header is read, and it says how long the file must be."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(header_size)) if 0 < header_size < size else None
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            raise BadInput(key, f"'{path}' is not a safetensors file", "an undamaged copy") from None
+    if 8 + header_size + end > size:
+        raise BadInput(key, f"'{path}' is cut short ({size} bytes)", "an undamaged copy")
 
 
 @cache

@@ -181,9 +181,13 @@ def packed_sdpa(
 
     Returns:
         `[1, T, heads, head_size]`, as transformers' attention interface wants it.
+
+    Raises:
+        ValueError: the row's bounds are missing, or the model asks for something that is not computed here.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed_sdpa needs cu_seq_lens_q and max_length_q: the row's sequences")
+    _refuse_other_attention(max_length_q, **kwargs)
     starts = cu_seq_lens_q.to(torch.int64)
     lengths = starts[1:] - starts[:-1]
     num_sequences, longest = len(lengths), max_length_q
@@ -212,6 +216,21 @@ def packed_sdpa(
     )
     flat = attended.transpose(1, 2).reshape(num_sequences * longest, query.shape[1], query.shape[3])
     return flat.index_select(0, slots)[None], None
+
+
+def _refuse_other_attention(
+    longest: int, sliding_window: int | None = None, softcap: float | None = None, s_aux: Any = None, **kwargs: Any
+) -> None:
+    """What an architecture adds to attention comes as keyword arguments; left out, results are wrong in silence."""
+    unknown = {
+        f"sliding_window {sliding_window} below the longest sequence, {longest}": bool(sliding_window)
+        and sliding_window < longest,
+        f"softcap {softcap}": softcap is not None,
+        "attention sinks (s_aux)": s_aux is not None,
+    }
+    found = [name for name, asked in unknown.items() if asked]
+    if found:
+        raise ValueError(f"packed_sdpa does not compute {', '.join(found)}; choose another `attention`")
 
 
 def register_packed_sdpa() -> None:

@@ -102,10 +102,14 @@ def load_critic_model(model: str, *, dtype: str, attention: str, seed: int) -> C
     return CriticModel(loaded)
 
 
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    """Parameters in full for the length of a block, changes kept; ZeRO-3 has them in pieces otherwise."""
+def gathered(parameters: list[nn.Parameter], read_only: bool = False) -> AbstractContextManager[None]:
+    """Parameters in full for the length of a block; ZeRO-3 has them in pieces otherwise.
+
+    Args:
+        read_only: the block changes nothing; otherwise rank 0 sends everything to all ranks again at the end.
+    """
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(parameters, modifier_rank=0)
+    return GatheredParameters(parameters, modifier_rank=None if read_only else 0)

@@ -12,14 +12,14 @@ from rlhf_ray.config.settings import ActorSettings, PPOConfig
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.roles.critic_learner import CriticLearner
-from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.evaluator import Evaluator
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward_scorer import RewardScorer
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, meeting_point
+from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.waiting import Pending, collect
 
 _EVALUATOR = ActorSettings(cpus=0.05)
@@ -123,12 +123,6 @@ def _build(cast: Cast, config: PPOConfig, inputs: Inputs) -> list[Pending]:
     if cast.evaluator is not None:
         pending += cast.evaluator.build(Evaluator, [(policy.model, config.evaluation.judge)])
     return pending
-
-
-def ranks(group: ActorGroup) -> list[Rank]:
-    """A place in one process group for every replica."""
-    address, port = meeting_point(group)
-    return [Rank(rank, len(group), address, port) for rank in range(len(group))]
 
 
 def _computes_float32(config: PPOConfig) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.loading import ModelFacts, check_tokenizer_fits, load_tokenizer, read_model_facts
+from rlhf_ray.models.loading import ModelFacts, check_tokenizer_fits, load_policy_tokenizer, read_model_facts
 from rlhf_ray.models.reward_models import RewardModelCard, load_reward_tokenizer
 
 
@@ -39,7 +39,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
     """
     policy = config.policy.model
     facts = read_model_facts(policy, "policy.model")
-    tokenizer = load_tokenizer(policy, "policy.model")
+    tokenizer = load_policy_tokenizer(policy, "policy.model")
     check_tokenizer_fits(tokenizer, facts, policy, "policy.model")
     check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
     if config.reference is not None and config.reference.model is not None:

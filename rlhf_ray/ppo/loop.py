@@ -13,7 +13,7 @@ import ray
 from rlhf_ray.algorithms.experience import ExperienceSpec
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.config.settings import AlgorithmSettings, PPOConfig
-from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
 from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
 from rlhf_ray.ppo.evaluation import (
     evaluate,
@@ -40,10 +40,6 @@ from rlhf_ray.tracking.tracker import Tracker, open_folder
 
 BEFORE = "held_out_before.jsonl"
 AFTER = "held_out_after.jsonl"
-
-
-class Stopped(Exception):
-    """The run was asked to stop and has kept its state."""
 
 
 def run_ppo(config: PPOConfig, resume: bool = False) -> None:

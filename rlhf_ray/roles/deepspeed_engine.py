@@ -186,7 +186,7 @@ class DeepSpeedEngine:
             strip: name prefix that our wrapper put before the Hugging Face names.
         """
         for name, parameter in self.unwrapped.named_parameters():
-            with gathered([parameter]):
+            with gathered([parameter], read_only=True):
                 if self.rank.rank == 0:
                     yield name.removeprefix(strip), parameter.data
 

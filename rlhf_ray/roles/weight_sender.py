@@ -36,7 +36,7 @@ class LearnerWeightSource(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._module.named_parameters():
-            with gathered([parameter]):
+            with gathered([parameter], read_only=True):
                 yield name.removeprefix(self._strip), parameter.data
 
 

@@ -38,7 +38,7 @@ def connect(settings: ClusterSettings) -> None:
     if address and address != "local":
         try:
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise BadInput(
                 "cluster.address",
                 f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]})",

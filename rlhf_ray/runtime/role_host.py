@@ -108,6 +108,11 @@ class RoleHost:
         """Run, and classify what goes wrong here, where it is still known what it was."""
         try:
             return action()
+        except ray.exceptions.RayTaskError as error:
+            # What was fetched is another role's failure: it keeps that role's name.
+            if isinstance(error.cause, RoleFailure):
+                raise error.cause from None
+            raise RoleFailure(_kind(error), self._name, self.node(), _first_line(error), str(error)) from None
         except Exception as error:
             details = traceback.format_exc()
             print(details, file=sys.stderr, flush=True)

@@ -65,7 +65,7 @@ class RunFolder:
             BadInput: the folder holds another run, or nothing to resume from, or cannot be written.
         """
         folder = cls(Path(path))
-        folder._refuse_another_run(resume)
+        folder.refuse_another_run(resume)
         try:
             for needed in (folder.path, folder.checkpoints, folder.logs):
                 needed.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,12 @@ class RunFolder:
             raise BadInput(str(path), f"cannot be written ({error.strerror})", "a folder this user may write") from None
         return folder
 
-    def _refuse_another_run(self, resume: bool) -> None:
+    def refuse_another_run(self, resume: bool) -> None:
+        """See that the folder may be used, without making it.
+
+        Raises:
+            BadInput: it holds another run, or nothing to resume from.
+        """
         where = str(self.path)
         finished = self.summary.exists()
         if finished and resume:

@@ -1,0 +1,58 @@
+# `make demo` and `make test` each make the environment first if it is missing.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# uv does not read pip's settings: hand on a folder of wheels, or let uv find torch's CPU build itself.
+TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=cpu)
+# Byte code is kept, or every process compiles the engines' sources again when it imports them.
+export PYTHONDONTWRITEBYTECODE :=
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help env demo test lint docs lock clean
+
+help:  ## What there is to make
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 8
+
+env: $(READY)  ## The environment in .venv, from the lock
+
+$(READY): requirements/cpu.lock pyproject.toml
+	@echo "making the environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>&1 | { grep -v WARNING || true; }
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(TORCH) -r requirements/cpu.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+demo: $(READY)  ## SmolLM2 gets better by human preferences, about a quarter of an hour on two cores
+	@$(BIN)/rlhf-ray prepare smollm2-135m
+	@$(BIN)/rlhf-ray prepare minilm
+	@$(BIN)/rlhf-ray prepare hutto-movie
+	@test -e runs/demo-sft/summary.json || $(BIN)/rlhf-ray sft configs/demo/sft.yaml
+	@test -e runs/demo-reward-model/summary.json || $(BIN)/rlhf-ray train-rm configs/demo/reward_model.yaml
+	@$(BIN)/rlhf-ray ppo configs/demo/ppo.yaml
+
+test: $(READY)  ## Unit tests in seconds, system tests with the real engines in minutes
+	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest tests/system
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: $(READY)  ## Write docs/settings.md and docs/metrics.md again from the code
+	@$(BIN)/python -m rlhf_ray.documentation
+
+lock: $(READY)  ## Pin the whole CPU environment again
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-package rlhf-ray $(TORCH) \
+		--extra cpu --extra dev --override requirements/override.txt pyproject.toml -o requirements/cpu.lock \
+		--custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links
+
+clean:  ## Remove caches (not the environment, data or runs)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

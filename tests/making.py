@@ -1,0 +1,122 @@
+"""Rollouts, shards and settings for tests of the roles."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_ray.algorithms.experience import ExperienceShard, ExperienceSpec
+from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.roles.policy_learner import PolicyLossSpec
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
+
+SPEC = ExperienceSpec(
+    advantage="gae",
+    gamma=1.0,
+    gae_lambda=0.95,
+    reward_whiten=False,
+    advantage_whiten=True,
+    score_clip=None,
+    missing_eos_penalty=0.0,
+    kl_estimator="k1",
+    kl_in_reward=True,
+    loss_aggregation="token",
+)
+LOSS = PolicyLossSpec(
+    clip_low=0.2,
+    clip_high=0.2,
+    dual_clip=None,
+    entropy_coefficient=0.01,
+    importance_cap=2.0,
+    kl_in_loss=False,
+    kl_estimator="k1",
+)
+KL_COEFFICIENT = 0.05
+
+
+def learner_settings(**chosen: Any) -> LearnerSettings:
+    """Float32, and an AdamW step that is smooth in the gradient.
+
+    With the usual ε an entry whose gradient is nothing but rounding moves by a full learning rate, and two exact
+    computations of one step could not be told from a wrong one.
+    """
+    return LearnerSettings(
+        **{"dtype": "float32", "learning_rate": 1e-2, "adam_epsilon": 1e-3, "zero_stage": 1, **chosen}
+    )
+
+
+def rollout_of(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    first_prompt_id: int = 0,
+    samples_per_prompt: int = 1,
+    logprobs: Sequence[float] | None = None,
+    finished: bool = True,
+) -> Rollout:
+    """A rollout of given token ids; log-probs are zeros unless given."""
+    count = sum(len(response) for response in responses)
+    sample_ids = np.arange(len(prompts)) + first_prompt_id * samples_per_prompt
+    return Rollout(
+        tokens=np.concatenate(
+            [np.array([*p, *r], dtype=np.int32) for p, r in zip(prompts, responses, strict=True)]
+        ),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], dtype=np.int32),
+        response_lengths=np.array([len(response) for response in responses], dtype=np.int32),
+        logprobs=np.zeros(count, dtype=np.float32) if logprobs is None else np.array(logprobs, dtype=np.float32),
+        policy_versions=np.zeros(count, dtype=np.int32),
+        finish_reasons=np.full(len(prompts), FINISH_STOP if finished else FINISH_LENGTH, dtype=np.int8),
+        sample_ids=sample_ids,
+        prompt_ids=sample_ids // samples_per_prompt,
+    )
+
+
+def random_rollout(index: int, num_prompts: int = 2, samples_per_prompt: int = 2, vocabulary: int = 300) -> Rollout:
+    """Random tokens in uneven lengths; the same for the same index."""
+    random = np.random.default_rng(index)
+    prompts = [random.integers(3, vocabulary, random.integers(2, 9)) for _ in range(num_prompts)]
+    repeated = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
+    responses = [random.integers(3, vocabulary, random.integers(1, 14)) for _ in repeated]
+    count = sum(len(response) for response in responses)
+    return rollout_of(
+        [prompt.tolist() for prompt in repeated],
+        [response.tolist() for response in responses],
+        first_prompt_id=index * num_prompts,
+        samples_per_prompt=samples_per_prompt,
+        logprobs=(random.normal(size=count) * 0.1 - 5.7).tolist(),
+    )
+
+
+def shard_of(rollout: Rollout, policy: TokenColumn | None, values: TokenColumn | None = None) -> ExperienceShard:
+    """Random scores and values; the reference a little off the policy."""
+    random = np.random.default_rng(int(rollout.prompt_ids[0]) + 1000)
+    count = len(rollout.logprobs)
+    noise = (random.normal(size=count) * 0.1).astype(np.float32)
+    base = rollout.logprobs if policy is None else policy.data
+    return ExperienceShard(
+        rollout=rollout,
+        rewards=RewardColumn(random.normal(size=rollout.num_samples), ("",) * rollout.num_samples, "made"),
+        reference=TokenColumn(base + noise),
+        values=values or TokenColumn((random.normal(size=count) * 0.1).astype(np.float32)),
+        policy=policy,
+    )
+
+
+def parameters_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Over all tensors of two models."""
+    assert one.keys() == other.keys()
+    return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")

@@ -1,0 +1,201 @@
+"""The files in cluster/ are what Ray, KubeRay and Slurm take, and fit the project's own configurations and versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+CRDS = ROOT.parent / "shared" / "schemas" / "kuberay"
+SBATCH = CLUSTER / "slurm" / "ppo.sbatch"
+
+
+def documents() -> Iterator[dict[str, Any]]:
+    for path in sorted((CLUSTER / "kuberay").glob("*.yaml")):
+        yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+
+
+def ray_spec(document: dict[str, Any]) -> dict[str, Any]:
+    spec = document["spec"]
+    return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
+
+
+RAY_DOCUMENTS = [document for document in documents() if document["kind"] in ("RayCluster", "RayJob")]
+BY_KIND = pytest.mark.parametrize("document", RAY_DOCUMENTS, ids=lambda document: document["kind"])
+
+
+def closed(schema: Any) -> Any:
+    """The schema with unknown fields refused: the API server drops them without a word."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {name: closed(part) for name, part in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        result.setdefault("additionalProperties", False)
+    return result
+
+
+def test_kuberay_has_a_cluster_and_a_job():
+    assert sorted(document["kind"] for document in RAY_DOCUMENTS) == ["RayCluster", "RayJob"]
+
+
+@BY_KIND
+def test_manifest_is_valid_against_the_custom_resource_definition(document):
+    path = CRDS / f"ray.io_{document['kind'].lower()}s.yaml"
+    if not path.exists():
+        pytest.skip(f"the custom resource definition is not at {path}")
+    versions = yaml.safe_load(path.read_text(encoding="utf-8"))["spec"]["versions"]
+    [version] = [version for version in versions if document["apiVersion"] == f"ray.io/{version['name']}"]
+    jsonschema.validate(document, closed(version["schema"]["openAPIV3Schema"]))
+
+
+@BY_KIND
+def test_pods_share_storage_and_have_a_token_and_whole_nodes(document):
+    claims = [each["metadata"]["name"] for each in documents() if each["kind"] == "PersistentVolumeClaim"]
+    spec = ray_spec(document)
+    assert spec["authOptions"] == {"mode": "token"}
+    templates = [spec["headGroupSpec"]["template"], *(group["template"] for group in spec["workerGroupSpecs"])]
+    for template in templates:
+        pod = template["spec"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes["shared"]["persistentVolumeClaim"]["claimName"] in claims
+        [container] = pod["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"shared": "/shared", "shared-memory": "/dev/shm"}
+        assert container["image"] == "RLHF_RAY_IMAGE", "a placeholder, never somebody's registry"
+    [workers] = spec["workerGroupSpecs"]
+    [container] = workers["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    # The driver asks for all GPUs at once, so nothing may scale up only later.
+    assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
+
+
+@BY_KIND
+def test_ray_version_is_the_one_that_the_package_depends_on(document):
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    [found] = [match for line in dependencies if (match := re.match(r"ray\[.*\]>=([\d.]+),<([\d.]+)$", line))]
+    low, high = (tuple(map(int, bound.split("."))) for bound in found.groups())
+    assert low <= tuple(map(int, ray_spec(document)["rayVersion"].split("."))) < high
+
+
+def test_the_job_runs_a_configuration_that_exists_with_folders_on_the_shared_volume():
+    [job] = [document for document in RAY_DOCUMENTS if document["kind"] == "RayJob"]
+    program, command, config, *overrides = job["spec"]["entrypoint"].split()
+    assert (program, command) == ("rlhf-ray", "ppo")
+    assert (ROOT / config.removeprefix("/shared/")).is_file()
+    assert overrides == ["paths.data=/shared/data", "paths.runs=/shared/runs"]
+
+
+def test_cluster_launcher_file_is_valid_for_ray_and_starts_every_node_with_the_token():
+    config = yaml.safe_load((CLUSTER / "ray-cluster.yaml").read_text(encoding="utf-8"))
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(config, json.loads(schema.read_text(encoding="utf-8")))
+    assert config["min_workers"] == config["max_workers"] == len(config["provider"]["worker_ips"])
+    for node in ("head", "worker"):
+        start = config[f"{node}_start_ray_commands"][-1]
+        assert "RAY_AUTH_MODE=token" in start
+        assert "ray start" in start
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A submit folder whose `activate` puts stand-ins for Slurm, Ray and Python on the PATH."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    stand_ins = {
+        "scontrol": "printf 'node-1\\nnode-2\\n'",
+        "srun": (
+            'echo "srun $*" >>calls\nwhile [[ $1 == --* ]]; do shift; done\n'
+            "[[ $1 == hostname ]] && echo 10.0.0.1 || exec sleep 60"
+        ),
+        "ray": (
+            'echo "ray $*" >>calls\n[[ -s $RAY_AUTH_TOKEN_PATH ]] && stat -c %a "$RAY_AUTH_TOKEN_PATH" >>modes\n'
+            "[[ $2 == stop ]] && { touch stopped; exit 0; }\n"
+            'while [[ -n ${JOB_HANGS:-} && ! -e stopped ]]; do sleep 0.05; done\nexit "${JOB_STATUS:-0}"'
+        ),
+        "python": 'case $2 in *secrets*) printf 0123456789abcdef ;; *) echo "joined $4" >>calls ;; esac',
+    }
+    for name, body in stand_ins.items():
+        (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
+
+    def start(*arguments: str, **env: str) -> subprocess.Popen[str]:
+        job = {
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "node-[1-2]",
+            "SLURM_CPUS_PER_TASK": "64",
+            "SLURM_GPUS_ON_NODE": "8",
+        }
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RLHF_RAY")}
+        return subprocess.Popen(
+            ["bash", str(SBATCH), *arguments],
+            env=environment | job | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return tmp_path, start
+
+
+def test_slurm_script_parses():
+    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
+
+
+def test_slurm_script_starts_all_nodes_then_the_job_and_takes_the_token_away(slurm):
+    folder, start = slurm
+    process = start("configs/x.yaml", "run.name=second", JOB_STATUS="2")
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2, output
+    calls = (folder / "calls").read_text().splitlines()
+    started = [call for call in calls if "ray start" in call]
+    assert len(started) == 2
+    assert "--nodelist=node-1" in started[0]
+    assert "--head" in started[0]
+    assert "--nodelist=node-2" in started[1]
+    assert "--address=10.0.0.1:6379" in started[1]
+    assert all("--num-gpus=8" in call for call in started)
+    assert calls.index("joined 2") < len(calls) - 1, "the job is submitted once all nodes are there"
+    expected = f"rlhf-ray ppo configs/x.yaml paths.data={folder}/data paths.runs={folder}/runs run.name=second"
+    assert calls[-1].startswith("ray job submit --address")
+    assert calls[-1].endswith(expected)
+    assert (folder / "modes").read_text().split() == ["600"], "only the owner may read the token"
+    assert not list(folder.glob(".ray-token*"))
+
+
+def test_slurm_script_stops_the_job_when_its_time_is_nearly_up(slurm):
+    folder, start = slurm
+    process = start("configs/x.yaml", JOB_STATUS="1", JOB_HANGS="yes")
+    for _ in iter(lambda: (folder / "modes").exists(), True):
+        assert process.poll() is None
+    process.terminate()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0, output
+    assert any(call.startswith("ray job stop") and call.endswith("slurm-7") for call in read(folder / "calls"))
+
+
+def test_slurm_script_without_a_configuration_says_how_it_is_used(slurm):
+    _, start = slurm
+    process = start()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert output.startswith("usage:")
+
+
+def read(path: Path) -> list[str]:
+    return path.read_text().splitlines()

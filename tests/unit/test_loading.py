@@ -1,0 +1,177 @@
+"""What is wrong with a model's directory is said before anything is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import (
+    check_tokenizer_fits,
+    load_policy_tokenizer,
+    load_tokenizer,
+    read_model_facts,
+    resolve_attention,
+    resolve_dtype,
+    train_only_top_layers,
+)
+
+
+@pytest.fixture
+def model(policy_model: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(policy_model, tmp_path / "model"))
+
+
+def refusal(model: Path | str) -> str:
+    with pytest.raises(BadInput) as caught:
+        read_model_facts(str(model), "policy.model")
+    assert caught.value.where == "policy.model"
+    assert "\n" not in str(caught.value)
+    return caught.value.found
+
+
+def test_facts(model: Path, tiny: Path):
+    facts = read_model_facts(str(model), "policy.model")
+    assert (facts.context_tokens, facts.num_layers) == (256, 2)
+    assert facts.architectures == ("LlamaForCausalLM",)
+    assert read_model_facts(str(tiny / "reward_model"), "reward.model").num_labels == 1
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nothing", "data/tiny/policie", "a-bare-name"])
+def test_missing_directory(name: str):
+    assert f"'{name}'" in refusal(name)
+
+
+def test_hub_id_that_cannot_be_read():
+    assert "some-org/no-such-model" in refusal("some-org/no-such-model")
+
+
+def test_no_configuration(model: Path):
+    (model / "config.json").unlink()
+    assert "has no config.json" in refusal(model)
+
+
+def test_broken_configuration(model: Path):
+    (model / "config.json").write_text("{")
+    assert "cannot be read" in refusal(model)
+
+
+def test_configuration_without_a_vocabulary(model: Path):
+    (model / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    assert "vocab_size" in refusal(model)
+
+
+def test_no_weights(model: Path):
+    (model / "model.safetensors").unlink()
+    assert "has no weights" in refusal(model)
+
+
+def test_truncated_weights(model: Path):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "is cut short" in refusal(model)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"\x04" + b"\x00" * 7 + b"[1]x", b"version https://git-lfs"])
+def test_weights_that_are_none(model: Path, content: bytes):
+    (model / "model.safetensors").write_bytes(content)
+    assert "is not a safetensors file" in refusal(model)
+
+
+def shard(model: Path) -> list[Path]:
+    """Split the weights into two files with an index, as large models come."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, model / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, held in parts.items() for name in held}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return [model / file for file in parts]
+
+
+def test_missing_shard(model: Path):
+    shards = shard(model)
+    assert read_model_facts(str(model), "policy.model").num_layers == 2
+    shards[1].unlink()
+    assert "lacks b.safetensors" in refusal(model)
+
+
+def test_truncated_shard(model: Path):
+    shards = shard(model)
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    assert "b.safetensors' is cut short" in refusal(model)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_broken_index(model: Path, content: str):
+    shard(model)
+    (model / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(model)
+
+
+def test_no_tokenizer(model: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    with pytest.raises(BadInput, match=r"policy\.model: .*no readable tokenizer"):
+        load_tokenizer(str(model), "policy.model")
+
+
+def test_tokenizer_without_an_end(model: Path):
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match="no end-of-sequence token"):
+        load_policy_tokenizer(str(model), "policy.model")
+
+
+def test_tokenizer_larger_than_the_embedding(model: Path):
+    tokenizer = load_tokenizer(str(model), "policy.model")
+    facts = read_model_facts(str(model), "policy.model")
+    check_tokenizer_fits(tokenizer, facts, str(model), "policy.model")
+    tokenizer.add_tokens([f"<new-{index}>" for index in range(facts.vocab_size - len(tokenizer) + 1)])
+    with pytest.raises(BadInput, match=f"highest token id is {facts.vocab_size}") as caught:
+        check_tokenizer_fits(tokenizer, facts, str(model), "policy.model")
+    assert caught.value.where == "policy.model"
+
+
+def test_types_and_attention():
+    assert resolve_dtype("auto", on_gpu=True) == "bfloat16"
+    assert resolve_dtype("float32", on_gpu=True) == "float32"
+    assert resolve_attention("auto", on_gpu=True) == "flash_attention_2"
+    assert resolve_attention("eager", on_gpu=False) == "eager"
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=1, num_labels=1
+    )
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"),
+    [
+        (0, ("bert.pooler", "classifier")),
+        (1, ("bert.encoder.layer.2", "bert.pooler", "classifier")),
+        (9, ("bert.encoder.layer", "bert.pooler", "classifier")),
+    ],
+)
+def test_top_layers_of_an_encoder(num_layers: int, expected: tuple[str, ...]):
+    model = bert()
+    train_only_top_layers(model, num_layers)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(expected)}
+
+
+def test_no_number_of_layers_trains_all():
+    model = bert()
+    train_only_top_layers(model, None)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,176 @@
+"""A packed row gives what each sequence gives alone, in values and gradients, and nothing crosses between sequences."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlhf_ray.models.loading import resolve_attention
+from rlhf_ray.models.packing import RolloutRows, micro_batches, pack, packed_sdpa
+from rlhf_ray.models.token_models import PolicyModel, load_policy_model
+from rlhf_ray.rollout import offsets
+from tests.making import random_rollout
+
+LENGTHS = (13, 2, 29, 7, 21)
+
+
+def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Any]:
+    random = np.random.default_rng(seed)
+    return [random.integers(3, 300, length).astype(np.int32) for length in lengths]
+
+
+@pytest.fixture
+def packed_model(policy_model: str) -> PolicyModel:
+    attention = resolve_attention("auto", on_gpu=False)
+    assert attention == "packed_sdpa"
+    return load_policy_model(policy_model, dtype="float32", attention=attention, temperature=0.7)
+
+
+@pytest.mark.parametrize("plain", ["eager", "sdpa"])
+def test_packed_equals_one_at_a_time_in_loss_and_gradients(policy_model: str, packed_model: PolicyModel, plain: str):
+    from transformers import AutoModelForCausalLM
+
+    rows, learn_from = sequences(), [5, 1, 11, 6, 1]
+    batch = pack(rows, learn_from)
+    packed_logprobs, _ = packed_model(batch)
+    weights = torch.linspace(-1, 1, len(packed_logprobs))
+    (packed_logprobs * weights).sum().backward()
+
+    model = AutoModelForCausalLM.from_pretrained(policy_model, attn_implementation=plain, dtype=torch.float32)
+    alone = []
+    for tokens, first in zip(rows, learn_from, strict=True):
+        ids = torch.from_numpy(tokens.astype(np.int64))
+        logits = model(input_ids=ids[None]).logits[0, first - 1 : -1]
+        alone.append(torch.log_softmax(logits / 0.7, -1).gather(-1, ids[first:, None])[:, 0])
+    expected = torch.cat(alone)
+    (expected * weights).sum().backward()
+
+    torch.testing.assert_close(packed_logprobs, expected, rtol=0, atol=2e-6)
+    assert abs(float(((packed_logprobs - expected) * weights).mean().detach())) <= 1e-6
+    of_packed = dict(packed_model.language_model.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        scale = float(parameter.grad.abs().max())
+        assert float((of_packed[name].grad - parameter.grad).abs().max()) <= 1e-6 * max(scale, 1.0), name
+
+
+def test_changing_a_neighbour_changes_nothing(packed_model: PolicyModel):
+    rows, others = sequences(), sequences(seed=1)
+    learn_from = [1] * len(rows)
+    starts = offsets([len(row) - 1 for row in rows])
+    own = slice(int(starts[2]), int(starts[3]))
+
+    def forward(chosen: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        packed_model.zero_grad()
+        logprobs = packed_model(pack(chosen, learn_from))[0][own]
+        logprobs.sum().backward()
+        gradients = {name: p.grad.clone() for name, p in packed_model.named_parameters() if p.grad is not None}
+        return logprobs.detach(), gradients
+
+    logprobs, gradients = forward(rows)
+    with_others, gradients_with_others = forward([*others[:2], rows[2], *others[3:]])
+    assert torch.equal(logprobs, with_others)
+    changed = {id(row): set(row.tolist()) for row in [*rows, *others]}
+    foreign = sorted(set().union(*changed.values()) - set(rows[2].tolist()))
+    embedding = gradients["language_model.model.embed_tokens.weight"]
+    assert not embedding[foreign].any(), "a loss on one sequence reached the tokens of another"
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_with_others[name], gradient, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_attention_equals_sdpa_on_each_sequence(causal: bool, key_heads: int):
+    torch.manual_seed(0)
+    total, starts = sum(LENGTHS), offsets(LENGTHS)
+    query = torch.randn(1, 4, total, 32, requires_grad=True)
+    key, value = (torch.randn(1, key_heads, total, 32, requires_grad=True) for _ in range(2))
+    inputs = (query, key, value)
+    upstream = torch.randn(1, total, 4, 32)
+
+    module = torch.nn.Module()
+    module.is_causal = causal
+    ours, _ = packed_sdpa(
+        module, *inputs, None, scaling=0.2, cu_seq_lens_q=torch.from_numpy(starts), max_length_q=max(LENGTHS)
+    )
+    our_gradients = torch.autograd.grad((ours * upstream).sum(), inputs)
+    parts = [
+        F.scaled_dot_product_attention(
+            *(each[:, :, start:end] for each in inputs), is_causal=causal, scale=0.2, enable_gqa=key_heads != 4
+        ).transpose(1, 2)
+        for start, end in zip(starts[:-1], starts[1:], strict=True)
+    ]
+    expected = torch.cat(parts, dim=1)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)
+
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    for our_gradient, gradient in zip(our_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=2e-6)
+
+
+def test_an_explicit_is_causal_outranks_the_module():
+    module = torch.nn.Module()
+    module.is_causal = True
+    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
+    both_ways, _ = packed_sdpa(module, *qkv, None, is_causal=False, **bounds)
+    causal, _ = packed_sdpa(module, *qkv, None, **bounds)
+    torch.testing.assert_close(both_ways[0, -1], causal[0, -1])
+    assert not torch.allclose(both_ways[0, 0], causal[0, 0])
+
+
+def test_attention_without_bounds_is_refused():
+    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        packed_sdpa(torch.nn.Module(), *qkv, None)
+
+
+@pytest.mark.parametrize("feature", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
+def test_attention_that_it_does_not_compute_is_refused(feature: dict[str, Any]):
+    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
+    with pytest.raises(ValueError, match=next(iter(feature))):
+        packed_sdpa(torch.nn.Module(), *qkv, None, **bounds, **feature)
+
+
+def test_a_window_wider_than_the_sequences_changes_nothing():
+    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
+    windowed, _ = packed_sdpa(torch.nn.Module(), *qkv, None, sliding_window=6, **bounds)
+    assert torch.equal(windowed, packed_sdpa(torch.nn.Module(), *qkv, None, **bounds)[0])
+
+
+def test_pack_points_at_the_tokens_before_the_predicted_ones():
+    batch = pack([np.array([5, 6, 7, 8], dtype=np.int32), np.array([9, 10], dtype=np.int32)], [2, 1], [10, 0])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert batch.targets.tolist() == [7, 8, 10]
+    assert batch.predict_at.tolist() == [1, 2, 4]
+    assert batch.columns.tolist() == [10, 11, 0]
+
+
+def test_micro_batches_hold_every_sequence_once_and_keep_to_the_limit():
+    lengths = [3, 40, 8, 8, 1, 17, 25]
+    groups = micro_batches(lengths, 25)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    assert all(len(group) == 1 or sum(lengths[index] for index in group) <= 25 for group in groups)
+    assert micro_batches(lengths, 25) == groups
+    assert micro_batches([], 25) == []
+
+
+def test_rollout_rows_number_samples_and_columns_through():
+    rollouts = [random_rollout(0), random_rollout(1)]
+    rows = RolloutRows(rollouts)
+    assert rows.num_columns == sum(len(rollout.logprobs) for rollout in rollouts)
+    assert list(rows.samples_of(1)) == [4, 5, 6, 7]
+    targets = np.zeros(rows.num_columns, dtype=np.int64)
+    for batch in rows.pack(range(len(rows)), 40):
+        targets[batch.columns.numpy()] = batch.targets.numpy()
+    for index, rollout in enumerate(rollouts):
+        responses = [
+            rollout.sample_tokens(sample)[rollout.prompt_lengths[sample] :] for sample in range(rollout.num_samples)
+        ]
+        assert targets[rows.columns_of(index)].tolist() == np.concatenate(responses).tolist()

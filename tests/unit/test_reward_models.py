@@ -1,0 +1,111 @@
+"""How a text becomes the tokens that a reward model scores, and the card beside its weights."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.reward_models import (
+    RewardEncoding,
+    RewardModelCard,
+    load_reward_network,
+    load_reward_tokenizer,
+    pad_texts,
+    weights_version,
+)
+
+TEXT = "I think the movie was good in every way."
+
+
+@pytest.fixture(scope="module")
+def encoder_tokenizer() -> Any:
+    """WordPiece with special tokens around the text, as BERT has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"I think the movie was good in every way .".split()]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def test_decoder_texts_end_in_one_eos(policy_tokenizer: Any):
+    encoding = RewardEncoding.for_tokenizer(policy_tokenizer, 64)
+    assert encoding.append_eos
+    plain = policy_tokenizer(TEXT).input_ids
+    eos = policy_tokenizer.eos_token_id
+    assert encoding.encode(TEXT, policy_tokenizer) == ([*plain, eos], False)
+    assert encoding.finish([*plain, eos], policy_tokenizer) == ([*plain, eos], False)
+    assert encoding.encode("", policy_tokenizer) == ([eos], False)
+
+
+def test_decoder_texts_are_cut_at_the_front(policy_tokenizer: Any):
+    whole, _ = RewardEncoding(64, True).encode(TEXT, policy_tokenizer)
+    assert RewardEncoding(5, True).encode(TEXT, policy_tokenizer) == (whole[-5:], True)
+    assert RewardEncoding(len(whole), True).encode(TEXT, policy_tokenizer) == (whole, False)
+    assert RewardEncoding(len(whole) - 1, True).encode(TEXT, policy_tokenizer) == (whole[1:], True)
+
+
+def test_encoder_texts_keep_their_special_tokens(encoder_tokenizer: Any):
+    encoding = RewardEncoding.for_tokenizer(encoder_tokenizer, 64)
+    assert not encoding.append_eos
+    whole, was_cut = encoding.encode(TEXT, encoder_tokenizer)
+    assert (whole[0], whole[-1], was_cut) == (2, 3, False)
+    ids, was_cut = RewardEncoding(6, False).encode(TEXT, encoder_tokenizer)
+    assert was_cut
+    assert ids == [2, *whole[-5:]]
+
+
+def test_a_batch_is_padded_behind_the_text_to_a_multiple_of_eight():
+    batch = pad_texts([[5, 6, 7], list(range(9))], pad_token_id=0)
+    assert batch["input_ids"].shape == (2, 16)
+    assert batch["input_ids"][0].tolist() == [5, 6, 7] + [0] * 13
+    assert batch["attention_mask"].sum(1).tolist() == [3, 9]
+
+
+@pytest.mark.parametrize("pad", ["<eos>", None])
+def test_padding_that_looks_like_the_end_is_refused(tiny: Path, tmp_path: Path, pad: str | None):
+    model = shutil.copytree(tiny / "reward_model", tmp_path / "model")
+    tokenizer = load_tokenizer(str(model), "reward.model")
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(model)
+    with pytest.raises(BadInput, match=r"reward\.model: .*no padding token of its own"):
+        load_reward_tokenizer(str(model), "reward.model")
+
+
+def test_network_has_one_label_and_the_chosen_dropout(tiny: Path):
+    network = load_reward_network(str(tiny / "reward_model"), dtype="bfloat16", pad_token_id=0, dropout=0.25)
+    assert network.config.num_labels == 1
+    assert network.config.attention_dropout == 0.25
+    assert next(network.parameters()).dtype == torch.bfloat16
+
+
+def test_card_round_trip(tmp_path: Path):
+    card = RewardModelCard("v1", "base", 77, True, "{{ messages }}", "hash", {"accuracy": 0.9})
+    card.save(tmp_path)
+    assert RewardModelCard.load(str(tmp_path), "reward.model") == card
+    assert RewardModelCard.load(str(tmp_path / "elsewhere"), "reward.model") is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": "v1"}', '{"colour": 1}'])
+def test_a_broken_card_is_bad_input(tmp_path: Path, content: str):
+    (tmp_path / "reward_model.json").write_text(content)
+    with pytest.raises(BadInput, match=r"reward_model\.json' is not a reward model's card"):
+        RewardModelCard.load(str(tmp_path), "reward.model")
+
+
+def test_version_names_the_weights(tiny: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny / "reward_model", tmp_path / "model"))
+    first = weights_version(model)
+    assert first == weights_version(tiny / "reward_model")
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert weights_version(model) != first

@@ -1,0 +1,171 @@
+"""A score depends on its own text alone, and what cannot be scored is a failure, never a number."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.reward_models import RewardModelCard
+from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
+from tests.making import rollout_of
+
+PROMPTS = [f"I think the {noun} was" for noun in ("movie", "story", "music", "actor", "ending", "book")]
+RESPONSES = [
+    " good from start to end.",
+    " bad.",
+    " moving in every way, and that is all.",
+    " clumsy for the most part.",
+    "",
+    " x" * 20,
+]
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny: Path) -> RewardScorer:
+    return RewardScorer(RewardSettings(model=str(tiny / "reward_model")), str(tiny / "policy"))
+
+
+def texts() -> list[str]:
+    return [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+
+
+def sampled(tokenizer: Any, ended: bool = True) -> Any:
+    """The prompts and responses as a rollout of the tokenizer's ids."""
+    responses = [tokenizer(response).input_ids or [tokenizer.eos_token_id] for response in RESPONSES]
+    if ended:
+        responses = [ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id] for ids in responses]
+    return rollout_of([tokenizer(prompt).input_ids for prompt in PROMPTS], responses, finished=ended)
+
+
+def conversations(prompts: list[Conversation] | None = None) -> dict[int, Conversation]:
+    return dict(enumerate(prompts or [Conversation(prompt) for prompt in PROMPTS]))
+
+
+def test_scores_are_the_models(scorer: RewardScorer, tiny: Path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model").eval()
+    tokenizer = load_tokenizer(str(tiny / "reward_model"), "reward.model")
+    column = scorer.score_texts(texts())
+    for text, score in zip(texts(), column.scores, strict=True):
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            assert abs(float(model(input_ids=ids).logits[0, 0]) - score) <= 1e-6
+    assert np.ptp(column.scores) > 0.1, "the texts must have scores that differ, or this proves nothing"
+    assert column.version == scorer.version != ""
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_neighbours_and_order_change_nothing(scorer: RewardScorer, tiny: Path, batch_size: int):
+    expected = scorer.score_texts(texts()).scores
+    order = [3, 0, 5, 1, 4, 2]
+    other = RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_size=batch_size))
+    found = other.score_texts([texts()[index] for index in order] + ["They say the song is dull " * 6]).scores
+    np.testing.assert_allclose(found[:-1], expected[order], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_sampled_tokens_score_like_their_text(scorer: RewardScorer, policy_tokenizer: Any, ended: bool):
+    column, header = scorer.score(sampled(policy_tokenizer, ended), conversations())
+    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
+    assert header == column.header()
+    assert header.num_scored == len(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def foreign_policy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same policy with one more token, so that ids cannot be handed over."""
+    folder = tmp_path_factory.mktemp("foreign") / "policy"
+    shutil.copytree(tiny / "policy", folder)
+    tokenizer = load_tokenizer(str(folder), "policy.model")
+    tokenizer.add_tokens(["<unheard-of>"])
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_another_tokenizer_is_scored_by_its_text(scorer: RewardScorer, tiny: Path, foreign_policy: str):
+    foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(foreign_policy, "policy.model")
+    column, _ = foreign.score(sampled(tokenizer), conversations())
+    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
+
+
+def test_chat_messages_are_rendered_with_the_reward_models_template(
+    scorer: RewardScorer, tiny: Path, foreign_policy: str
+):
+    foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(foreign_policy, "policy.model")
+    prompts = [Conversation("not this", ({"role": "user", "content": prompt},)) for prompt in PROMPTS]
+    column, _ = foreign.score(sampled(tokenizer), conversations(prompts))
+    rendered = [
+        f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>\n"
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    np.testing.assert_allclose(column.scores, scorer.score_texts(rendered).scores, rtol=0, atol=1e-6)
+
+
+def test_a_text_that_is_too_long_fails_or_is_cut_and_counted(scorer: RewardScorer, tiny: Path):
+    settings = RewardSettings(model=str(tiny / "reward_model"), max_length=12)
+    failing = RewardScorer(settings).score_texts(texts())
+    assert failing.failures[1] == ""
+    assert failing.failures[5] == "the text is longer than 12 tokens"
+    assert np.isnan(failing.scores[5])
+    header = failing.header()
+    assert header.num_scored < header.num_samples
+    assert header.failure_causes == {failing.failures[5]: header.num_samples - header.num_scored}
+
+    cut = RewardScorer(settings.model_copy(update={"on_too_long": "truncate"})).score_texts(texts())
+    assert cut.ok.all()
+    assert cut.num_truncated == header.num_samples - header.num_scored
+    kept = failing.ok
+    np.testing.assert_allclose(cut.scores[kept], failing.scores[kept], rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def altered(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny / "reward_model", tmp_path / "model"))
+
+
+def test_scores_that_are_not_finite_are_failures(altered: Path, tiny: Path):
+    from safetensors.torch import load_file, save_file
+
+    tokenizer = load_tokenizer(str(altered), "reward.model")
+    weights = load_file(altered / "model.safetensors")
+    poisoned = tokenizer(" moving").input_ids[0]
+    weights["model.embed_tokens.weight"][poisoned] = float("nan")
+    save_file(weights, altered / "model.safetensors", metadata={"format": "pt"})
+    expected = RewardScorer(RewardSettings(model=str(tiny / "reward_model"))).score_texts(texts()).scores
+    column = RewardScorer(RewardSettings(model=str(altered))).score_texts(texts())
+    assert column.failures[2] == "the reward model returned nan"
+    assert np.isnan(column.scores[2])
+    others = [0, 1, 3, 4, 5]
+    assert [column.failures[index] for index in others] == [""] * 5, "a neighbour's NaN spread over the batch"
+    np.testing.assert_allclose(column.scores[others], expected[others], rtol=0, atol=1e-6)
+
+
+def test_the_card_decides_as_in_training(scorer: RewardScorer, altered: Path):
+    RewardModelCard("v7", "base", 10, False, "{{ messages[0]['content'] }}", "hash", {}).save(altered)
+    carded = RewardScorer(RewardSettings(model=str(altered)))
+    assert carded.version == "v7"
+    column = carded.score_texts([texts()[1], texts()[5]])
+    assert column.failures == ("", "the text is longer than 10 tokens")
+    assert abs(column.scores[0] - scorer.score_texts(texts()).scores[1]) > 1e-4, "no eos was in training"
+
+
+def test_a_text_without_tokens_is_a_failure(altered: Path):
+    RewardModelCard("v7", "base", 64, False, None, "hash", {}).save(altered)
+    assert RewardScorer(RewardSettings(model=str(altered))).score_texts([""]).failures == ("the text has no tokens",)
+
+
+def test_positions_beyond_the_tokenizers_own_limit_are_too_long(altered: Path):
+    """A model may hold more positions than texts may have (RoBERTa holds two more)."""
+    tokenizer = load_tokenizer(str(altered), "reward.model")
+    tokenizer.model_max_length = 20
+    tokenizer.save_pretrained(altered)
+    [failure] = RewardScorer(RewardSettings(model=str(altered))).score_texts(["good " * 40]).failures
+    assert failure == "the text is longer than 20 tokens"

@@ -1,0 +1,101 @@
+"""What a rollout and its columns promise, and that the driver cannot read them."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.rollout import (
+    RewardColumn,
+    Rollout,
+    RolloutFetchedByDriver,
+    TokenColumn,
+    offsets,
+    refuse_rollouts_in_this_process,
+)
+from tests.making import random_rollout, rollout_of
+
+
+def test_samples_lie_one_after_another():
+    rollout = rollout_of([[5, 6], [7]], [[8], [9, 10, 11]], first_prompt_id=4)
+    assert rollout.tokens.tolist() == [5, 6, 8, 7, 9, 10, 11]
+    assert [rollout.sample_tokens(index).tolist() for index in range(2)] == [[5, 6, 8], [7, 9, 10, 11]]
+    assert rollout.token_starts().tolist() == [0, 3, 7]
+    assert rollout.response_starts().tolist() == [0, 1, 4]
+    assert offsets([]).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokens", "response_lengths", "logprobs", "policy_versions", "finish_reasons", "sample_ids", "prompt_ids"]
+)
+def test_arrays_of_the_wrong_length_are_refused(name: str):
+    rollout = random_rollout(0)
+    with pytest.raises(ValueError, match=r"Rollout\.\w+ has shape"):
+        replace(rollout, **{name: np.append(getattr(rollout, name), 1).astype(getattr(rollout, name).dtype)})
+
+
+def test_an_empty_response_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        rollout_of([[5], [6]], [[7], []])
+
+
+def test_rows_cannot_be_reassigned():
+    with pytest.raises(AttributeError):
+        random_rollout(0).tokens = np.zeros(1, dtype=np.int32)  # type: ignore[misc]
+
+
+def test_header_counts():
+    rollout = rollout_of([[5, 6], [7]], [[8], [9, 10]], finished=False)
+    rollout = replace(rollout, policy_versions=np.array([3, 4, 4], dtype=np.int32))
+    header = rollout.header()
+    assert (header.num_samples, header.num_tokens, header.num_response_tokens, header.num_truncated) == (2, 6, 3, 2)
+    assert (header.version_min, header.version_max, header.version_sum) == (3, 4, 11)
+
+
+def test_reward_header_counts_failures_by_cause():
+    nan = float("nan")
+    column = RewardColumn(np.array([1.0, nan, 3.0, nan]), ("", "slow", "", "slow"), "v1", num_truncated=1)
+    header = column.header()
+    assert (header.num_samples, header.num_scored, header.num_truncated) == (4, 2, 1)
+    assert (header.score_sum, header.score_square_sum) == (4.0, 10.0)
+    assert header.failure_causes == {"slow": 2}
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_needs_a_cause(score: float):
+    with pytest.raises(ValueError, match="not finite"):
+        RewardColumn(np.array([1.0, score]), ("", ""), "v1")
+    with pytest.raises(ValueError, match="2 scores but 1"):
+        RewardColumn(np.array([1.0, 2.0]), ("",), "v1")
+
+
+MADE: list[Callable[[], Any]] = [
+    lambda: random_rollout(0),
+    lambda: TokenColumn(np.ones(3, dtype=np.float32)),
+    lambda: RewardColumn(np.ones(2), ("", ""), "v1"),
+]
+
+
+@pytest.mark.parametrize("make", MADE, ids=["rollout", "tokens", "rewards"])
+def test_a_process_can_refuse_to_read_what_it_only_refers_to(make: Callable[[], Any]):
+    shipped = pickle.dumps(make())
+    refuse_rollouts_in_this_process()
+    try:
+        with pytest.raises(RolloutFetchedByDriver, match=type(make()).__name__):
+            pickle.loads(shipped)
+        header = pickle.loads(pickle.dumps(random_rollout(0).header()))
+        assert header == random_rollout(0).header(), "headers are for the driver"
+    finally:
+        refuse_rollouts_in_this_process(False)
+    assert pickle.dumps(pickle.loads(shipped)) == shipped
+
+
+def test_a_shipped_rollout_is_the_same():
+    rollout = random_rollout(3)
+    arrived: Rollout = pickle.loads(pickle.dumps(rollout))
+    for name, value in vars(rollout).items():
+        assert np.array_equal(getattr(arrived, name), value)
+    assert arrived.nbytes() == sum(value.nbytes for value in vars(rollout).values())

@@ -1,0 +1,72 @@
+"""Log-probs against a float64 log-softmax, entropies with and without gradients, and a critic that starts at zero."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.models.loading import resolve_attention
+from rlhf_ray.models.packing import pack
+from rlhf_ray.models.token_models import load_critic_model, load_policy_model, logprobs_of
+
+LOGITS = torch.randn(17, 301, generator=torch.Generator().manual_seed(0)) * 5
+TARGETS = torch.randint(301, (17,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_logprobs_and_entropy_against_float64(temperature: float):
+    logprobs, entropy = logprobs_of(LOGITS, TARGETS, temperature, "measured")
+    expected = torch.log_softmax(LOGITS.double() / temperature, -1)
+    assert logprobs.dtype == torch.float32
+    assert entropy is not None
+    torch.testing.assert_close(logprobs.double(), expected[torch.arange(17), TARGETS], rtol=0, atol=3e-6)
+    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=0, atol=3e-6)
+
+
+def test_bfloat16_logits_are_normalised_in_float32():
+    logits = LOGITS.to(torch.bfloat16)
+    logprobs, _ = logprobs_of(logits, TARGETS, 1.0, "none")
+    expected = torch.log_softmax(logits.double(), -1)[torch.arange(17), TARGETS]
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_only_the_differentiable_entropy_carries_a_gradient():
+    logits = LOGITS.clone().requires_grad_()
+    assert logprobs_of(logits, TARGETS, 1.0, "none")[1] is None
+    logprobs, measured = logprobs_of(logits, TARGETS, 1.0, "measured")
+    assert logprobs.requires_grad
+    assert measured is not None
+    assert not measured.requires_grad
+
+    _, entropy = logprobs_of(logits, TARGETS, 0.7, "differentiable")
+    assert entropy is not None
+    [gradient] = torch.autograd.grad(entropy.sum(), logits)
+    exact = LOGITS.double().requires_grad_()
+    log_distribution = torch.log_softmax(exact / 0.7, -1)
+    [expected] = torch.autograd.grad(-(log_distribution.exp() * log_distribution).sum(), exact)
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_policy_projects_only_predicted_positions(policy_model: str):
+    model = load_policy_model(
+        policy_model, dtype="float32", attention=resolve_attention("auto", on_gpu=False), temperature=1.0
+    )
+    seen: list[torch.Size] = []
+    model.language_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    batch = pack([np.arange(3, 23, dtype=np.int32), np.arange(30, 40, dtype=np.int32)], [15, 8])
+    logprobs, _ = model(batch)
+    assert len(logprobs) == 7
+    assert seen[0][:2] == (1, 7)
+
+
+def test_critic_starts_at_zero_and_reads_the_state_before_each_token(policy_model: str):
+    critic = load_critic_model(
+        policy_model, dtype="float32", attention=resolve_attention("auto", on_gpu=False), seed=3
+    ).eval()
+    tokens = np.arange(3, 23, dtype=np.int32)
+    assert critic(pack([tokens], [5])).tolist() == [0.0] * 15
+    torch.nn.init.normal_(critic.token_classifier.score.weight)
+    values = critic(pack([tokens], [5]))
+    tokens[-1] = 200
+    assert torch.equal(critic(pack([tokens], [5])), values), "a value must not see the token it is the baseline of"
+    tokens[-2] = 200
+    assert critic(pack([tokens], [5]))[-1] != values[-1]
