@@ -138,7 +138,7 @@ def _check_safetensors(path: Path, key: str) -> None:
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(header_size)) if 0 < header_size < size else None
+            header = json.loads(file.read(header_size)) if 0 < header_size < size else {}
             end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
         except (ValueError, AttributeError, KeyError, TypeError, IndexError):
             raise BadInput(key, f"'{path}' is not a safetensors file", "an undamaged copy") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class RolloutRows:
         self._first_sample = [0]
         for rollout in rollouts:
             starts = rollout.token_starts()
-            self._sequences += [rollout.tokens[start:end] for start, end in zip(starts[:-1], starts[1:], strict=True)]
+            self._sequences += [rollout.tokens[start:end] for start, end in pairwise(starts)]
             self._prompt_lengths += rollout.prompt_lengths.tolist()
             response_lengths += rollout.response_lengths.tolist()
             self._first_sample.append(len(self._sequences))
@@ -223,8 +224,8 @@ def _refuse_other_attention(
 ) -> None:
     """What an architecture adds to attention comes as keyword arguments; left out, results are wrong in silence."""
     unknown = {
-        f"sliding_window {sliding_window} below the longest sequence, {longest}": bool(sliding_window)
-        and sliding_window < longest,
+        f"sliding_window {sliding_window} below the longest sequence, {longest}": sliding_window is not None
+        and 0 < sliding_window < longest,
         f"softcap {softcap}": softcap is not None,
         "attention sinks (s_aux)": s_aux is not None,
     }

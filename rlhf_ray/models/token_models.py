@@ -11,7 +11,7 @@ from torch import nn
 from rlhf_ray.models.packing import PackedBatch
 
 Entropy = Literal["none", "measured", "differentiable"]
-"""Whether a forward pass gives the entropy too, and with its gradient (which costs another pass over the vocabulary)."""
+"""Whether a forward pass gives the entropy too, and with its gradient (another pass over the vocabulary)."""
 
 
 class PolicyModel(nn.Module):

@@ -41,6 +41,12 @@ def read_inputs(config: PPOConfig) -> Inputs:
     facts = read_model_facts(policy, "policy.model")
     tokenizer = load_policy_tokenizer(policy, "policy.model")
     check_tokenizer_fits(tokenizer, facts, policy, "policy.model")
+    if any("SequenceClassification" in name for name in facts.architectures):
+        raise BadInput(
+            "policy.model",
+            f"'{policy}' is a {', '.join(facts.architectures)}; its language-model head would be made up at random",
+            "an AutoModelForCausalLM directory",
+        )
     check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
     if config.reference is not None and config.reference.model is not None:
         reference = config.reference.model
@@ -85,8 +91,8 @@ def _check_reward_model(settings: RewardSettings) -> RewardModelCard | None:
     if not any("SequenceClassification" in name for name in facts.architectures):
         raise BadInput(
             "reward.model",
-            f"'{settings.model}' is a {', '.join(facts.architectures) or 'model without a named architecture'}; its scoring "
-            "head would be made up at random",
+            f"'{settings.model}' is a {', '.join(facts.architectures) or 'model without a named architecture'}; its "
+            "scoring head would be made up at random",
             "an AutoModelForSequenceClassification directory (see `rlhf-ray train-rm`)",
         )
     if facts.num_labels != 1:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import ray
 
@@ -26,17 +27,18 @@ from rlhf_ray.ppo.evaluation import (
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row
 from rlhf_ray.ppo.state import LoopState
-from rlhf_ray.ppo.step import Columns, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
+from rlhf_ray.ppo.step import Columns, Shard, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
 from rlhf_ray.roles.critic_learner import CriticReport
+from rlhf_ray.roles.evaluator import EvaluatedSample
 from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLossSpec, PolicyReport
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.cluster import check_resources, connect
-from rlhf_ray.runtime.waiting import collect
+from rlhf_ray.runtime.waiting import Pending, collect
 from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
 from rlhf_ray.tracking.run_folder import RunFolder
-from rlhf_ray.tracking.tracker import Tracker, open_folder
+from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder
 
 BEFORE = "held_out_before.jsonl"
 AFTER = "held_out_after.jsonl"
@@ -50,14 +52,19 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         RoleFailure: a role failed, died or did not answer.
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
+    check_folder(config, resume)
     inputs = read_inputs(config)
     connect(config.cluster)
     try:
         check_resources(role_requests(config))
+        changed = changed_settings(config) if resume else []
         folder = open_folder(config, resume)
         title = f"PPO {config.run.name} · {config.policy.model}"
         with Tracker(config, "ppo", folder, title, config.steps, COLUMNS) as tracker:
             refuse_rollouts_in_this_process()
+            if changed:
+                tracker.events.write("settings_changed", changes=changed)
+                tracker.display.message(f"resuming with other settings than before: {'; '.join(changed)}")
             tracker.phase("starting the roles and loading their models")
             cast = start_cast(config, inputs, folder.logs)
             for group in cast.groups():
@@ -146,7 +153,7 @@ class PPO:
         sampled_version = self._state.step
         self._state.step += 1
         self._state.samples += headers.num_samples
-        self._state.tokens += headers.num_tokens
+        self._state.tokens += headers.num_response_tokens
         self._tracker.phase("syncing the weights")
         parity = self._sync(clock)
         self._tracker.step(
@@ -165,7 +172,7 @@ class PPO:
         return policy_report.stats.kl_reference
 
     def _learn(
-        self, shards: list, columns: list[Columns], coefficient: float
+        self, shards: list[Shard], columns: list[Columns], coefficient: float
     ) -> tuple[PolicyReport, CriticReport | None]:
         """Policy and critic learn at the same time, from the same columns."""
         cast, algorithm, step = self._cast, self._config.algorithm, self._state.step
@@ -205,10 +212,10 @@ class PPO:
         with clock.phase("probe"):
             return verify(weights, self._cast.policy, self._cast.generators, plan, version, self._cast.exact)
 
-    def _wait_stored(self, pending: list) -> None:
+    def _wait_stored(self, pending: list[Pending]) -> None:
         """Wait until columns are there, or their role failed, without fetching them."""
         timeout_s = self._config.cluster.call_timeout_s
-        ready, late = (
+        _, late = (
             ray.wait(
                 [item.reference for item in pending], num_returns=len(pending), timeout=timeout_s, fetch_local=False
             )
@@ -290,7 +297,7 @@ class PPO:
         self._tracker.phase("judging the policy before training")
         save_samples(path, self._evaluate())
 
-    def _evaluate(self) -> list:
+    def _evaluate(self) -> list[EvaluatedSample]:
         assert self._inputs.held_out is not None, "called with held-out prompts only"
         return evaluate(
             self._cast,
@@ -337,14 +344,14 @@ class PPO:
 def stop_signals() -> Iterator[list[int]]:
     """SIGTERM and SIGINT are noted, so that the step under way ends and is kept; a second one acts as usual."""
     received: list[int] = []
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, note)
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        previous[stopping] = signal.signal(stopping, note)
     try:
         yield received
     finally:

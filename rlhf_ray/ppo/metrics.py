@@ -105,7 +105,7 @@ def step_row(
         **clock.phases,
         "time/step_s": step_s,
         "throughput/samples_per_s": headers.num_samples / step_s,
-        "throughput/tokens_per_s": headers.num_tokens / step_s,
+        "throughput/tokens_per_s": headers.num_response_tokens / step_s,
     }
     if critic is not None:
         row |= {

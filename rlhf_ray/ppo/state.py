@@ -16,7 +16,7 @@ class LoopState:
     Attributes:
         step: steps done; also the position in the prompts, whose order is a function of it, and the version of the
             policy's weights.
-        samples, tokens: totals since the run began.
+        samples, tokens: responses and response tokens since the run began.
         kl_controller: its state.
     """
 

@@ -162,10 +162,6 @@ class StepHeaders:
         return sum(header.num_samples for header in self.rollouts)
 
     @property
-    def num_tokens(self) -> int:
-        return sum(header.num_tokens for header in self.rollouts)
-
-    @property
     def num_response_tokens(self) -> int:
         return sum(header.num_response_tokens for header in self.rollouts)
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.settings import PreferenceSettings, RewardModelConfig, RewardTrainingSettings
@@ -217,6 +216,6 @@ def _tell_what_was_left_out(tracker: Tracker, name: str, data: EncodedSet) -> No
         "small_gap": data.num_small_gap,
         "bad_rows": data.num_bad,
     }
-    tracker.events.write("data_read", data=name, pairs=len(data.pairs), **counts)
+    tracker.events.write("data_read", data=name, pairs=len(data.pairs), left_out=counts)
     told = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in counts.items() if count)
     tracker.display.message(f"{name}: {len(data.pairs)} pairs" + (f" ({told})" if told else ""))

@@ -153,10 +153,18 @@ class DeepSpeedEngine:
             value = value * (self.rank.world_size if real else 0.0)
             self._engine.set_gradient_accumulation_boundary(index == rounds - 1)
             self._engine.backward(value)
+        # Without ZeRO and mixed precision, DeepSpeed clips but does not say what the norm was.
+        plain = torch.nn.utils.get_total_norm(self._gradients()) if self._settings.zero_stage == 0 else None
         self._engine.step()
         self.steps_done += 1
         norm = self._engine.get_global_grad_norm()
-        return StepReport(grad_norm=float(norm) if norm is not None else float("nan"), learning_rate=rate)
+        norm = plain if norm is None else norm
+        if norm is None:
+            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._settings.zero_stage}")
+        return StepReport(grad_norm=float(norm), learning_rate=rate)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self.unwrapped.parameters() if parameter.grad is not None]
 
     def forward_each(self, batches: Sequence[Batch], forward: Callable[[Batch], Result]) -> list[Result]:
         """Results of a forward pass over this rank's batches, without gradients."""
@@ -198,6 +206,8 @@ class DeepSpeedEngine:
 
     def load_checkpoint(self, folder: Path) -> None:
         """Back to the saved state, exactly."""
+        if not (folder / "state").is_dir():
+            raise FileNotFoundError(f"{folder} holds no checkpoint")
         loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state")
         if loaded is None:
             raise FileNotFoundError(f"{folder / 'state'} holds no checkpoint that this engine can read")

@@ -98,6 +98,8 @@ class Generator:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
+        # An empty prefix cache at the start: what was sampled before a shard leaves no trace in its arithmetic.
+        self._forget_prefixes()
         count = plan.samples_per_prompt
         prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in plan.prompts for _ in range(count)]
         sampling = [
@@ -154,13 +156,7 @@ class Generator:
     def finish_weight_update(self, version: int) -> None:
         """Weights are complete: name them and forget what was computed with the old ones."""
         self._engine.finish_weight_update(weight_version=str(version))
-        if not self._engine.reset_prefix_cache():
-            raise RoleFailure(
-                FailureKind.FATAL,
-                "generator",
-                "?",
-                "the prefix cache could not be reset after a weight update; stale keys and values would survive it",
-            )
+        self._forget_prefixes()
         self._version = version
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -174,3 +170,13 @@ class Generator:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive what the sender broadcasts."""
         self._engine.update_weights({"update_info": update_info})
+
+    def _forget_prefixes(self) -> None:
+        """Reset the prefix cache: keys and values in it may have been computed with old weights."""
+        if not self._engine.reset_prefix_cache():
+            raise RoleFailure(
+                FailureKind.FATAL,
+                "generator",
+                "?",
+                "the prefix cache could not be reset; stale keys and values would stay",
+            )

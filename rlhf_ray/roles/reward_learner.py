@@ -182,7 +182,7 @@ class RewardLearner:
 
 
 def start_head_small(network: Any) -> None:
-    """Scale the new head so that first scores are near 0: the first step then learns from the labels, not from noise."""
+    """Scale the new head so that first scores are near 0 and the first step learns from labels, not noise."""
     head = network.classifier if hasattr(network, "classifier") else network.score
     parameters = list(head.parameters())
     with gathered(parameters), torch.no_grad():

@@ -57,7 +57,9 @@ class RewardScorer:
             settings.model, dtype=resolve_dtype(settings.dtype, on_gpu), pad_token_id=self._tokenizer.pad_token_id
         )
         self._model = network.to(self._device).eval()
-        limit = settings.max_length or (card.max_length if card else int(network.config.max_position_embeddings))
+        # Some models hold more positions than a text may have; their tokenizer knows.
+        longest = min(int(network.config.max_position_embeddings), self._tokenizer.model_max_length)
+        limit = settings.max_length or (card.max_length if card else longest)
         self._encoding = RewardEncoding.for_tokenizer(self._tokenizer, limit)
         if card is not None:
             self._encoding = RewardEncoding(limit, card.append_eos)

@@ -71,14 +71,16 @@ def check_resources(requests: Sequence[RoleRequest]) -> None:
         if total > available + 1e-9:
             raise BadInput(
                 f"{heaviest}.{attribute}",
-                f"the roles ask for {total:g} {resource}s ({parts}); the cluster has {available:g} on {len(nodes)} node(s)",
+                f"the roles ask for {total:g} {resource}s ({parts}); the cluster has {available:g} on {len(nodes)} "
+                "node(s)",
                 "fewer replicas or a smaller share each",
             )
         for request in requests:
             if _amount(request, attribute) > largest + 1e-9:
                 raise BadInput(
                     f"{request.key}.{attribute}",
-                    f"one process asks for {_amount(request, attribute):g} {resource}s; the largest node has {largest:g}",
+                    f"one process asks for {_amount(request, attribute):g} {resource}s; the largest node has "
+                    f"{largest:g}",
                     "at most what one node has",
                 )
     largest_cpu = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
@@ -110,8 +112,8 @@ def reserve(requests: Sequence[RoleRequest], settings: ClusterSettings) -> Place
             FailureKind.INFRASTRUCTURE,
             "cluster",
             "?",
-            f"no room within {time.monotonic() - started:.0f} s (cluster.placement_timeout_s). Asked for {asked}; free now: "
-            f"{free or 'nothing'}; placement {settings.placement_strategy}",
+            f"no room within {time.monotonic() - started:.0f} s (cluster.placement_timeout_s). Asked for {asked}; free "
+            f"now: {free or 'nothing'}; placement {settings.placement_strategy}",
         )
     return group
 

@@ -1,4 +1,4 @@
-"""The actor around a role. It gives the role its log file, its threads and its inputs; the role knows nothing of Ray."""
+"""The actor around a role. It gives the role a log file, threads and inputs; the role knows nothing of Ray."""
 
 from __future__ import annotations
 

@@ -43,14 +43,21 @@ def collect(pending: Sequence[Pending], timeout_s: float) -> list[Any]:
                 FailureKind.INFRASTRUCTURE, first.role, first.node, f"no answer within {timeout_s:.0f} s from {late}"
             )
         item = waiting.pop(ready[0])
-        answers[item.reference] = fetch(item)
+        answers[item.reference] = fetch(item, max(deadline - time.monotonic(), 1.0))
     return [answers[item.reference] for item in pending]
 
 
-def fetch(item: Pending) -> Any:
-    """An answer that is there, or the failure that took its place."""
+def fetch(item: Pending, timeout_s: float) -> Any:
+    """An answer that is there (here or on another node), or the failure that took its place."""
     try:
-        return ray.get(item.reference)
+        return ray.get(item.reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RoleFailure(
+            FailureKind.INFRASTRUCTURE,
+            item.role,
+            item.node,
+            f"the answer to '{item.task}' did not arrive within {timeout_s:.0f} s",
+        ) from None
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, RoleFailure):
@@ -59,7 +66,7 @@ def fetch(item: Pending) -> Any:
             FailureKind.FATAL,
             item.role,
             item.node,
-            f"{item.task}: {str(cause or error).strip().splitlines()[-1]}",
+            f"{item.task}: {str(cause).strip() or type(cause).__name__}".splitlines()[-1],
             str(error),
         ) from None
     except ray.exceptions.RayError as error:

@@ -134,9 +134,10 @@ def verify(
                 FailureKind.FATAL,
                 member.name,
                 member.node,
-                f"engine and learner disagree after the sync to version {version}: max |Δ log-prob| {report.max_abs:.2e}, mean "
-                f"exp|Δ| {report.mean_ratio:.4f} (allowed: weights.max_abs_dlogp_float32 {settings.max_abs_dlogp_float32:g}, "
-                f"weights.max_mean_ratio_bfloat16 {settings.max_mean_ratio_bfloat16:g}); the weights did not arrive, or the two "
-                "compute different things",
+                f"engine and learner disagree after the sync to version {version}: max |Δ log-prob| "
+                f"{report.max_abs:.2e}, mean exp|Δ| {report.mean_ratio:.4f} (allowed: weights.max_abs_dlogp_float32 "
+                f"{settings.max_abs_dlogp_float32:g}, weights.max_mean_ratio_bfloat16 "
+                f"{settings.max_mean_ratio_bfloat16:g}); the weights did not arrive, or the two compute "
+                "different things",
             )
     return worst

@@ -6,8 +6,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import yaml
 
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.settings import RunConfig
@@ -103,6 +106,34 @@ class Tracker:
     def _sink_failed(self, name: str, cause: str) -> None:
         self.events.write("sink_failed", cause=cause, sink=name)
         self.display.message(f"{name} is off: {cause}")
+
+
+def check_folder(config: RunConfig, resume: bool = False) -> None:
+    """See that the run's folder may be used, before anything is read or started.
+
+    Raises:
+        BadInput: it holds another run, or nothing to resume from.
+    """
+    RunFolder(Path(run_folder_path(config))).refuse_another_run(resume)
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """How the configuration differs from the one that the run's folder was made with, `key: before -> now`."""
+    path = RunFolder(Path(run_folder_path(config))).config_yaml
+    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    now = _flat(yaml.safe_load(dump_config(config)))
+    keys = sorted(before.keys() | now.keys())
+    return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys if before and before.get(key) != now.get(key)]
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def open_folder(config: RunConfig, resume: bool = False) -> RunFolder:

@@ -1,0 +1,250 @@
+"""`rlhf-ray ppo` from the command line to the files it leaves, with every engine real."""
+
+import hashlib
+import json
+import re
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.system.commands import PPO, Command, rows_of, run, start, wait_until, without_times
+
+STEPS = 10  # more than the 8 that one pass over the 64 prompts takes
+DEADLINE_S = 240.0
+ROLES = {"generator-0", "reward-0", "policy-0", "reference-0", "critic-0", "evaluator-0"}
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "events.jsonl",
+    "summary.json",
+    "policy/config.json",
+    "policy/model.safetensors",
+    "policy/tokenizer.json",
+    "training.png",
+    "samples.html",
+    "samples.jsonl",
+)
+METRICS = """
+step samples tokens wall_s reward/mean reward/std reward/shaped_mean kl/reference kl/coefficient policy/loss
+policy/entropy policy/clip_fraction policy/approx_kl policy/grad_norm policy/lr value/loss value/explained_variance
+response/length_mean response/truncated_fraction mismatch/kl mismatch/max_abs_dlogp weights/version staleness/mean
+staleness/max time/generate_s time/reward_s time/reference_s time/values_s time/train_s time/sync_s
+throughput/samples_per_s throughput/tokens_per_s
+"""
+HELD_OUT = ("prompts", "vader_before", "vader_after", "reward_before", "reward_after", "reward_std_before")
+
+
+@dataclass
+class Run:
+    """A run and its folder."""
+
+    command: Command
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict]:
+        return rows_of(self.folder / "metrics.jsonl")
+
+    @property
+    def events(self) -> list[dict]:
+        return rows_of(self.folder / "events.jsonl")
+
+    def events_of(self, kind: str) -> list[dict]:
+        return [event for event in self.events if event["kind"] == kind]
+
+
+def begin(data: Path, runs: Path, *more: str, module: str = "rlhf_ray", **environment: str) -> Run:
+    """Start the tiny run; its schedules move at every step, so that a resume must get them right."""
+    arguments = (
+        *PPO,
+        f"paths.data={data}",
+        f"paths.runs={runs}",
+        f"steps={STEPS}",
+        "policy.learner.lr_schedule=linear",
+        "policy.learner.warmup_steps=6",
+        "checkpoint.every_steps=4",
+        *more,
+    )
+    return Run(start(arguments, runs / "output", module, **environment), runs / "tiny-ppo")
+
+
+@pytest.fixture(scope="session")
+def twins(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Two runs with one seed at the same time. The driver of the second tries to fetch a rollout on the way."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    first = begin(data_root, folders[0])
+    second = begin(data_root, folders[1], module="tests.system.fetching_driver", OUTCOMES=str(folders[1] / "outcomes"))
+    for each in (first, second):
+        each.command.wait(DEADLINE_S)
+    for each in (first, second):
+        assert each.command.process.returncode == 0, each.command.stderr
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def finished(twins: tuple[Run, Run]) -> Run:
+    """The run left alone."""
+    return twins[0]
+
+
+@pytest.fixture(scope="session")
+def stopped(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that got SIGTERM after its second step."""
+    stopped = begin(data_root, tmp_path_factory.mktemp("stopped"))
+    wait_until(
+        lambda: len(stopped.metrics) >= 2 or stopped.command.process.poll() is not None, DEADLINE_S, "the second step"
+    )
+    stopped.command.process.send_signal(signal.SIGTERM)
+    stopped.command.wait(60)
+    return stopped
+
+
+@pytest.fixture(scope="session")
+def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
+    """The stopped run taken up again, and the step it was stopped after."""
+    last_step = stopped.metrics[-1]["step"]
+    run = begin(data_root, stopped.folder.parent, "--resume")
+    run.command.wait(DEADLINE_S)
+    assert run.command.process.returncode == 0, run.command.stderr
+    return last_step, run
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a saved model."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+def test_a_run_leaves_every_file_of_the_contract(finished: Run) -> None:
+    missing = [name for name in FILES if not (finished.folder / name).stat().st_size]
+    assert not missing
+    assert sorted(path.name for path in (finished.folder / "checkpoints").iterdir()) == ["step-000004", "step-000008"]
+
+
+def test_every_row_has_every_metric_of_the_contract_as_a_number(finished: Run) -> None:
+    assert [row["step"] for row in finished.metrics] == list(range(1, STEPS + 1))
+    for row in finished.metrics:
+        assert [name for name in METRICS.split() if not isinstance(row.get(name), int | float)] == []
+
+
+def test_engine_and_learner_agree_after_every_sync_and_on_every_sample(finished: Run) -> None:
+    for row in finished.metrics:
+        assert row["sync/max_abs_dlogp"] <= 1e-4
+        assert row["mismatch/max_abs_dlogp"] <= 1e-4
+        assert row["mismatch/mean_ratio"] <= 1.0001
+
+
+def test_every_step_samples_with_the_weights_of_the_step_before(finished: Run) -> None:
+    for row in finished.metrics:
+        assert row["weights/version"] == row["step"]
+        assert (row["staleness/mean"], row["staleness/max"]) == (0, 0)
+
+
+def test_token_and_sample_counts_add_up(finished: Run) -> None:
+    rows = finished.metrics
+    assert [row["samples"] for row in rows] == [16 * row["step"] for row in rows]
+    for before, row in zip([{"tokens": 0, "samples": 0}, *rows], rows, strict=False):
+        tokens = row["tokens"] - before["tokens"]
+        assert tokens == pytest.approx(row["response/length_mean"] * (row["samples"] - before["samples"]))
+        assert row["throughput/tokens_per_s"] * row["time/step_s"] == pytest.approx(tokens, rel=1e-3)
+
+
+def test_the_exported_policy_is_a_trained_hugging_face_model(finished: Run, tiny: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished.folder / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "policy")
+    initial = load_file(tiny / "policy" / "model.safetensors")
+    trained = model.state_dict()
+    assert trained.keys() == initial.keys()
+    assert not [name for name in initial if torch.equal(initial[name], trained[name])]
+    tokens = tokenizer("I think the movie was", return_tensors="pt").input_ids
+    assert torch.isfinite(model(tokens).logits).all()
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tiny / "policy").get_vocab()
+
+
+def test_the_summary_has_the_keys_of_the_contract(finished: Run) -> None:
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert [key for key in HELD_OUT if not isinstance(summary["held_out"][key], int | float)] == []
+    assert summary["held_out"]["prompts"] == 16
+    assert isinstance(summary["kl/reference"], float)
+    assert summary["wall_s"] > 0
+
+
+def test_events_name_every_role_with_its_node_and_every_role_has_a_log(finished: Run) -> None:
+    started = finished.events_of("role_started")
+    assert {event["role"] for event in started} == ROLES
+    assert all(re.fullmatch(r"[0-9a-f.:]+", event["node"]) for event in started)
+    assert {path.stem for path in (finished.folder / "logs").iterdir()} == ROLES
+    assert [event["step"] for event in finished.events_of("checkpoint_saved")] == [4, 8]
+    assert finished.events[-1]["kind"] == "run_finished"
+
+
+def test_the_terminal_shows_nothing_but_our_lines(finished: Run) -> None:
+    ours = re.compile(r"PPO tiny-ppo · .*|· .*|step +reward .*| *\d+/10 .*|")
+    assert [line for line in finished.command.stdout.splitlines() if not ours.fullmatch(line)] == []
+    assert finished.command.stderr == ""
+
+
+def test_no_process_outlives_the_run(finished: Run) -> None:
+    assert len(finished.command.descendants) > len(ROLES)
+    assert finished.command.left_running() == []
+
+
+def test_one_seed_gives_one_run(twins: tuple[Run, Run]) -> None:
+    first, second = twins
+    assert [without_times(row) for row in first.metrics] == [without_times(row) for row in second.metrics]
+    assert tensor_hashes(first.folder / "policy") == tensor_hashes(second.folder / "policy")
+    assert (first.folder / "samples.jsonl").read_text() == (second.folder / "samples.jsonl").read_text()
+
+
+def test_the_driver_cannot_fetch_a_rollout(twins: tuple[Run, Run]) -> None:
+    outcomes = (twins[1].folder.parent / "outcomes").read_text().split("\n----\n")
+    assert len(outcomes) == 2
+    for outcome, kind in zip(outcomes, ("Rollout", "RewardColumn"), strict=True):
+        assert f"holds references only, but fetched a {kind}" in outcome
+
+
+def test_a_finished_run_is_not_overwritten(finished: Run, data_root: Path, tmp_path: Path) -> None:
+    before = (finished.folder / "metrics.jsonl").read_bytes()
+    arguments = (*PPO, f"paths.data={data_root}", f"paths.runs={finished.folder.parent}")
+    for more in ((), ("--resume",)):
+        again = run((*arguments, *more), tmp_path / "output", 25)
+        assert again.process.returncode == 2
+        assert re.fullmatch(r"bad input: .*/tiny-ppo: holds a finished run; .*\n", again.stderr)
+    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stopped_run_keeps_its_last_step(stopped: Run) -> None:
+    last_step = stopped.metrics[-1]["step"]
+    assert 2 <= last_step < STEPS
+    assert stopped.command.process.returncode == 1
+    assert stopped.command.stderr == f"stopped by signal 15 after step {last_step}; continue with --resume\n"
+    assert (stopped.folder / "checkpoints" / f"step-{last_step:06d}" / "state.json").exists()
+    assert stopped.events[-1]["kind"] == "run_stopped"
+    assert not (stopped.folder / "summary.json").exists()
+    assert stopped.command.left_running() == []
+
+
+def test_an_unfinished_run_is_not_begun_again_without_resume(stopped: Run, data_root: Path, tmp_path: Path) -> None:
+    before = (stopped.folder / "metrics.jsonl").read_bytes()
+    again = run((*PPO, f"paths.data={data_root}", f"paths.runs={stopped.folder.parent}"), tmp_path / "output", 25)
+    assert again.process.returncode == 2
+    assert "holds an unfinished run; add --resume" in again.stderr
+    assert (stopped.folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_ends_like_the_one_left_alone(resumed: tuple[int, Run], finished: Run) -> None:
+    last_step, run = resumed
+    [loaded] = run.events_of("checkpoint_loaded")
+    assert loaded["step"] == last_step
+    assert [without_times(row) for row in run.metrics] == [without_times(row) for row in finished.metrics]
+    assert tensor_hashes(run.folder / "policy") == tensor_hashes(finished.folder / "policy")
+    assert (run.folder / "samples.jsonl").read_text() == (finished.folder / "samples.jsonl").read_text()
+    held_out = [json.loads((each.folder / "summary.json").read_text())["held_out"] for each in (run, finished)]
+    assert held_out[0] == held_out[1]

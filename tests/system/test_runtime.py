@@ -1,0 +1,269 @@
+"""Roles as Ray actors: how they are asked, how they fail, and what the cluster says when there is no room."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.rollout import Rollout, RolloutFetchedByDriver, RolloutHeader, TokenColumn, refuse_rollouts_in_this_process
+from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, meeting_point
+from rlhf_ray.runtime.cluster import RoleRequest, check_resources, reserve
+from rlhf_ray.runtime.role_host import Assemble, OneByOne
+from rlhf_ray.runtime.waiting import collect
+from tests.making import random_rollout
+
+SETTINGS = ActorSettings(replicas=2, cpus=0.25, threads=1, env={"FAVOURITE": "amber"})
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A rollout and a column of it."""
+
+    rollout: Rollout
+    column: TokenColumn
+
+
+class Player:
+    """A role for these tests: it answers, yields, waits and fails as it is told."""
+
+    def __init__(self, number: int) -> None:
+        if number < 0:
+            raise BadInput("number", str(number), "0 or more")
+        self.number = number
+
+    def whoami(self) -> tuple[int, int]:
+        return self.number, os.getpid()
+
+    def environment(self) -> dict[str, str]:
+        import torch
+
+        print("spoken on stdout")
+        os.system("echo spoken by a child")
+        return {**os.environ, "torch threads": str(torch.get_num_threads())}
+
+    def sample(self, index: int) -> tuple[Rollout, RolloutHeader]:
+        rollout = random_rollout(index)
+        return rollout, rollout.header()
+
+    def columns(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
+        return [TokenColumn(rollout.logprobs * 2) for rollout in rollouts]
+
+    def paired(self, pairs: Sequence[Pairing]) -> list[float]:
+        assert all(type(pair.rollout) is Rollout for pair in pairs)
+        return [float(pair.column.data.sum() / pair.rollout.logprobs.sum()) for pair in pairs]
+
+    def lengths(self, rollouts: Iterator[Rollout]) -> list[int]:
+        assert iter(rollouts) is rollouts, "an iterator, so that one is held at a time"
+        return [len(rollout.tokens) for rollout in rollouts]
+
+    def count(self, to: int) -> Iterator[np.ndarray]:
+        for value in range(to):
+            yield np.full(3, value)
+
+    def wait(self, seconds: float) -> str:
+        threading.Event().wait(seconds)
+        return "done"
+
+    def fail(self, how: str) -> None:
+        errors: dict[str, Exception] = {
+            "value": ValueError("the first line\nthe second"),
+            "data": RoleFailure(FailureKind.DATA, "player", "?", "this sample is broken"),
+            "connection": ConnectionResetError("the other side went away"),
+            "silent": KeyError(),
+        }
+        raise errors[how]
+
+
+@pytest.fixture(scope="module")
+def players(local_ray: Path) -> Iterator[ActorGroup]:
+    """Two replicas."""
+    group = start(local_ray, SETTINGS)
+    yield group
+    stop(group)
+
+
+def start(logs: Path, settings: ActorSettings, role: str = "player") -> ActorGroup:
+    placement = reserve([RoleRequest(role, role, settings)], ClusterSettings(placement_timeout_s=30))
+    group = ActorGroup.start(role, settings, placement, 0, logs, Deadlines(start_s=120, call_s=60))
+    collect(group.build(Player, [(number,) for number in range(settings.replicas)]), 120)
+    return group
+
+
+def stop(group: ActorGroup) -> None:
+    for member in group.members:
+        ray.kill(member.host)
+
+
+def failure_of(group: ActorGroup, method: str, *args: Any, timeout_s: float = 30) -> RoleFailure:
+    with pytest.raises(RoleFailure) as caught:
+        collect(group.submit(1, method, *args), timeout_s)
+    return caught.value
+
+
+def test_replicas_are_processes_of_their_own(players: ActorGroup):
+    answers = players.call_all("whoami")
+    assert [number for number, _ in answers] == [0, 1]
+    assert len({os.getpid(), *(pid for _, pid in answers)}) == 3
+    assert [member.name for member in players.members] == ["player-0", "player-1"]
+    address, port = meeting_point(players)
+    assert address == players.members[0].node
+    assert 1024 <= port < 65536
+
+
+def test_a_process_has_its_threads_its_environment_and_its_log(players: ActorGroup, local_ray: Path):
+    environment = players.call(0, "environment")
+    assert environment["torch threads"] == environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "1"
+    assert environment["FAVOURITE"] == "amber"
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    log = (local_ray / "player-0.log").read_text()
+    assert "spoken by a child" in log
+
+
+def test_threads_are_the_settings(local_ray: Path):
+    group = start(local_ray, ActorSettings(threads=2), role="threaded")
+    environment = group.call(0, "environment")
+    stop(group)
+    assert environment["torch threads"] == environment["OMP_NUM_THREADS"] == "2"
+
+
+def test_references_are_fetched_where_they_are_used(players: ActorGroup):
+    """The driver of this test could not read what it hands around."""
+    refuse_rollouts_in_this_process()
+    try:
+        asked = [players.submit(index % 2, "sample", index, num_returns=2) for index in range(3)]
+        headers = players.wait([header for _, header in asked])
+        assert [header.num_samples for header in headers] == [4, 4, 4]
+        references = [rollout.reference for rollout, _ in asked]
+        with pytest.raises(RolloutFetchedByDriver):
+            ray.get(references[0])
+
+        columns = [part.reference for part in players.submit_parts(1, "columns", references, num_parts=3)]
+        pairs = [
+            Assemble(Pairing, {"rollout": rollout, "column": column})
+            for rollout, column in zip(references, columns, strict=True)
+        ]
+        assert players.call(0, "paired", pairs) == pytest.approx([2.0] * 3)
+        lengths = players.call(1, "lengths", OneByOne(tuple(references)))
+        assert lengths == [header.num_tokens for header in headers]
+    finally:
+        refuse_rollouts_in_this_process(False)
+
+
+def test_a_list_of_one_part_is_that_part(players: ActorGroup):
+    [part] = players.submit_parts(0, "columns", [random_rollout(0)], num_parts=1)
+    assert type(players.wait([part])[0]) is TokenColumn
+
+
+def test_what_is_yielded_becomes_objects(players: ActorGroup):
+    streams = players.stream_all("count", 4)
+    assert [[array.tolist() for array in ray.get(stream)] for stream in streams] == [[[v] * 3 for v in range(4)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "cause"),
+    [
+        ("value", FailureKind.FATAL, "ValueError: the first line"),
+        ("data", FailureKind.DATA, "this sample is broken"),
+        ("connection", FailureKind.INFRASTRUCTURE, "ConnectionResetError: the other side went away"),
+        ("silent", FailureKind.FATAL, "KeyError: no message"),
+    ],
+)
+def test_an_exception_is_classified_where_it_happens(players: ActorGroup, how: str, kind: FailureKind, cause: str):
+    failure = failure_of(players, "fail", how)
+    assert (failure.kind, failure.role, failure.cause) == (kind, "player-1", cause)
+    assert failure.node == players.members[1].node
+    assert "in fail" in failure.details, "the traceback of the far side is kept"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_failure_keeps_the_name_of_the_role_that_had_it(players: ActorGroup, nested: bool):
+    broken = players.submit(0, "fail", "data")[0].reference
+    failure = failure_of(players, "columns", [broken] if nested else broken)
+    assert (failure.kind, failure.role) == (FailureKind.DATA, "player-0")
+    assert failure.cause == "this sample is broken"
+
+
+def test_a_role_that_cannot_be_made_says_why(players: ActorGroup, local_ray: Path):
+    placement = reserve([RoleRequest("other", "other", ActorSettings())], ClusterSettings(placement_timeout_s=30))
+    group = ActorGroup.start("other", ActorSettings(), placement, 0, local_ray, Deadlines(120, 60))
+    with pytest.raises(RoleFailure, match=r"other-0 on .*BadInput: number: -1; 0 or more"):
+        collect(group.build(Player, [(-1,)]), 120)
+    stop(group)
+
+
+def test_a_late_answer_names_role_and_task(players: ActorGroup):
+    started = time.monotonic()
+    failure = failure_of(players, "wait", 3.0, timeout_s=0.5)
+    assert time.monotonic() - started < 2.5
+    assert failure.kind is FailureKind.INFRASTRUCTURE
+    assert failure.role == "player-1"
+    assert "player-1 (wait)" in failure.cause
+    assert players.call(1, "whoami")[0] == 1, "the role itself is well"
+
+
+def test_the_first_failure_ends_the_wait(players: ActorGroup):
+    started = time.monotonic()
+    pending = [*players.submit(0, "wait", 20.0), *players.submit(1, "fail", "value")]
+    with pytest.raises(RoleFailure, match="player-1"):
+        collect(pending, 60)
+    assert time.monotonic() - started < 10
+    ray.kill(players.members[0].host)
+
+
+def test_a_killed_actor_is_noticed_at_once(local_ray: Path):
+    group = start(local_ray, ActorSettings(replicas=1), role="victim")
+    pending = group.submit(0, "wait", 60.0)
+    started = time.monotonic()
+    ray.kill(group.members[0].host)
+    with pytest.raises(RoleFailure) as caught:
+        collect(pending, 60)
+    assert time.monotonic() - started < 15
+    assert (caught.value.kind, caught.value.role) == (FailureKind.INFRASTRUCTURE, "victim-0")
+    assert "went away during 'wait'" in caught.value.cause
+    with pytest.raises(RoleFailure, match="victim-0"):
+        group.call(0, "whoami")
+
+
+def test_no_room_is_said_in_time_with_what_was_asked(local_ray: Path):
+    request = RoleRequest("generator", "generator", ActorSettings(replicas=3, cpus=1.5))
+    with pytest.raises(RoleFailure) as caught:
+        reserve([request], ClusterSettings(placement_timeout_s=0.5))
+    message = str(caught.value)
+    assert caught.value.kind is FailureKind.INFRASTRUCTURE
+    assert "generator: 3 x {'CPU': 1.5}" in message
+    assert "free now: {'CPU': " in message
+    assert "cluster.placement_timeout_s" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "found"),
+    [
+        (ActorSettings(replicas=5, cpus=0.5), "generator.cpus", "2.75 CPUs (generator 2.5, reward 0.25)"),
+        (ActorSettings(gpus=1), "generator.gpus", "1 GPUs (generator 1); the cluster has 0 on 1 node(s)"),
+        (ActorSettings(threads=3), "generator.threads", "3 threads in one process; the largest node has 2 CPUs"),
+    ],
+)
+def test_more_than_the_cluster_has_is_bad_input(local_ray: Path, settings: ActorSettings, where: str, found: str):
+    requests = [RoleRequest("generator", "generator", settings), RoleRequest("reward", "reward", ActorSettings())]
+    with pytest.raises(BadInput) as caught:
+        check_resources(requests)
+    assert caught.value.where == where
+    assert found in caught.value.found
+
+
+def test_a_process_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch):
+    """Two nodes of a stand-in cluster have enough together, none alone."""
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 2.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
+    check_resources([RoleRequest("reward", "reward", ActorSettings(replicas=2, cpus=2.0))])
+    with pytest.raises(BadInput, match=r"reward\.cpus: one process asks for 3 CPUs; the largest node has 2"):
+        check_resources([RoleRequest("reward", "reward", ActorSettings(cpus=3.0))])

@@ -1,0 +1,127 @@
+"""ZeRO-1, 2 and 3 on two ranks give what one process gives, and go on from a checkpoint bit for bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from rlhf_ray.config.settings import ActorSettings, ClusterSettings, PolicySettings
+from rlhf_ray.models.buckets import WeightBucket, fill_buckets
+from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
+from rlhf_ray.roles.deepspeed_engine import Rank
+from rlhf_ray.roles.learner import TrainSpec
+from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
+from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
+from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.learner_group import ranks
+from tests.making import (
+    KL_COEFFICIENT,
+    LOSS,
+    SPEC,
+    largest_difference,
+    learner_settings,
+    random_rollout,
+    shard_of,
+    weights_in,
+)
+
+ROLLOUTS = [random_rollout(index) for index in range(4)]
+SPLIT = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=48, seed=0)
+
+
+class Learners:
+    """Policy and critic in one process, each rank with its part of the rollouts."""
+
+    def __init__(self, model: str, rank: Rank, zero_stage: int) -> None:
+        settings = learner_settings(zero_stage=zero_stage, micro_batch_tokens=48, weight_decay=0.01)
+        self.policy = PolicyLearner(PolicySettings(model=model, learner=settings), rank, total_steps=20)
+        self.critic = CriticLearner(model, settings, rank, total_steps=20, seed=0)
+        self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
+
+    def values_are_zero(self) -> bool:
+        return all(not column.data.any() for column in self.critic.values(self._rollouts))
+
+    def train(self, step: int) -> tuple[PolicyReport, CriticReport]:
+        columns = zip(
+            self._rollouts, self.policy.logprobs(self._rollouts), self.critic.values(self._rollouts), strict=True
+        )
+        shards = [shard_of(*each) for each in columns]
+        return (
+            self.policy.train(step, shards, SPEC, SPLIT, LOSS, KL_COEFFICIENT),
+            self.critic.train(step, shards, SPEC, SPLIT, 0.2, KL_COEFFICIENT),
+        )
+
+    def save(self, folder: str) -> None:
+        self.policy.save_checkpoint(folder)
+        self.critic.save_checkpoint(folder)
+
+    def load(self, folder: str) -> None:
+        self.policy.load_checkpoint(folder)
+        self.critic.load_checkpoint(folder)
+
+    def export(self, folder: str) -> list[WeightBucket]:
+        """The policy as a directory, the critic's weights as they are."""
+        self.policy.export(folder)
+        return list(fill_buckets(self.critic._engine.full_weights("token_classifier."), 1 << 20))
+
+
+def tensors_of(folder: Path, critic: list[WeightBucket]) -> dict[str, torch.Tensor]:
+    tensors = {f"policy.{name}": tensor for name, tensor in weights_in(folder).items()}
+    return tensors | {f"critic.{name}": tensor.clone() for bucket in critic for name, tensor in bucket.tensors()}
+
+
+@pytest.fixture(scope="module")
+def expected(policy_model: str, single_rank: Rank, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Reports and weights of two steps in one process."""
+    learners = Learners(policy_model, single_rank, zero_stage=1)
+    reports = [learners.train(step) for step in range(2)]
+    folder = tmp_path_factory.mktemp("single")
+    return reports, tensors_of(folder, learners.export(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def pair(local_ray: Path) -> Iterator[ActorGroup]:
+    """Two empty processes; each test builds its learners in them."""
+    settings = ActorSettings(replicas=2)
+    placement = reserve([RoleRequest("learner", "policy.learner", settings)], ClusterSettings(placement_timeout_s=60))
+    group = ActorGroup.start("learner", settings, placement, 0, local_ray, Deadlines(start_s=120, call_s=120))
+    yield group
+    for member in group.members:
+        ray.kill(member.host)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_ranks_equal_one_process(
+    pair: ActorGroup, policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
+):
+    places = ranks(pair)
+
+    def build() -> None:
+        pair.wait(pair.build(Learners, [(policy_model, place, zero_stage) for place in places]))
+
+    build()
+    assert pair.call_all("values_are_zero") == [True, True]
+    reports = [pair.call_all("train", 0)]
+    pair.call_all("save", str(tmp_path / "checkpoint"))
+    reports.append(pair.call_all("train", 1))
+    critic = pair.call_all("export", str(tmp_path / "policy"))[0]
+    weights = tensors_of(tmp_path / "policy", critic)
+
+    single_reports, single_weights = expected
+    for of_ranks, (policy, critic_report) in zip(reports, single_reports, strict=True):
+        for own_policy, own_critic in of_ranks:
+            for name in ("loss", "grad_norm", "entropy", "clip_fraction", "approx_kl", "max_abs_log_ratio"):
+                assert getattr(own_policy, name) == pytest.approx(getattr(policy, name), abs=1e-5), name
+            for name in ("loss", "grad_norm", "clip_fraction", "explained_variance", "return_mean"):
+                assert getattr(own_critic, name) == pytest.approx(getattr(critic_report, name), abs=1e-5), name
+            assert own_policy.stats.score_mean == pytest.approx(policy.stats.score_mean)
+    assert largest_difference(weights, single_weights) <= 1e-5
+
+    build()
+    pair.call_all("load", str(tmp_path / "checkpoint"))
+    assert pair.call_all("train", 1) == reports[1]
+    again = tensors_of(tmp_path / "again", pair.call_all("export", str(tmp_path / "again"))[0])
+    assert largest_difference(again, weights) == 0
