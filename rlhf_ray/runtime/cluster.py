@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from rlhf_ray.config.settings import ActorSettings, ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+
+_KNOCK_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ def connect(settings: ClusterSettings) -> None:
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         try:
+            _knock(address)
             ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise BadInput(
                 "cluster.address",
                 f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]})",
@@ -52,6 +56,17 @@ def connect(settings: ClusterSettings) -> None:
         include_dashboard=False,
         **quiet,
     )
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens. Ray itself would try for minutes, with a line in the terminal at each attempt.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "://" not in address:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
 
 
 def check_resources(requests: Sequence[RoleRequest]) -> None:

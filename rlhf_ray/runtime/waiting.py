@@ -69,6 +69,16 @@ def fetch(item: Pending, timeout_s: float) -> Any:
             f"{item.task}: {str(cause).strip() or type(cause).__name__}".splitlines()[-1],
             str(error),
         ) from None
+    except ray.exceptions.RaySystemError as error:
+        # The answer is here and cannot be read by this process: asking again would not help.
+        cause = error.client_exc
+        raise RoleFailure(
+            FailureKind.FATAL,
+            item.role,
+            item.node,
+            f"the answer to '{item.task}' cannot be read: {type(cause).__name__}: {cause}",
+            str(error),
+        ) from None
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())
         raise RoleFailure(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -91,7 +92,8 @@ class Command:
             wait_until(ended, deadline_s, f"the end of {self.process.args!r}")
         except TimeoutError:
             for process in (self.process, *self.descendants):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             raise
         finally:
             self.seconds = time.monotonic() - self.started

@@ -14,7 +14,7 @@ import ray
 
 from rlhf_ray.config.settings import ActorSettings, ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
-from rlhf_ray.rollout import Rollout, RolloutFetchedByDriver, RolloutHeader, TokenColumn, refuse_rollouts_in_this_process
+from rlhf_ray.rollout import Rollout, RolloutHeader, TokenColumn, refuse_rollouts_in_this_process
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, meeting_point
 from rlhf_ray.runtime.cluster import RoleRequest, check_resources, reserve
 from rlhf_ray.runtime.role_host import Assemble, OneByOne
@@ -143,8 +143,9 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup):
         headers = players.wait([header for _, header in asked])
         assert [header.num_samples for header in headers] == [4, 4, 4]
         references = [rollout.reference for rollout, _ in asked]
-        with pytest.raises(RolloutFetchedByDriver):
-            ray.get(references[0])
+        with pytest.raises(RoleFailure, match="the answer to 'sample' cannot be read: RolloutFetchedByDriver") as caught:
+            players.wait(asked[0])
+        assert caught.value.kind is FailureKind.FATAL
 
         columns = [part.reference for part in players.submit_parts(1, "columns", references, num_parts=3)]
         pairs = [

@@ -124,7 +124,10 @@ def slurm(tmp_path):
             "[[ $2 == stop ]] && { touch stopped; exit 0; }\necho submitted\n"
             'while [[ -n ${JOB_HANGS:-} && ! -e stopped ]]; do sleep 0.05; done\nexit "${JOB_STATUS:-0}"'
         ),
-        "python": 'case $2 in *secrets*) printf 0123456789abcdef ;; *) echo "joined $4" >>calls ;; esac',
+        "python": (
+            "[[ $2 == *secrets* ]] && { printf 0123456789abcdef; exit 0; }\n"
+            'until (($(grep -c "ray start" calls) == $4)); do sleep 0.05; done\necho joined >>calls'
+        ),
     }
     for name, body in stand_ins.items():
         (programs / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
@@ -168,7 +171,7 @@ def test_slurm_script_starts_all_nodes_then_the_job_and_takes_the_token_away(slu
     assert "--nodelist=node-2" in started[1]
     assert "--address=10.0.0.1:6379" in started[1]
     assert all("--num-gpus=8" in call for call in started)
-    assert calls.index("joined 2") < len(calls) - 1, "the job is submitted once all nodes are there"
+    assert calls[-2] == "joined", "the job is submitted once all nodes are there"
     expected = f"rlhf-ray ppo configs/x.yaml paths.data={folder}/data paths.runs={folder}/runs run.name=second"
     assert calls[-1].startswith("ray job submit --address")
     assert calls[-1].endswith(expected)

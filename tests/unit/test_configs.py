@@ -20,11 +20,15 @@ GPU_FILES = [name for name in FILES if name.startswith(("node-8gpu/", "multi-nod
 CLASSES: dict[str, type[RunConfig]] = {"text": SFTConfig, "pairs": RewardModelConfig, "prompts": PPOConfig}
 
 
+def config_class(path: Path) -> type[RunConfig]:
+    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    [found] = [found for section, found in CLASSES.items() if section in sections]
+    return found
+
+
 def load(name: str) -> RunConfig:
     path = CONFIGS / name
-    sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    [config_class] = [found for section, found in CLASSES.items() if section in sections]
-    return load_config(config_class, path)
+    return load_config(config_class(path), path)
 
 
 def load_ppo(name: str) -> PPOConfig:
@@ -85,3 +89,13 @@ def test_ppo_takes_the_reward_model_that_its_folder_trains(folder):
     assert ppo.reward.model == f"{reward_model.paths.runs}/{reward_model.run.name}/reward_model"
     longest = ppo.sampling.max_prompt_tokens + ppo.sampling.max_response_tokens
     assert reward_model.training.max_length > longest
+
+
+def test_the_configurations_in_the_readme_are_valid(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (CONFIGS.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    loaded = []
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        loaded.append(type(load_config(config_class(path), path)))
+    assert {RewardModelConfig, PPOConfig} <= set(loaded)

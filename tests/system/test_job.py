@@ -1,0 +1,155 @@
+"""The command as a job on a Ray cluster with token authentication, submitted the way the README says."""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.system.commands import PPO, REPOSITORY, Command, start_program, user_environment, wait_until
+
+pytestmark = pytest.mark.timeout(600)
+
+PROGRAMS = Path(sys.executable).parent
+STEPS = 2
+MAX_UPLOAD_BYTES = 8 << 20
+
+
+@dataclass
+class Cluster:
+    """A head node of its own on this machine.
+
+    Attributes:
+        folder: Ray's files; short, because the path of a Unix socket may not be long.
+        address: of the cluster.
+        dashboard: where jobs are submitted.
+        environment: of somebody who has the token.
+    """
+
+    folder: Path
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+    def without_token(self) -> dict[str, str]:
+        """The environment of somebody who has not."""
+        kept = {name: value for name, value in self.environment.items() if not name.startswith("RAY_")}
+        return {**kept, "HOME": str(self.folder)}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    listeners = [socket.socket() for _ in range(count)]
+    for listener in listeners:
+        listener.bind(("127.0.0.1", 0))
+    ports = [int(listener.getsockname()[1]) for listener in listeners]
+    for listener in listeners:
+        listener.close()
+    return ports
+
+
+def http_status(url: str) -> int | None:
+    """Of a plain GET without a token, or None while nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """`ray start --head` with a token."""
+    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    # The head's environment is its jobs' environment: the programs of this environment come first.
+    environment = {
+        **user_environment(),
+        "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(folder),
+    }
+    port, dashboard, agent, client = free_ports(4)
+    head = start_program(
+        [
+            str(PROGRAMS / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--object-store-memory={200 << 20}",
+            "--node-ip-address=127.0.0.1", f"--port={port}", f"--ray-client-server-port={client}",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+            "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}", "--disable-usage-stats",
+        ],
+        folder / "head.log",
+        environment,
+        folder,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until(
+            lambda: head.process.poll() is not None or http_status(f"{url}/api/version"),
+            120,
+            "a dashboard that answers",
+        )
+        assert head.process.poll() is None, head.stdout + head.stderr
+        yield Cluster(folder, f"127.0.0.1:{port}", url, environment)
+    finally:
+        head.process.terminate()
+        head.wait(60)
+        left = head.left_running()
+        shutil.rmtree(folder, ignore_errors=True)
+    assert left == []
+
+
+def submit(cluster: Cluster, environment: dict[str, str], entrypoint: list[str], output: Path) -> Command:
+    """`ray job submit` from the repository's root."""
+    program = [str(PROGRAMS / "ray"), "job", "submit", f"--address={cluster.dashboard}", "--working-dir=.", "--"]
+    return start_program([*program, *entrypoint], output, environment, REPOSITORY)
+
+
+def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    assert http_status(f"{cluster.dashboard}/api/version") == 401
+    job = submit(cluster, cluster.without_token(), ["touch", str(tmp_path / "ran")], tmp_path / "output")
+    assert job.wait(60) != 0
+    assert "Missing authentication token" in job.stdout + job.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_that_joins_without_the_token_is_refused(cluster: Cluster, data_root: Path, tmp_path: Path) -> None:
+    settings = [f"paths.data={data_root}", f"paths.runs={tmp_path}/runs", f"cluster.address={cluster.address}"]
+    command = start_program(
+        [sys.executable, "-m", "rlhf_ray", *PPO, *settings], tmp_path / "output", cluster.without_token(), REPOSITORY
+    )
+    assert command.wait(60) == 2, command.stderr
+    assert command.stderr.startswith(f"bad input: cluster.address: no Ray cluster answers at '{cluster.address}'")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_runs_to_its_end(cluster: Cluster, data_root: Path, tmp_path: Path) -> None:
+    script = PROGRAMS / "rlhf-ray"
+    program = ["rlhf-ray"] if script.exists() else ["python", "-m", "rlhf_ray"]
+    settings = [f"paths.data={data_root}", f"paths.runs={tmp_path}", f"steps={STEPS}"]
+    job = submit(cluster, cluster.environment, [*program, *PPO, *settings], tmp_path / "output")
+    assert job.wait(300) == 0, job.stdout + job.stderr
+    assert "succeeded" in job.stdout + job.stderr
+    run = tmp_path / "tiny-ppo"
+    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
+
+    packages = list(cluster.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
+    assert len(packages) == 1
+    [uploaded] = packages
+    files = [path for path in uploaded.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < MAX_UPLOAD_BYTES
+    assert (uploaded / "rlhf_ray" / "cli.py").exists()
+    assert not {path.relative_to(uploaded).parts[0] for path in files} & {".git", ".venv", "data", "runs", "build"}
