@@ -101,6 +101,12 @@ class LearnerSettings(ActorSettings):
         "(exact, no cost for neighbours in the pack) on a CPU; else any name that transformers knows "
         "and that takes packed sequences.",
     )
+    float32_logits: bool = Field(
+        True,
+        description="Compute the output projection in float32 whatever the type. Logits rounded to bfloat16 are "
+        "the largest part of the mismatch between engine and learner that the learner can avoid; costs a float32 copy "
+        "of the projection.",
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; 3 also shards the weights.")
     deepspeed: dict[str, object] = Field(
         default_factory=dict,
@@ -119,6 +125,12 @@ class LearnerSettings(ActorSettings):
         4096,
         description="Most tokens in one packed forward pass. Memory and speed only: the result does not depend on it.",
     )
+
+    @model_validator(mode="after")
+    def _one_gpu_a_rank(self) -> LearnerSettings:
+        if self.gpus not in (0, 1):
+            raise ValueError(f"gpus: {self.gpus:g} for one rank; a learner's rank has one whole GPU, or 0 for the CPU")
+        return self
 
 
 class PolicySettings(Settings):
@@ -141,6 +153,7 @@ class ReferenceSettings(ActorSettings):
     model: str | None = Field(None, description="Empty: the policy's model before training.")
     dtype: DType = Field("auto", description="Compute type, as for the learner.")
     attention: str = Field("auto", description="As for the learner.")
+    float32_logits: bool = Field(True, description="As for the learner.")
     micro_batch_tokens: PositiveInt = Field(4096, description="Most tokens in one packed forward pass.")
 
 

@@ -72,17 +72,32 @@ def logprobs_of(
         return logprobs, -(log_distribution.exp() * log_distribution).sum(-1)
 
 
-def load_policy_model(model: str, *, dtype: str, attention: str, temperature: float) -> PolicyModel:
+def load_policy_model(
+    model: str, *, dtype: str, attention: str, temperature: float, float32_logits: bool
+) -> PolicyModel:
     """A policy from a Hugging Face directory or hub id.
 
     Args:
         dtype: a torch type by name, already resolved.
         attention: an attention that takes packed rows, already resolved.
+        float32_logits: compute the output projection in float32.
     """
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
+    if float32_logits and dtype != "float32":
+        _project_in_float32(loaded.get_output_embeddings())
     return PolicyModel(loaded, temperature)
+
+
+def _project_in_float32(projection: nn.Linear) -> None:
+    """Let a linear layer compute in float32 while its weights stay as they are (hooks on the layer still act)."""
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if projection.bias is None else projection.bias.float()
+        return nn.functional.linear(hidden.float(), projection.weight.float(), bias)
+
+    projection.forward = forward
 
 
 def load_critic_model(model: str, *, dtype: str, attention: str, seed: int) -> CriticModel:

@@ -37,7 +37,7 @@ from rlhf_ray.runtime.cluster import check_resources, connect
 from rlhf_ray.runtime.waiting import Pending, collect
 from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
-from rlhf_ray.tracking.run_folder import RunFolder
+from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
 from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder
 
 BEFORE = "held_out_before.jsonl"
@@ -253,6 +253,8 @@ class PPO:
     def _save_checkpoint(self) -> None:
         path = self._folder.checkpoint_path(self._state.step)
         self._tracker.phase("saving a checkpoint")
+        if (path / CHECKPOINT_STATE).exists():
+            return  # of this very step: nothing has changed since
         if path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True)

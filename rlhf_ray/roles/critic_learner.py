@@ -84,12 +84,13 @@ class CriticLearner:
             own = sum(float(data.weights[pack.columns].double().sum()) for pack in packs)
             normalizer = float(engine.all_reduce(torch.tensor([own], dtype=torch.float64))[0]) or 1.0
 
-            def loss(batch: PackedBatch, normalizer: float = normalizer) -> torch.Tensor:
+            def loss(batch: PackedBatch, counts: bool, normalizer: float = normalizer) -> torch.Tensor:
                 batch = batch.to(engine.device)
                 at = batch.columns
                 weights = data.weights[at]
                 parts = value_loss(engine.module(batch), values[at], returns[at], weights, value_clip)
-                meter.add(loss=parts.loss_sum.detach(), clip=parts.clip_fraction_sum, weight=weights.sum())
+                if counts:
+                    meter.add(loss=parts.loss_sum.detach(), clip=parts.clip_fraction_sum, weight=weights.sum())
                 return parts.loss_sum / normalizer
 
             report = engine.optimizer_step(packs, loss)

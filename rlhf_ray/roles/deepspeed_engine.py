@@ -126,13 +126,14 @@ class DeepSpeedEngine:
         dist.all_gather(parts, local)
         return torch.stack(parts).sum(0).to(values.device)
 
-    def optimizer_step(self, batches: Sequence[Batch], loss: Callable[[Batch], torch.Tensor]) -> StepReport:
+    def optimizer_step(self, batches: Sequence[Batch], loss: Callable[[Batch, bool], torch.Tensor]) -> StepReport:
         """Forward and backward over this rank's micro-batches, then one step.
 
         Args:
             batches: at least one.
             loss: a micro-batch's part of the minibatch's loss: its sum over this micro-batch, divided by the
-                normaliser of the whole minibatch over all ranks.
+                normaliser of the whole minibatch over all ranks. The second argument is false where a rank that has run
+                out goes along with a micro-batch it has had: the loss is dropped, and nothing may be counted again.
         """
         rate = learning_rate(
             self.steps_done,
@@ -148,7 +149,7 @@ class DeepSpeedEngine:
         rounds = self._common_rounds(len(batches))
         for index in range(rounds):
             real = index < len(batches)
-            value = loss(batches[index] if real else batches[-1])
+            value = loss(batches[index] if real else batches[-1], real)
             # DeepSpeed averages over ranks, ours is a sum; a rank that has run out joins in with nothing.
             value = value * (self.rank.world_size if real else 0.0)
             self._engine.set_gradient_accumulation_boundary(index == rounds - 1)

@@ -75,7 +75,7 @@ class Generator:
             "max_num_seqs": settings.max_concurrent_sequences,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": settings.enforce_eager,
-            "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "ray",
+            "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
             "weight_transfer_config": WeightTransferConfig(backend=transport),
             # Log-probs at the sampling temperature, as the learner computes them.
             "logprobs_mode": "processed_logprobs",

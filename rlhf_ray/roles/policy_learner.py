@@ -105,6 +105,7 @@ class PolicyLearner:
                 settings.model,
                 dtype=self._dtype,
                 temperature=temperature,
+                float32_logits=learner.float32_logits,
                 attention=resolve_attention(learner.attention, on_gpu),
             )
             train_only_top_layers(model.language_model, learner.trainable_top_layers)
@@ -149,7 +150,9 @@ class PolicyLearner:
             normalizer = self._normalizer([data.weights[pack.columns] for pack in packs])
             before_update = first is None
 
-            def loss(batch: PackedBatch, normalizer: float = normalizer, measure: bool = before_update) -> torch.Tensor:
+            def loss(
+                batch: PackedBatch, counts: bool, normalizer: float = normalizer, measure: bool = before_update
+            ) -> torch.Tensor:
                 nonlocal apart
                 batch = batch.to(engine.device)
                 at = batch.columns
@@ -172,6 +175,8 @@ class PolicyLearner:
                 if loss_spec.kl_in_loss and data.reference_logprobs is not None:
                     penalty = kl_estimate(logprobs, data.reference_logprobs[at], loss_spec.kl_estimator)
                     total = total + kl_coefficient * torch.where(weights != 0, weights * penalty, 0.0).sum()
+                if not counts:
+                    return total / normalizer
                 if measure and not own_logprobs:
                     apart = apart + mismatch(logprobs, data.engine_logprobs[at])
                 meter.add(
@@ -224,9 +229,10 @@ class PolicyLearner:
         all_tokens = float(engine.all_reduce(torch.tensor([tokens], dtype=torch.float64))[0])
         meter = Meter(("loss",))
 
-        def loss(batch: PackedBatch) -> torch.Tensor:
+        def loss(batch: PackedBatch, counts: bool) -> torch.Tensor:
             logprobs, _ = engine.module(batch.to(engine.device))
-            meter.add(loss=-logprobs.detach().sum())
+            if counts:
+                meter.add(loss=-logprobs.detach().sum())
             return -logprobs.sum() / all_tokens
 
         report = engine.optimizer_step(packs, loss)

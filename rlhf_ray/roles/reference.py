@@ -29,6 +29,7 @@ class Reference:
                 model,
                 dtype=resolve_dtype(settings.dtype, on_gpu),
                 temperature=temperature,
+                float32_logits=settings.float32_logits,
                 attention=resolve_attention(settings.attention, on_gpu),
             )
             .to(self._device)

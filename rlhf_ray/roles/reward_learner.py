@@ -95,7 +95,7 @@ class RewardLearner:
         total_weight, count = engine.all_reduce(own).tolist()
         meter = Meter(("loss", "accuracy", "margin", "score", "score_square"))
 
-        def loss(group: list[EncodedPair]) -> torch.Tensor:
+        def loss(group: list[EncodedPair], counts: bool) -> torch.Tensor:
             scores = self._scores([pair.chosen for pair in group] + [pair.rejected for pair in group])
             chosen, rejected = scores.chunk(2)
 
@@ -112,14 +112,15 @@ class RewardLearner:
                 label_smoothing=training.label_smoothing,
                 centering=training.centering,
             )
-            detached = scores.detach()
-            meter.add(
-                loss=total.detach(),
-                accuracy=pair_accuracy(chosen.detach(), rejected.detach()).sum(),
-                margin=(chosen - rejected).detach().sum(),
-                score=detached.sum(),
-                score_square=detached.square().sum(),
-            )
+            if counts:
+                detached = scores.detach()
+                meter.add(
+                    loss=total.detach(),
+                    accuracy=pair_accuracy(chosen.detach(), rejected.detach()).sum(),
+                    margin=(chosen - rejected).detach().sum(),
+                    score=detached.sum(),
+                    score_square=detached.square().sum(),
+                )
             return total / (total_weight or 1.0)
 
         report = engine.optimizer_step(self._groups(pairs), loss)

@@ -19,6 +19,8 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.ppo.inputs import read_inputs
 from tests.system.commands import PPO, REPOSITORY, run, start
 
+pytestmark = pytest.mark.timeout(600)
+
 DEADLINE_S = 25.0
 Edit = Callable[[Path], None]
 
@@ -226,7 +228,7 @@ def test_a_cluster_that_is_not_there_is_named(data_root: Path, tmp_path: Path) -
     settings = (f"paths.data={data_root}", f"paths.runs={tmp_path}/runs", "cluster.address=127.0.0.1:1")
     command = run((*PPO, *settings), tmp_path / "output", DEADLINE_S)
     assert command.process.returncode == 2, command.stderr
-    assert command.stderr.startswith("bad input: cluster.address: no Ray cluster answers at '127.0.0.1:1'")
+    assert command.stderr.startswith("bad input: cluster.address: no Ray cluster answers at '127.0.0.1:1' ([Errno 111]")
     assert command.stderr.count("\n") == 1
 
 

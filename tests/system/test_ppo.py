@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.system.commands import PPO, Command, rows_of, run, start, wait_until, without_times
 
+pytestmark = pytest.mark.timeout(600)
+
 STEPS = 10  # more than the 8 that one pass over the 64 prompts takes
 DEADLINE_S = 240.0
 ROLES = {"generator-0", "reward-0", "policy-0", "reference-0", "critic-0", "evaluator-0"}
@@ -186,7 +188,7 @@ def test_events_name_every_role_with_its_node_and_every_role_has_a_log(finished:
 
 
 def test_the_terminal_shows_nothing_but_our_lines(finished: Run) -> None:
-    ours = re.compile(r"PPO tiny-ppo · .*|· .*|step +reward .*| *\d+/10 .*|")
+    ours = re.compile(r"PPO tiny-ppo · .*|· .*| *step +reward .*| *\d+/10 .*|")
     assert [line for line in finished.command.stdout.splitlines() if not ours.fullmatch(line)] == []
     assert finished.command.stderr == ""
 
