@@ -40,9 +40,9 @@ def evaluate(
     references = refer(cast, shards)
     read = [
         cast.evaluator.submit(
-            0, "read", shard.rollout, column, shard.prompts, None if reference is None else reference.reference
+            0, "read", shard.rollout, column, shard.prompts, references[index].reference if references else None
         )[0]
-        for shard, (column, _), reference in zip(shards, scored, references, strict=True)
+        for index, (shard, (column, _)) in enumerate(zip(shards, scored, strict=True))
     ]
     return [sample for samples in cast.evaluator.wait(read) for sample in samples]
 

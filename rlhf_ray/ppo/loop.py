@@ -34,7 +34,7 @@ from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLossSpec, PolicyReport
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.cluster import check_resources, connect
-from rlhf_ray.runtime.waiting import Pending, collect
+from rlhf_ray.runtime.waiting import collect
 from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
 from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
@@ -104,18 +104,17 @@ class PPO:
             self._tracker.phase("first sync of the weights")
             self._sync(StepClock())
             self._evaluate_before()
-            last_kl: float | None = None
             while self._state.step < self._config.steps:
-                last_kl = self._step()
+                kl = self._step()
                 if stop:
                     self._save_checkpoint()
                     self._tracker.events.write("run_stopped", cause=f"signal {stop[0]}", step=self._state.step)
                     raise Stopped(f"stopped by signal {stop[0]} after step {self._state.step}; continue with --resume")
                 if self._state.step % self._config.checkpoint.every_steps == 0:
                     self._save_checkpoint()
-                if self._kl_too_large(last_kl):
+                if self._kl_too_large(kl):
                     break
-        self._finish(last_kl)
+        self._finish()
 
     def _step(self) -> float | None:
         """Sample, score, learn, sync."""
@@ -124,12 +123,17 @@ class PPO:
         shards = generate(cast, plan_shards(drawn, config.sampling, config.run.seed, "train"), drawn)
         scored = score(cast, shards)
         references = refer(cast, shards)
-        values = learner_columns(cast.critic, "values", shards) if cast.critic else [None] * len(shards)
+        values = learner_columns(cast.critic, "values", shards) if cast.critic else None
         recompute = config.algorithm.old_logprobs == "learner"
-        policy = learner_columns(cast.policy, "logprobs", shards) if recompute else [None] * len(shards)
+        policy = learner_columns(cast.policy, "logprobs", shards) if recompute else None
         columns = [
-            Columns(rewards, header, reference, value, own)
-            for (rewards, header), reference, value, own in zip(scored, references, values, policy, strict=True)
+            Columns(
+                rewards=rewards,
+                reference=references[index].reference if references else None,
+                values=values[index].reference if values else None,
+                policy=policy[index].reference if policy else None,
+            )
+            for index, (rewards, _) in enumerate(scored)
         ]
 
         self._tracker.phase("sampling")
@@ -137,10 +141,10 @@ class PPO:
             rollouts = cast.generators.wait([shard.header for shard in shards])
         self._tracker.phase("scoring")
         with clock.phase("reward"):
-            rewards = cast.scorers.wait([column.reward_header for column in columns])
-        for name, pending in (("reference", references), ("values", values), ("old_logprobs", policy)):
+            rewards = cast.scorers.wait([header for _, header in scored])
+        for name, stored in (("reference", references), ("values", values), ("old_logprobs", policy)):
             with clock.phase(name):
-                self._wait_stored([item for item in pending if item is not None])
+                collect([column.done for column in stored or ()], config.cluster.call_timeout_s)
         headers = StepHeaders(tuple(rollouts), tuple(rewards))
         self._check_scores(headers)
 
@@ -211,25 +215,6 @@ class PPO:
         )
         with clock.phase("probe"):
             return verify(weights, self._cast.policy, self._cast.generators, plan, version, self._cast.exact)
-
-    def _wait_stored(self, pending: list[Pending]) -> None:
-        """Wait until columns are there, or their role failed, without fetching them."""
-        timeout_s = self._config.cluster.call_timeout_s
-        _, late = (
-            ray.wait(
-                [item.reference for item in pending], num_returns=len(pending), timeout=timeout_s, fetch_local=False
-            )
-            if pending
-            else ([], [])
-        )
-        if late:
-            first = next(item for item in pending if item.reference in late)
-            raise RoleFailure(
-                FailureKind.INFRASTRUCTURE,
-                first.role,
-                first.node,
-                f"no answer to '{first.task}' within {timeout_s:.0f} s",
-            )
 
     def _check_scores(self, headers: StepHeaders) -> None:
         """A failed score is counted and set aside; a step without any is the end."""
@@ -310,7 +295,7 @@ class PPO:
             self._config.cluster.call_timeout_s,
         )
 
-    def _finish(self, last_kl: float | None) -> None:
+    def _finish(self) -> None:
         """The policy as a Hugging Face directory, the judgement, the plot and the page; the summary last."""
         folder, config = self._folder, self._config
         summary: dict[str, object] = {
@@ -327,9 +312,11 @@ class PPO:
             before, after = load_samples(folder.path / BEFORE), self._evaluate()
             save_samples(folder.path / AFTER, after)
             summary["held_out"] = held_out_summary(before, after)
-            last_kl = held_out_kl(after) if self._cast.references is not None else None
+            summary["kl/reference"] = held_out_kl(after) if self._cast.references is not None else None
             pairs = pair_samples(before, after)
-        summary["kl/reference"] = last_kl
+        else:
+            # From the log: a run that was stopped after its last step has none of its own when it is resumed.
+            summary["kl/reference"] = self._tracker.metrics.read().rows[-1]["kl/reference"]
         self._tracker.phase("writing the policy")
         self._cast.policy.call_all("export", str(folder.policy.absolute()))
         title = f"{config.run.name} · {config.policy.model}"

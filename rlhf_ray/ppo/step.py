@@ -43,14 +43,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class StoredColumn:
+    """A column that the driver only has the reference of, and the acknowledgement that it is there."""
+
+    reference: ray.ObjectRef
+    done: Pending
+
+
+@dataclass(frozen=True)
 class Columns:
-    """What the roles add to one shard: references, and the pending header of the rewards."""
+    """What the roles add to one shard, as references."""
 
     rewards: ray.ObjectRef
-    reward_header: Pending
-    reference: Pending | None
-    values: Pending | None
-    policy: Pending | None
+    reference: ray.ObjectRef | None
+    values: ray.ObjectRef | None
+    policy: ray.ObjectRef | None
 
 
 def plan_shards(
@@ -107,22 +114,27 @@ def score(cast: Cast, shards: Sequence[Shard]) -> list[tuple[ray.ObjectRef, Pend
     return scored
 
 
-def refer(cast: Cast, shards: Sequence[Shard]) -> list[Pending | None]:
-    """Ask the references for their log-probs."""
+def refer(cast: Cast, shards: Sequence[Shard]) -> list[StoredColumn] | None:
+    """Ask the references for their log-probs; nothing without a reference."""
     group = cast.references
     if group is None:
-        return [None] * len(shards)
-    return [group.submit(index % len(group), "logprobs", shard.rollout)[0] for index, shard in enumerate(shards)]
+        return None
+    asked = [
+        group.submit_parts(index % len(group), "logprobs", [shard.rollout], num_parts=1)
+        for index, shard in enumerate(shards)
+    ]
+    return [StoredColumn(parts.references[0], parts.done) for parts in asked]
 
 
-def learner_columns(group: ActorGroup, method: str, shards: Sequence[Shard]) -> list[Pending]:
+def learner_columns(group: ActorGroup, method: str, shards: Sequence[Shard]) -> list[StoredColumn]:
     """Ask every rank of a learner for a column of each of its shards (a collective: all ranks are asked)."""
-    columns: dict[int, Pending] = {}
+    columns: dict[int, StoredColumn] = {}
     for rank in range(len(group)):
         own = own_shards(rank, len(group), len(shards))
         rows = [shards[index].rollout for index in own]
-        pending = group.submit_parts(rank, method, rows, num_parts=len(own))
-        columns.update(zip(own, pending, strict=True))
+        parts = group.submit_parts(rank, method, rows, num_parts=len(own))
+        for index, reference in zip(own, parts.references, strict=True):
+            columns[index] = StoredColumn(reference, parts.done)
     return [columns[index] for index in range(len(shards))]
 
 
@@ -143,11 +155,8 @@ def own_shards(rank: int, num_ranks: int, num_shards: int) -> list[int]:
 
 
 def _assembled(shard: Shard, columns: Columns) -> Assemble:
-    fields: dict[str, Any] = {"rollout": shard.rollout, "rewards": columns.rewards}
-    for name, pending in (("reference", columns.reference), ("values", columns.values), ("policy", columns.policy)):
-        if pending is not None:
-            fields[name] = pending.reference
-    return Assemble(ExperienceShard, fields)
+    every = {"rollout": shard.rollout, **vars(columns)}
+    return Assemble(ExperienceShard, {name: reference for name, reference in every.items() if reference is not None})
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ class Member:
     host: Any
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Objects that stay in the store, and the acknowledgement that they are there."""
+
+    references: tuple[ray.ObjectRef, ...]
+    done: Pending
+
+
 class ActorGroup:
     """Replicas of one role."""
 
@@ -93,12 +101,11 @@ class ActorGroup:
         references = [references] if num_returns == 1 else references
         return [Pending(reference, member.name, member.node, method) for reference in references]
 
-    def submit_parts(self, index: int, method: str, *args: Any, num_parts: int) -> list[Pending]:
-        """Ask one replica for a list, each part of which becomes an object of its own."""
+    def submit_parts(self, index: int, method: str, *args: Any, num_parts: int) -> Parts:
+        """Ask one replica for a list, each part of which becomes an object that the caller need not fetch."""
         member = self.members[index]
-        references = member.host.parts.options(num_returns=num_parts).remote(method, *args)
-        references = [references] if num_parts == 1 else references
-        return [Pending(reference, member.name, member.node, method) for reference in references]
+        *references, done = member.host.parts.options(num_returns=num_parts + 1).remote(method, *args)
+        return Parts(tuple(references), Pending(done, member.name, member.node, method))
 
     def call(self, index: int, method: str, *args: Any) -> Any:
         """Ask one replica and wait."""

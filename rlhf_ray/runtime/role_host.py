@@ -75,10 +75,9 @@ class RoleHost:
         """One method of the role; references inside lists and `Assemble` are fetched first."""
         return self._guarded(lambda: getattr(self._role, method)(*(self._fetched(argument) for argument in args)))
 
-    def parts(self, method: str, *args: Any) -> Any:
-        """One method that returns a list, for a caller that wants each part as an object of its own."""
-        parts = self.call(method, *args)
-        return parts[0] if len(parts) == 1 else parts
+    def parts(self, method: str, *args: Any) -> list[Any]:
+        """One method that returns a list: its parts, and at the end an acknowledgement that can be waited for."""
+        return [*self.call(method, *args), True]
 
     def stream(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """What an iterating method yields, each put into the object store as it comes."""

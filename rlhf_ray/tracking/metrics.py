@@ -38,7 +38,7 @@ _STEP_TIME = Metric(
 _WALL = Metric(
     "wall_s",
     "s",
-    "Wall time since this process began its first step; a resume starts again at 0.",
+    "Wall time since this process took up the run, loading the models included; a resume starts again at 0.",
 )
 
 PPO_METRICS: tuple[Metric, ...] = (

@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.settings import RunConfig
-from rlhf_ray.failures import Stopped
+from rlhf_ray.failures import RoleFailure, Stopped
 from rlhf_ray.tracking.display import Column, Display, open_display
 from rlhf_ray.tracking.logs import EventLog, MetricsLog
 from rlhf_ray.tracking.metrics import MetricKind, check_known
@@ -73,7 +73,11 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A run that was asked to stop has said so itself.
-        if error is not None and not isinstance(error, Stopped):
+        if isinstance(error, RoleFailure):
+            self.events.write(
+                "run_failed", role=error.role, node=error.node, cause=error.cause, failure=error.kind.value
+            )
+        elif error is not None and not isinstance(error, Stopped):
             self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
         for sink in self._sinks:
             sink.close(self._summary)

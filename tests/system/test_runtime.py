@@ -147,7 +147,7 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup):
             players.wait(asked[0])
         assert caught.value.kind is FailureKind.FATAL
 
-        columns = [part.reference for part in players.submit_parts(1, "columns", references, num_parts=3)]
+        columns = players.submit_parts(1, "columns", references, num_parts=3).references
         pairs = [
             Assemble(Pairing, {"rollout": rollout, "column": column})
             for rollout, column in zip(references, columns, strict=True)
@@ -160,8 +160,10 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup):
 
 
 def test_a_list_of_one_part_is_that_part(players: ActorGroup):
-    [part] = players.submit_parts(0, "columns", [random_rollout(0)], num_parts=1)
-    assert type(players.wait([part])[0]) is TokenColumn
+    parts = players.submit_parts(0, "columns", [random_rollout(0)], num_parts=1)
+    players.wait([parts.done])
+    [reference] = parts.references
+    assert type(ray.get(reference)) is TokenColumn
 
 
 def test_what_is_yielded_becomes_objects(players: ActorGroup):
