@@ -60,9 +60,7 @@ def rollout_of(
     count = sum(len(response) for response in responses)
     sample_ids = np.arange(len(prompts)) + first_prompt_id * samples_per_prompt
     return Rollout(
-        tokens=np.concatenate(
-            [np.array([*p, *r], dtype=np.int32) for p, r in zip(prompts, responses, strict=True)]
-        ),
+        tokens=np.concatenate([np.array([*p, *r], dtype=np.int32) for p, r in zip(prompts, responses, strict=True)]),
         prompt_lengths=np.array([len(prompt) for prompt in prompts], dtype=np.int32),
         response_lengths=np.array([len(response) for response in responses], dtype=np.int32),
         logprobs=np.zeros(count, dtype=np.float32) if logprobs is None else np.array(logprobs, dtype=np.float32),

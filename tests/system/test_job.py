@@ -120,7 +120,7 @@ def submit(cluster: Cluster, environment: dict[str, str], entrypoint: list[str],
 def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     assert http_status(f"{cluster.dashboard}/api/version") == 401
     job = submit(cluster, cluster.without_token(), ["touch", str(tmp_path / "ran")], tmp_path / "output")
-    assert job.wait(60) != 0
+    assert job.wait(120) != 0
     assert "Missing authentication token" in job.stdout + job.stderr
     assert not (tmp_path / "ran").exists()
 
@@ -130,7 +130,7 @@ def test_a_run_that_joins_without_the_token_is_refused(cluster: Cluster, data_ro
     command = start_program(
         [sys.executable, "-m", "rlhf_ray", *PPO, *settings], tmp_path / "output", cluster.without_token(), REPOSITORY
     )
-    assert command.wait(60) == 2, command.stderr
+    assert command.wait(120) == 2, command.stderr
     told = command.stderr.splitlines()[-1]  # Ray's own warning may come before it
     assert told.startswith(f"bad input: cluster.address: no Ray cluster answers at '{cluster.address}'")
     assert "RAY_AUTH_TOKEN_PATH" in told

@@ -143,7 +143,9 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup):
         headers = players.wait([header for _, header in asked])
         assert [header.num_samples for header in headers] == [4, 4, 4]
         references = [rollout.reference for rollout, _ in asked]
-        with pytest.raises(RoleFailure, match="the answer to 'sample' cannot be read: RolloutFetchedByDriver") as caught:
+        with pytest.raises(
+            RoleFailure, match="the answer to 'sample' cannot be read: RolloutFetchedByDriver"
+        ) as caught:
             players.wait(asked[0])
         assert caught.value.kind is FailureKind.FATAL
 

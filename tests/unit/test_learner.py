@@ -1,4 +1,4 @@
-"""The learners in one process, with the real DeepSpeed: a step is the same however it is cut, and trains what it should."""
+"""The learners in one process, with the real DeepSpeed: a step is the same however it is cut."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +43,7 @@ def critic_learner(model: str, rank: Rank, **settings: Any) -> CriticLearner:
 
 
 def train_policy(learner: PolicyLearner, step: int = 0, **spec: int) -> PolicyReport:
-    shards = [
-        shard_of(rollout, column) for rollout, column in zip(ROLLOUTS, learner.logprobs(ROLLOUTS), strict=True)
-    ]
+    shards = [shard_of(rollout, column) for rollout, column in zip(ROLLOUTS, learner.logprobs(ROLLOUTS), strict=True)]
     cut = TrainSpec(**{"epochs": 1, "minibatches": 1, "micro_batch_tokens": 4096, "seed": 0, **spec})
     return learner.train(step, shards, SPEC, cut, LOSS, KL_COEFFICIENT)
 

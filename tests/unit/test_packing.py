@@ -1,6 +1,7 @@
 """A packed row gives what each sequence gives alone, in values and gradients, and nothing crosses between sequences."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Any]:
 def packed_model(policy_model: str) -> PolicyModel:
     attention = resolve_attention("auto", on_gpu=False)
     assert attention == "packed_sdpa"
-    return load_policy_model(policy_model, dtype="float32", attention=attention, temperature=0.7)
+    return load_policy_model(policy_model, dtype="float32", attention=attention, temperature=0.7, float32_logits=True)
 
 
 @pytest.mark.parametrize("plain", ["eager", "sdpa"])
@@ -101,7 +102,7 @@ def test_attention_equals_sdpa_on_each_sequence(causal: bool, key_heads: int):
         F.scaled_dot_product_attention(
             *(each[:, :, start:end] for each in inputs), is_causal=causal, scale=0.2, enable_gqa=key_heads != 4
         ).transpose(1, 2)
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
+        for start, end in pairwise(starts)
     ]
     expected = torch.cat(parts, dim=1)
     expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)

@@ -24,7 +24,9 @@ def test_a_key_gives_the_same_seed_in_another_process():
 
 
 def test_different_keys_give_different_seeds():
-    keys = [(seed, name, step, prompt) for seed in range(3) for name in "ab" for step in range(20) for prompt in range(20)]
+    keys = [
+        (seed, name, step, prompt) for seed in range(3) for name in "ab" for step in range(20) for prompt in range(20)
+    ]
     assert len({keyed_seed(seed, *key) for seed, *key in keys}) == len(keys)
     # Neither the bounds between parts nor their types may blur.
     assert keyed_seed(0, "a", 12) != keyed_seed(0, "a1", 2)
@@ -34,7 +36,7 @@ def test_different_keys_give_different_seeds():
 
 def test_seeds_fit_what_vllm_and_torch_take():
     seeds = [keyed_seed(0, index) for index in range(2000)]
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < 2**63
     assert max(seeds) > 2**62, "all 63 bits are used"
 

@@ -6,7 +6,7 @@ import torch
 
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
-from rlhf_ray.models.token_models import load_critic_model, load_policy_model, logprobs_of
+from rlhf_ray.models.token_models import PolicyModel, load_critic_model, load_policy_model, logprobs_of
 
 LOGITS = torch.randn(17, 301, generator=torch.Generator().manual_seed(0)) * 5
 TARGETS = torch.randint(301, (17,), generator=torch.Generator().manual_seed(1))
@@ -46,10 +46,34 @@ def test_only_the_differentiable_entropy_carries_a_gradient():
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-5)
 
 
+def load(model: str, dtype: str, float32_logits: bool = True) -> PolicyModel:
+    attention = resolve_attention("auto", on_gpu=False)
+    return load_policy_model(
+        model, dtype=dtype, attention=attention, temperature=1.0, float32_logits=float32_logits
+    ).eval()
+
+
+def test_float32_logits_of_a_bfloat16_model_are_not_rounded(policy_model: str):
+    """The projection of the rounded hidden states is exact; its gradient reaches weights and hidden states."""
+    batch = pack([np.arange(3, 23, dtype=np.int32)], [1])
+    exact, rounded = (load(policy_model, "bfloat16", float32_logits=wanted) for wanted in (True, False))
+    seen: list[torch.Tensor] = []
+    exact.language_model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logprobs, _ = exact(batch)
+    weight = exact.language_model.lm_head.weight
+    assert weight.dtype == torch.bfloat16
+    logits = seen[0][0, batch.predict_at].double() @ weight.double().T
+    expected, _ = logprobs_of(logits, batch.targets, 1.0, "none")
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
+    assert float((rounded(batch)[0] - expected).detach().abs().max()) > 1e-4
+    logprobs.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.any()
+    assert exact.language_model.model.embed_tokens.weight.grad.any()
+
+
 def test_policy_projects_only_predicted_positions(policy_model: str):
-    model = load_policy_model(
-        policy_model, dtype="float32", attention=resolve_attention("auto", on_gpu=False), temperature=1.0
-    )
+    model = load(policy_model, "float32")
     seen: list[torch.Size] = []
     model.language_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     batch = pack([np.arange(3, 23, dtype=np.int32), np.arange(30, 40, dtype=np.int32)], [15, 8])
