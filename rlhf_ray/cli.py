@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.failures import BadInput, RoleFailure, Stopped
+from rlhf_ray.failures import BadInput, PresetError, RoleFailure, Stopped
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -92,7 +92,7 @@ def main() -> None:
     except BadInput as error:
         print(f"bad input: {error}", file=sys.stderr)
         sys.exit(2)
-    except RoleFailure as error:
+    except (RoleFailure, PresetError) as error:
         print(f"failed: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as error:

@@ -37,6 +37,10 @@ class BadInput(Exception):
         return BadInput, (self.where, self.found, self.allowed)
 
 
+class PresetError(Exception):
+    """A preset's source cannot be fetched, or is not what it should be."""
+
+
 class RoleFailure(Exception):
     """A role could not do what it was asked to do.
 

@@ -36,6 +36,7 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
     Raises:
         BadInput: under `key`, when there is no such directory or hub model, or a file is missing or broken.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(model)
@@ -49,7 +50,7 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
         )
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise BadInput(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
         ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -60,7 +60,7 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         changed = changed_settings(config) if resume else []
         folder = open_folder(config, resume)
         title = f"PPO {config.run.name} · {config.policy.model}"
-        with Tracker(config, "ppo", folder, title, config.steps, COLUMNS) as tracker:
+        with Tracker(config, "ppo", folder, title, config.steps, COLUMNS) as tracker, stop_signals() as stop:
             refuse_rollouts_in_this_process()
             if changed:
                 tracker.events.write("settings_changed", changes=changed)
@@ -70,7 +70,7 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
             for group in cast.groups():
                 for member in group.members:
                     tracker.events.write("role_started", role=member.name, node=member.node)
-            PPO(config, inputs, cast, tracker, folder).run(resume)
+            PPO(config, inputs, cast, tracker, folder, stop).run(resume)
     finally:
         refuse_rollouts_in_this_process(False)
         ray.shutdown()
@@ -85,11 +85,20 @@ class PPO:
         cast: the roles, built.
         tracker: the run's logs.
         folder: the run's folder.
+        stop: signals received so far; with one the run ends after the step under way.
     """
 
-    def __init__(self, config: PPOConfig, inputs: Inputs, cast: Cast, tracker: Tracker, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        config: PPOConfig,
+        inputs: Inputs,
+        cast: Cast,
+        tracker: Tracker,
+        folder: RunFolder,
+        stop: Sequence[int] = (),
+    ) -> None:
         self._config, self._inputs, self._cast = config, inputs, cast
-        self._tracker, self._folder = tracker, folder
+        self._tracker, self._folder, self._stop = tracker, folder, stop
         kl = config.algorithm.kl
         self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
         self._state = LoopState()
@@ -98,23 +107,26 @@ class PPO:
 
     def run(self, resume: bool) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
-        with stop_signals() as stop:
-            if resume:
-                self._load_checkpoint()
-            self._tracker.phase("first sync of the weights")
-            self._sync(StepClock())
-            self._evaluate_before()
-            while self._state.step < self._config.steps:
-                kl = self._step()
-                if stop:
-                    self._save_checkpoint()
-                    self._tracker.events.write("run_stopped", cause=f"signal {stop[0]}", step=self._state.step)
-                    raise Stopped(f"stopped by signal {stop[0]} after step {self._state.step}; continue with --resume")
-                if self._state.step % self._config.checkpoint.every_steps == 0:
-                    self._save_checkpoint()
-                if self._kl_too_large(kl):
-                    break
+        if resume:
+            self._load_checkpoint()
+        self._tracker.phase("first sync of the weights")
+        self._sync(StepClock())
+        self._evaluate_before()
+        while self._state.step < self._config.steps:
+            if self._stop:
+                self._stop_here()
+            kl = self._step()
+            if self._state.step % self._config.checkpoint.every_steps == 0:
+                self._save_checkpoint()
+            if self._kl_too_large(kl):
+                break
         self._finish()
+
+    def _stop_here(self) -> None:
+        self._save_checkpoint()
+        cause, step = f"signal {self._stop[0]}", self._state.step
+        self._tracker.events.write("run_stopped", cause=cause, step=step)
+        raise Stopped(f"stopped by {cause} after step {step}; continue with --resume")
 
     def _step(self) -> float | None:
         """Sample, score, learn, sync."""

@@ -22,7 +22,7 @@ from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, start_learners
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.report import plot_loss
-from rlhf_ray.tracking.tracker import Tracker, open_folder
+from rlhf_ray.tracking.tracker import Tracker, check_folder, open_folder
 
 COLUMNS = (
     Column("loss", "loss", ".4f", curve=True, better="lower"),
@@ -60,6 +60,7 @@ def run_reward_model(config: RewardModelConfig) -> None:
         BadInput: before any actor starts.
         RoleFailure: a rank failed, died or did not answer.
     """
+    check_folder(config)
     training = config.training
     facts = read_model_facts(config.model, "model")
     tokenizer = load_reward_tokenizer(config.model, "model")

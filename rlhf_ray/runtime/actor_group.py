@@ -88,7 +88,7 @@ class ActorGroup:
         return len(self.members)
 
     def build(self, role: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Pending]:
-        """Begin to make the role in every process, with arguments of its own; wait with `wait_built`."""
+        """Begin to make the role in every process, with arguments of its own; `collect` the answers."""
         return [
             Pending(member.host.build.remote(role, *own), member.name, member.node, "loading its model")
             for member, own in zip(self.members, arguments, strict=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf_ray.config.settings import ActorSettings, ClusterSettings, GeneratorSettings, PolicySettings, WeightSettings
+from rlhf_ray.config.settings import ActorSettings, GeneratorSettings, PolicySettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.deepspeed_engine import Rank
@@ -20,13 +20,13 @@ from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
-from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.role_host import OneByOne
 from rlhf_ray.runtime.waiting import collect
 from rlhf_ray.runtime.weight_transfer import ObjectStoreTransport, verify
 from tests.making import KL_COEFFICIENT, LOSS, SPEC, learner_settings, random_rollout, shard_of
+from tests.system.groups import started
 
 PARITY = 1e-4
 SETTINGS = GeneratorSettings(dtype="float32", kv_cache_gib=0.05, max_concurrent_sequences=32)
@@ -48,21 +48,14 @@ class ObservedGenerator(Generator):
 @pytest.fixture(scope="module")
 def groups(local_ray: Path, policy_model: str, policy_tokenizer: Any) -> Iterator[tuple[ActorGroup, ActorGroup]]:
     """One generator and one policy learner, started together."""
-    learner = ActorSettings()
-    requests = [RoleRequest("generator", "generator", SETTINGS), RoleRequest("policy", "policy.learner", learner)]
-    placement = reserve(requests, ClusterSettings(placement_timeout_s=60))
-    deadlines = Deadlines(start_s=280, call_s=120)
-    generators = ActorGroup.start("generator", SETTINGS, placement, 0, local_ray, deadlines)
-    policy = ActorGroup.start("policy", learner, placement, 1, local_ray, deadlines)
     settings = PolicySettings(model=policy_model, learner=learner_settings())
-    pending = generators.build(
-        ObservedGenerator, [(policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
-    )
-    pending += policy.build(PolicyLearner, [(settings, rank, 20) for rank in ranks(policy)])
-    collect(pending, 280)
-    yield generators, policy
-    for member in [*generators.members, *policy.members]:
-        ray.kill(member.host)
+    with started(local_ray, {"generator": SETTINGS, "policy": ActorSettings()}) as [generators, policy]:
+        pending = generators.build(
+            ObservedGenerator, [(policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
+        )
+        pending += policy.build(PolicyLearner, [(settings, rank, 20) for rank in ranks(policy)])
+        collect(pending, 280)
+        yield generators, policy
 
 
 @pytest.fixture

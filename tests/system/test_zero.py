@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
-from rlhf_ray.config.settings import ActorSettings, ClusterSettings, PolicySettings
+from rlhf_ray.config.settings import ActorSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket, fill_buckets
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
-from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from tests.making import (
     KL_COEFFICIENT,
@@ -27,6 +25,7 @@ from tests.making import (
     shard_of,
     weights_in,
 )
+from tests.system.groups import started
 
 ROLLOUTS = [random_rollout(index) for index in range(4)]
 SPLIT = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=48, seed=0)
@@ -85,12 +84,8 @@ def expected(policy_model: str, single_rank: Rank, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def pair(local_ray: Path) -> Iterator[ActorGroup]:
     """Two empty processes; each test builds its learners in them."""
-    settings = ActorSettings(replicas=2)
-    placement = reserve([RoleRequest("learner", "policy.learner", settings)], ClusterSettings(placement_timeout_s=60))
-    group = ActorGroup.start("learner", settings, placement, 0, local_ray, Deadlines(start_s=120, call_s=120))
-    yield group
-    for member in group.members:
-        ray.kill(member.host)
+    with started(local_ray, {"learner": ActorSettings(replicas=2)}) as [group]:
+        yield group
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

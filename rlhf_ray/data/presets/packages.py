@@ -16,11 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.failures import PresetError
+
 DOWNLOAD_TIMEOUT_S = 900.0
-
-
-class PresetError(RuntimeError):
-    """A preset's source cannot be fetched, or is not what it should be."""
 
 
 @dataclass(frozen=True)

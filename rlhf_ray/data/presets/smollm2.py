@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.data.presets.packages import PinnedPackage, PresetError, extract
+from rlhf_ray.data.presets.packages import PinnedPackage, extract
+from rlhf_ray.failures import PresetError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -1,0 +1,29 @@
+"""Actor groups for the length of a block, with the room they took given back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ray.util.placement_group import remove_placement_group
+
+from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
+from rlhf_ray.runtime.cluster import RoleRequest, reserve
+
+
+@contextmanager
+def started(logs: Path, roles: dict[str, ActorSettings]) -> Iterator[list[ActorGroup]]:
+    """Empty processes of some roles; they end with the block."""
+    requests = [RoleRequest(role, role, settings) for role, settings in roles.items()]
+    placement = reserve(requests, ClusterSettings(placement_timeout_s=60))
+    try:
+        groups = []
+        first_bundle = 0
+        for role, settings in roles.items():
+            groups.append(
+                ActorGroup.start(role, settings, placement, first_bundle, logs, Deadlines(start_s=280, call_s=120))
+            )
+            first_bundle += settings.replicas
+        yield groups
+    finally:
+        remove_placement_group(placement)
