@@ -18,6 +18,9 @@ def keyed_seed(seed: int, *key: str | int) -> int:
         seed: the run's seed.
         key: what is drawn, from the general to the particular; strings and integers.
     """
+    unknown = [part for part in key if not isinstance(part, str | int)]
+    if unknown:
+        raise TypeError(f"a key is made of str and int; {unknown[0]!r} is a {type(unknown[0]).__name__}")
     text = "\x1f".join([str(seed), *(f"{type(part).__name__}:{part}" for part in key)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 

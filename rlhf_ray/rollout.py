@@ -10,6 +10,7 @@ called it cannot unpickle a rollout or a column, so a stray `ray.get` fails at o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -127,12 +128,24 @@ class Rollout(_Shipped):
             version_min=int(self.policy_versions.min()),
             version_max=int(self.policy_versions.max()),
             version_sum=int(self.policy_versions.astype(np.int64).sum()),
+            digest=self.digest(),
         )
+
+    def digest(self) -> str:
+        """Hash of the tokens and their log-probs: equal for shards that are the same to the bit."""
+        state = hashlib.blake2b(digest_size=8)
+        for array in (self.tokens, self.prompt_lengths, self.response_lengths, self.logprobs, self.finish_reasons):
+            state.update(np.ascontiguousarray(array).tobytes())
+        return state.hexdigest()
 
 
 @dataclass(frozen=True)
 class RolloutHeader:
-    """Counts and versions of one shard; the only part of a rollout that reaches the driver."""
+    """Counts and versions of one shard; the only part of a rollout that reaches the driver.
+
+    Attributes:
+        digest: see `Rollout.digest`.
+    """
 
     num_samples: int
     num_tokens: int
@@ -141,6 +154,7 @@ class RolloutHeader:
     version_min: int
     version_max: int
     version_sum: int
+    digest: str
 
 
 @dataclass(frozen=True)

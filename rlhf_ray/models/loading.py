@@ -174,6 +174,14 @@ def resolve_attention(attention: str, on_gpu: bool) -> str:
     return attention
 
 
+def resolve_padded_attention(attention: str, on_gpu: bool) -> str:
+    """`auto` to an attention for padded batches: on a CPU plain matrix products, whose backward pass is the faster one
+    for the short texts that a CPU is used for."""
+    if attention == "auto":
+        return "sdpa" if on_gpu else "eager"
+    return attention
+
+
 def train_only_top_layers(model: Any, num_layers: int | None) -> None:
     """Freeze all but the last layers, the final norm and the head.
 
@@ -184,9 +192,12 @@ def train_only_top_layers(model: Any, num_layers: int | None) -> None:
     if num_layers is None:
         return
     base = model.base_model
-    layers = base.encoder.layer if hasattr(base, "encoder") else base.layers
-    trained: list[Any] = list(layers)[max(len(layers) - num_layers, 0) :]
-    trained += [module for name, module in base.named_children() if name in ("norm", "ln_f", "pooler")]
+    stacks = [part for part in base.modules() if type(part).__name__ == "ModuleList"]
+    # Whatever an architecture calls it, the stack of transformer layers is its longest list of modules.
+    layers = max((list(stack) for stack in stacks), key=len)
+    trained: list[Any] = layers[max(len(layers) - num_layers, 0) :]
+    last = ("norm", "ln_f", "final_layer_norm", "pooler")
+    trained += [module for name, module in base.named_children() if name in last]
     head = [parameter for name, parameter in model.named_parameters() if not name.startswith(model.base_model_prefix)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)

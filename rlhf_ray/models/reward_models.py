@@ -79,7 +79,9 @@ class RewardEncoding:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, max_length: int) -> RewardEncoding:
-        return cls(max_length=max_length, append_eos=not tokenizer("").input_ids)
+        own = tokenizer("").input_ids
+        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+        return cls(max_length=max_length, append_eos=not own or own[-1] not in ends)
 
     def finish(self, token_ids: list[int], tokenizer: Any) -> tuple[list[int], bool]:
         """Token ids of a whole text, ended as the model expects and cut at the front to the maximum.
@@ -134,13 +136,16 @@ def load_reward_tokenizer(model: str, key: str) -> Any:
     return tokenizer
 
 
-def load_reward_network(model: str, *, dtype: str, pad_token_id: int, dropout: float | None = None) -> Any:
+def load_reward_network(
+    model: str, *, dtype: str, pad_token_id: int, dropout: float | None = None, attention: str | None = None
+) -> Any:
     """An `AutoModelForSequenceClassification` with one label.
 
     Args:
         dtype: a torch type by name, already resolved.
         pad_token_id: of the tokenizer that goes with it.
         dropout: of the backbone in training; None leaves the model's own.
+        attention: an attention that takes padded batches; None leaves it to transformers.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -151,7 +156,9 @@ def load_reward_network(model: str, *, dtype: str, pad_token_id: int, dropout: f
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"):
             if name in config.to_dict():
                 setattr(config, name, dropout)
-    return AutoModelForSequenceClassification.from_pretrained(model, config=config, dtype=getattr(torch, dtype))
+    return AutoModelForSequenceClassification.from_pretrained(
+        model, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
 
 
 def weights_version(folder: Path) -> str:

@@ -24,9 +24,12 @@ def evaluate(
     settings: EvaluationSettings,
     sampling: SamplingSettings,
     seed: int,
-    timeout_s: float,
+    with_kl: bool,
 ) -> list[EvaluatedSample]:
     """Sample, score and judge every held-out prompt with the generators' present weights.
+
+    Args:
+        with_kl: ask the reference too, for the distance from it.
 
     Returns:
         One entry a sample, in the order of the prompts.
@@ -37,7 +40,7 @@ def evaluate(
     plans = plan_shards(drawn, sampling, seed, "held-out", samples_per_prompt=settings.samples_per_prompt)
     shards = generate(cast, plans, drawn)
     scored = score(cast, shards)
-    references = refer(cast, shards)
+    references = refer(cast, shards) if with_kl else None
     read = [
         cast.evaluator.submit(
             0, "read", shard.rollout, column, shard.prompts, references[index].reference if references else None

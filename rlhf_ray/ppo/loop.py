@@ -294,9 +294,9 @@ class PPO:
         if self._inputs.held_out is None or path.exists():
             return
         self._tracker.phase("judging the policy before training")
-        save_samples(path, self._evaluate())
+        save_samples(path, self._evaluate(with_kl=False))
 
-    def _evaluate(self) -> list[EvaluatedSample]:
+    def _evaluate(self, with_kl: bool) -> list[EvaluatedSample]:
         assert self._inputs.held_out is not None, "called with held-out prompts only"
         return evaluate(
             self._cast,
@@ -304,7 +304,7 @@ class PPO:
             self._config.evaluation,
             self._config.sampling,
             self._config.run.seed,
-            self._config.cluster.call_timeout_s,
+            with_kl,
         )
 
     def _finish(self) -> None:
@@ -321,7 +321,7 @@ class PPO:
         pairs = []
         if self._inputs.held_out is not None:
             self._tracker.phase("judging the policy after training")
-            before, after = load_samples(folder.path / BEFORE), self._evaluate()
+            before, after = load_samples(folder.path / BEFORE), self._evaluate(with_kl=True)
             save_samples(folder.path / AFTER, after)
             summary["held_out"] = held_out_summary(before, after)
             summary["kl/reference"] = held_out_kl(after) if self._cast.references is not None else None

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_ray.algorithms.preference import bradley_terry_loss, pair_accuracy
 from rlhf_ray.config.settings import LearnerSettings, RewardTrainingSettings
-from rlhf_ray.models.loading import resolve_dtype, train_only_top_layers
+from rlhf_ray.models.loading import resolve_dtype, resolve_padded_attention, train_only_top_layers
 from rlhf_ray.models.reward_models import load_reward_network, load_reward_tokenizer, pad_texts
 from rlhf_ray.models.token_models import gathered
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
@@ -79,7 +79,11 @@ class RewardLearner:
         def build() -> Any:
             torch.manual_seed(seed)
             network = load_reward_network(
-                model, dtype=dtype, pad_token_id=self._tokenizer.pad_token_id, dropout=training.dropout
+                model,
+                dtype=dtype,
+                pad_token_id=self._tokenizer.pad_token_id,
+                dropout=training.dropout,
+                attention=resolve_padded_attention(settings.attention, on_gpu),
             )
             start_head_small(network)
             train_only_top_layers(network, settings.trainable_top_layers)

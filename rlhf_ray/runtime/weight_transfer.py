@@ -113,6 +113,7 @@ def verify(
     asked = [generators.submit(index, "generate", plan, num_returns=2) for index in range(len(generators))]
     headers = generators.wait([header for _, header in asked])
     worst = Parity(0.0, 1.0)
+    reports: dict[str, ParityReport] = {}
     for member, (rollout, _), header in zip(generators.members, asked, headers, strict=True):
         if header.version_min != version or header.version_max != version:
             raise RoleFailure(
@@ -121,8 +122,10 @@ def verify(
                 member.node,
                 f"samples with weights of version {header.version_min}–{header.version_max} after a sync to {version}",
             )
-        reports: list[ParityReport] = policy.call_all("compare", rollout.reference)
-        report = reports[0]
+        if header.digest not in reports:
+            # Generators that sampled the same to the bit need only one comparison.
+            reports[header.digest] = policy.call_all("compare", rollout.reference)[0]
+        report = reports[header.digest]
         worst = Parity(max(worst.max_abs, report.max_abs), max(worst.mean_ratio, report.mean_ratio))
         near = (
             report.max_abs <= settings.max_abs_dlogp_float32
