@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -87,6 +88,9 @@ def ppo(
 
 def main() -> None:
     """Run a command; exit status 0 done, 2 bad input in one line, 1 anything else."""
+    # The terminal is ours: other libraries' progress bars and notes stay off it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except BadInput as error:

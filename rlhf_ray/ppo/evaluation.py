@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,6 +67,16 @@ def held_out_summary(
         "response_length_before": _mean([float(sample.num_tokens) for sample in before]),
         "response_length_after": _mean([float(sample.num_tokens) for sample in after]),
     }
+
+
+def held_out_line(summary: Mapping[str, float | int | None]) -> str:
+    """The judgement in one line for the terminal."""
+    told = []
+    for name, key in (("reward", "reward"), ("VADER", "vader")):
+        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+        if before is not None and after is not None:
+            told.append(f"{name} {before:+.2f} -> {after:+.2f}")
+    return f"on {summary['prompts']} held-out prompts: {', '.join(told) or 'no sample has a score'}"
 
 
 def held_out_kl(samples: Sequence[EvaluatedSample]) -> float | None:

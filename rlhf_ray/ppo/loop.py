@@ -19,6 +19,7 @@ from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
 from rlhf_ray.ppo.evaluation import (
     evaluate,
     held_out_kl,
+    held_out_line,
     held_out_summary,
     load_samples,
     pair_samples,
@@ -326,6 +327,7 @@ class PPO:
             summary["held_out"] = held_out_summary(before, after)
             summary["kl/reference"] = held_out_kl(after) if self._cast.references is not None else None
             pairs = pair_samples(before, after)
+            self._tracker.display.message(held_out_line(held_out_summary(before, after)))
         else:
             # From the log: a run that was stopped after its last step has none of its own when it is resumed.
             summary["kl/reference"] = self._tracker.metrics.read().rows[-1]["kl/reference"]

@@ -106,6 +106,9 @@ class Tracker:
         self._summary = dict(summary)
         write_atomic(self.folder.summary, json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
         self.events.write("run_finished")
+        minutes, seconds = divmod(round(self.wall_s), 60)
+        page = self.folder.samples_page if self.folder.samples_page.exists() else self.folder.summary
+        self.display.message(f"done in {minutes}:{seconds:02d} min; look at {page}")
 
     def _sink_failed(self, name: str, cause: str) -> None:
         self.events.write("sink_failed", cause=cause, sink=name)
