@@ -56,7 +56,8 @@ class WandbSink:
             dir=folder,
             mode=settings.mode,
             config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            # `silent` alone lets notes through, such as one on other products when certain libraries are loaded.
+            settings=wandb.Settings(silent=True, show_info=False, show_warnings=False, console="off"),
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
