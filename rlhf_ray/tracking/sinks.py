@@ -7,6 +7,7 @@ failure is reported once, and the sink is off from then on.
 from __future__ import annotations
 
 import math
+import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class WandbSink:
     """
 
     def __init__(self, settings: WandbSettings, folder: Path, run_name: str, config: Mapping[str, object]) -> None:
+        # Its note on another product, when certain libraries are loaded, does not heed `silent`.
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         import wandb
 
         # The id is kept with the run, so that a resume continues the same curve.
@@ -56,8 +59,7 @@ class WandbSink:
             dir=folder,
             mode=settings.mode,
             config=dict(config),
-            # `silent` alone lets notes through, such as one on other products when certain libraries are loaded.
-            settings=wandb.Settings(silent=True, show_info=False, show_warnings=False, console="off"),
+            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
