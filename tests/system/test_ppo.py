@@ -188,7 +188,10 @@ def test_events_name_every_role_with_its_node_and_every_role_has_a_log(finished:
 
 
 def test_the_terminal_shows_nothing_but_our_lines(finished: Run) -> None:
-    ours = re.compile(r"PPO tiny-ppo · .*|· .*| *step +reward .*| *\d+/10 .*|")
+    ours = re.compile(
+        r"PPO tiny-ppo · .*|· .*| *step +reward .*| *\d+/10 .*|"
+        r"on 16 held-out prompts: reward \S+ -> \S+, VADER \S+ -> \S+|done in \d+:\d\d min; look at \S+/samples\.html|"
+    )
     assert [line for line in finished.command.stdout.splitlines() if not ours.fullmatch(line)] == []
     assert finished.command.stderr == ""
 
