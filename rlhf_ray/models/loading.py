@@ -49,21 +49,21 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
             "a Hugging Face directory (see `rlhf-ray prepare --help`) or a hub id such as 'org/name'",
         )
     try:
-        config = AutoConfig.from_pretrained(model)
+        found = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise BadInput(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
         ) from None
-    if not hasattr(config, "vocab_size"):
+    if not hasattr(found, "vocab_size"):
         raise BadInput(
-            key, f"the configuration of '{model}' ({config.model_type}) has no vocab_size", "a model that reads text"
+            key, f"the configuration of '{model}' ({found.model_type}) has no vocab_size", "a model that reads text"
         )
     return ModelFacts(
-        vocab_size=int(config.vocab_size),
-        context_tokens=int(getattr(config, "max_position_embeddings", None) or 1 << 20),
-        num_layers=int(getattr(config, "num_hidden_layers", 0)),
-        num_labels=int(getattr(config, "num_labels", 0) or 0),
-        architectures=tuple(config.architectures or ()),
+        vocab_size=int(found.vocab_size),
+        context_tokens=int(getattr(found, "max_position_embeddings", None) or 1 << 20),
+        num_layers=int(getattr(found, "num_hidden_layers", 0)),
+        num_labels=int(getattr(found, "num_labels", 0) or 0),
+        architectures=tuple(found.architectures or ()),
     )
 
 
