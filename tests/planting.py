@@ -188,12 +188,26 @@ class ReadingNetwork(FaultyNetwork):
         return SimpleNamespace(logits=self._network.score(hidden[rows, self._place(attention_mask)]))
 
 
+class PaddedRows:
+    """Gives a faulty network padded rows, whatever the sound one would get."""
+
+    def __init__(self, network: Any, pad_token_id: int) -> None:
+        self._network, self._pad_token_id = network, pad_token_id
+
+    def __call__(self, texts: Any, num_rows: int) -> tuple[torch.Tensor, int]:
+        batch = pad_texts(texts, self._pad_token_id, num_rows)
+        return self._network(**batch).logits.float(), batch["input_ids"].numel()
+
+
 def faulty_scorer(wrap: Callable[[Any], Any]) -> Callable[[RewardSettings], RewardScorer]:
     """A scorer whose networks are wrapped: a fault that lives in code and not in the directory."""
 
     def build(settings: RewardSettings) -> RewardScorer:
         scorer = RewardScorer(settings)
-        scorer._models = [wrap(network) for network in scorer._models]
+        sound = [network.network for network in scorer._networks]
+        for network in sound:
+            network.set_attn_implementation("eager")
+        scorer._networks = [PaddedRows(wrap(network), scorer.texts.tokenizer.pad_token_id) for network in sound]
         return scorer
 
     return build

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -48,6 +48,14 @@ class RewardEncoding:
         # A text that begins with the beginning-of-sequence token still does when its front is cut.
         start = token_ids[:1] if token_ids[0] == tokenizer.bos_token_id else []
         return [*start, *token_ids[len(token_ids) - self.max_length + len(start) :]], True
+
+    def cut(self, token_ids: list[int], keep: Literal["end", "start"]) -> list[int]:
+        """Ended token ids, cut to the maximum at the other end than `keep`; the first and the last token stay."""
+        if len(token_ids) <= self.max_length:
+            return token_ids
+        if keep == "start":
+            return [*token_ids[: self.max_length - 1], token_ids[-1]]
+        return [token_ids[0], *token_ids[len(token_ids) - self.max_length + 1 :]]
 
     def encode(self, text: str, tokenizer: Any, *, templated: bool = False) -> tuple[list[int], bool]:
         """Token ids of a text, cut at the front; the special tokens around it are kept.

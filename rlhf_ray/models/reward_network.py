@@ -44,9 +44,15 @@ class RewardNetwork(nn.Module):
         """The transformers model itself."""
         return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
 
-    def forward(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
-        """`[n, labels]` float32 logits, and how many tokens went through the model, padding included."""
-        return self._from_row(texts) if self._packed else self._from_batches(texts)
+    def forward(self, texts: Sequence[Sequence[int]], num_rows: int = 0) -> tuple[torch.Tensor, int]:
+        """`[n, labels]` float32 logits, and how many tokens went through the model, padding included.
+
+        Args:
+            num_rows: where rows are not packed, one batch of at least so many.
+        """
+        if self._packed:
+            return self._from_row(texts)
+        return self._from_batch(texts, num_rows) if num_rows else self._from_batches(texts)
 
     def _from_row(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
         classifier = self.classifier
@@ -68,12 +74,13 @@ class RewardNetwork(nn.Module):
     def _from_batches(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         parts = [part.tolist() for part in np.array_split(np.array(order), _PADDED_PARTS)]
-        logits, num_tokens = [], 0
-        for part in parts:
-            # A part without texts takes one along, for the pass, and drops it.
-            batch = pad_texts([texts[index] for index in part or order[:1]], self._pad_token_id)
-            inputs = {name: tensor.to(self.classifier.device) for name, tensor in batch.items()}
-            logits.append(self.network(**inputs).logits[: len(part)])
-            num_tokens += batch["input_ids"].numel()
+        # A part without texts takes one along, for the pass, and drops it.
+        passes = [self._from_batch([texts[index] for index in part or order[:1]], 0) for part in parts]
+        logits = [each[: len(part)] for (each, _), part in zip(passes, parts, strict=True)]
         place = torch.tensor(order, device=logits[0].device).argsort()
-        return torch.cat(logits)[place].float(), num_tokens
+        return torch.cat(logits)[place], sum(num_tokens for _, num_tokens in passes)
+
+    def _from_batch(self, texts: Sequence[Sequence[int]], num_rows: int) -> tuple[torch.Tensor, int]:
+        batch = pad_texts(texts, self._pad_token_id, num_rows)
+        inputs = {name: tensor.to(self.classifier.device) for name, tensor in batch.items()}
+        return self.network(**inputs).logits.float(), batch["input_ids"].numel()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.data.chat import render_turn
-from rlhf_ray.models.loading import load_tokenizer, resolve_dtype, resolve_padded_attention
-from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation, weights_version
-from rlhf_ray.models.reward_models import (
-    RewardEncoding,
-    load_reward_network,
-    load_reward_tokenizer,
-    pad_texts,
-    padded_width,
-)
+from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, resolve_padded_attention
+from rlhf_ray.models.reward_card import ScoreAggregation
+from rlhf_ray.models.reward_models import load_reward_network, padded_width
+from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
+from rlhf_ray.models.reward_texts import Encoded, RewardTexts
 from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout
 
+_ROW_TOKENS = 4096
+"""Most tokens of a packed row: longer ones are no faster and take more memory."""
 _FIXED_ROWS = 4
 """Rows of every forward pass in the batch-invariant mode. Kernels are chosen by shape: with one shape for a length,
 a row's result depends on that row alone."""
@@ -87,37 +83,34 @@ class RewardScorer:
         on_gpu = settings.gpus > 0
         self._settings = settings
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        self._tokenizer = load_reward_tokenizer(settings.model, "reward.model")
+        self.texts = RewardTexts(settings.model, settings.max_length)
         self._policy_tokenizer = load_tokenizer(policy_model, "policy.model") if policy_model else None
         self._same_tokenizer = (
-            self._policy_tokenizer is not None and self._policy_tokenizer.get_vocab() == self._tokenizer.get_vocab()
+            self._policy_tokenizer is not None
+            and self._policy_tokenizer.get_vocab() == self.texts.tokenizer.get_vocab()
         )
-        card = RewardModelCard.load(settings.model, "reward.model")
-        folder = Path(settings.model)
-        self._layout = card.layout if card else MemberLayout()
+        card = self.texts.card
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
-        self._models = [
-            load_reward_network(
-                str(folder / member) if member != "." else settings.model,
-                dtype=resolve_dtype(settings.dtype, on_gpu),
-                pad_token_id=self._tokenizer.pad_token_id,
-                attention=resolve_padded_attention("auto", on_gpu),
-                num_labels=self._layout.num_labels,
-            )
-            .to(self._device)
-            .eval()
-            for member in self._layout.folders
-        ]
-        # Some models hold more positions than a text may have; their tokenizer knows.
-        longest = min(int(self._models[0].config.max_position_embeddings), self._tokenizer.model_max_length)
-        limit = settings.max_length or (card.max_length if card else longest)
-        self._encoding = RewardEncoding.for_tokenizer(self._tokenizer, limit)
-        if card is not None:
-            self._encoding = RewardEncoding(limit, card.append_eos)
-        if card is not None and card.chat_template is not None:
-            self._tokenizer.chat_template = card.chat_template
-        self.version = card.version if card else weights_version(folder) if folder.is_dir() else settings.model
+        self.dtype = resolve_dtype(settings.dtype, on_gpu)
+        self._networks = [self._load(folder) for folder in self.texts.folders(settings.model)]
+        self.version = self.texts.version
+
+    def _load(self, model: str) -> RewardNetwork:
+        """One model of the ensemble. On a CPU texts are packed, which computes no padding; the fixed shapes of the
+        batch-invariant mode need padded rows, and on GPUs plain batches are what the engines are made for."""
+        on_gpu = self._settings.gpus > 0
+        classifier = load_reward_network(
+            model,
+            dtype=self.dtype,
+            pad_token_id=self.texts.tokenizer.pad_token_id,
+            attention=resolve_padded_attention("auto", on_gpu),
+            num_labels=self.texts.layout.num_labels,
+        )
+        packed = takes_packed_rows(classifier) and not on_gpu and not self._settings.batch_invariant
+        if packed:
+            classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
+        return RewardNetwork(classifier.to(self._device).eval(), self.texts.tokenizer.pad_token_id, packed)
 
     def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> tuple[RewardColumn, RewardHeader]:
         """A score, or the cause why there is none, for every sample of a shard.
@@ -126,7 +119,7 @@ class RewardScorer:
             prompts: of the shard, by prompt id.
         """
         encoded = [self._encode_sample(rollout, index, prompts) for index in range(rollout.num_samples)]
-        column = self._score_encoded(encoded).column()
+        column = self.score_encoded(encoded).column()
         return column, column.header()
 
     def score_texts(self, texts: Sequence[str], *, templated: bool = False) -> ScoredTexts:
@@ -135,41 +128,37 @@ class RewardScorer:
         Args:
             templated: a chat template has written the special tokens already.
         """
-        encoded = [self._encoding.encode(text, self._tokenizer, templated=templated) for text in texts]
-        return self._score_encoded(encoded)
+        return self.score_encoded([self.texts.encode(text, templated=templated) for text in texts])
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]]) -> ScoredTexts:
         """As `score_texts`, for texts that are tokens already, special ones included."""
-        return self._score_encoded([(list(ids), False) for ids in token_ids])
+        return self.score_encoded([(list(ids), False) for ids in token_ids])
 
-    def _encode_sample(
-        self, rollout: Rollout, index: int, prompts: Mapping[int, Conversation]
-    ) -> tuple[list[int], bool]:
+    def _encode_sample(self, rollout: Rollout, index: int, prompts: Mapping[int, Conversation]) -> Encoded:
         tokens = rollout.sample_tokens(index)
         prompt = prompts[int(rollout.prompt_ids[index])]
         if self._same_tokenizer:
-            return self._encoding.finish(tokens.tolist(), self._tokenizer)
+            return self.texts.finish(tokens.tolist())
         assert self._policy_tokenizer is not None, "rollouts are scored with a policy's tokenizer"
         response_ids = tokens[int(rollout.prompt_lengths[index]) :]
         response = self._policy_tokenizer.decode(response_ids, skip_special_tokens=True)
         if prompt.messages is None:
-            return self._encoding.encode(prompt.text + response, self._tokenizer)
-        answer = [{"role": "assistant", "content": response}]
-        text = "".join(render_turn(self._tokenizer, prompt.messages, answer))
-        return self._encoding.encode(text, self._tokenizer, templated=True)
+            return self.texts.encode(prompt.text + response)
+        return self.texts.encode_messages([*prompt.messages, {"role": "assistant", "content": response}])
 
-    def _score_encoded(self, encoded: Sequence[tuple[list[int], bool]]) -> ScoredTexts:
+    def score_encoded(self, encoded: Sequence[Encoded]) -> ScoredTexts:
+        """As `score_texts`, for what `encode` returned."""
         failures = [""] * len(encoded)
         wanted: list[int] = []
         for index, (token_ids, was_cut) in enumerate(encoded):
             if was_cut and self._settings.on_too_long == "fail":
-                failures[index] = f"the text is longer than {self._encoding.max_length} tokens"
+                failures[index] = f"the text is longer than {self.texts.max_length} tokens"
             elif not token_ids:
                 failures[index] = "the text has no tokens"
             else:
                 wanted.append(index)
         num_tokens = np.array([len(token_ids) for token_ids, _ in encoded], dtype=np.int64)
-        shape = (len(encoded), len(self._layout.attributes), self._layout.num_members)
+        shape = (len(encoded), len(self.texts.layout.attributes), self.texts.layout.num_members)
         heads = np.full(shape, math.nan)
         for rows in self._batches(wanted, num_tokens):
             heads[rows] = self._forward([encoded[index][0] for index in rows])
@@ -188,7 +177,11 @@ class RewardScorer:
         order = sorted(wanted, key=lambda index: -int(num_tokens[index]))
         size = self._settings.batch_size
         if not self._settings.batch_invariant:
-            yield from (order[start : start + size] for start in range(0, len(order), size))
+            while order:
+                ends = np.cumsum(num_tokens[order[:size]])
+                count = max(1, int(np.searchsorted(ends, _ROW_TOKENS, side="right")))
+                yield order[:count]
+                order = order[count:]
             return
         for _, same in groupby(order, key=lambda index: padded_width(int(num_tokens[index]))):
             rows = list(same)
@@ -197,8 +190,6 @@ class RewardScorer:
     @torch.inference_mode()
     def _forward(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, A, K]` logits of one batch."""
-        fixed_rows = _FIXED_ROWS if self._settings.batch_invariant else 0
-        batch = pad_texts(texts, self._tokenizer.pad_token_id, fixed_rows)
-        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        logits = [model(**inputs).logits[: len(texts)].double().cpu().numpy() for model in self._models]
-        return self._layout.arrange(logits)
+        num_rows = _FIXED_ROWS if self._settings.batch_invariant else len(texts)
+        logits = [network(texts, num_rows)[0][: len(texts)] for network in self._networks]
+        return self.texts.layout.arrange([each.double().cpu().numpy() for each in logits])

@@ -1,0 +1,103 @@
+"""From texts and conversations to the tokens that a reward model is given; its weights are not needed for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf_ray.data.chat import render_turn
+from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, weights_version
+from rlhf_ray.models.reward_models import RewardEncoding, load_reward_tokenizer
+
+Encoded = tuple[list[int], bool]
+"""Token ids as the model is given them, and whether the text was cut."""
+
+
+class RewardTexts:
+    """A reward model's tokenizer, template and limits, as its card says.
+
+    Args:
+        model: directory of the reward model, or a hub id.
+        max_length: longest text in tokens; None: what the model was trained with, else its position limit.
+        key: of the model in the configuration.
+
+    Attributes:
+        card: of the model, or None.
+        layout: what its labels mean.
+        tokenizer: with the card's chat template.
+        version: of the weights and everything else that a score depends on.
+
+    Raises:
+        BadInput: the model cannot be read.
+    """
+
+    def __init__(self, model: str, max_length: int | None, key: str = "reward.model") -> None:
+        from transformers import AutoConfig
+
+        self.tokenizer = load_reward_tokenizer(model, key)
+        self.card = card = RewardModelCard.load(model, key)
+        self.layout = card.layout if card else MemberLayout()
+        # Some models hold more positions than a text may have; their tokenizer knows.
+        positions = int(AutoConfig.from_pretrained(self.folders(model)[0]).max_position_embeddings)
+        longest = min(positions, self.tokenizer.model_max_length)
+        limit = max_length or (card.max_length if card else longest)
+        self._encoding = RewardEncoding.for_tokenizer(self.tokenizer, limit)
+        if card is not None:
+            self._encoding = RewardEncoding(limit, card.append_eos)
+            if card.chat_template is not None:
+                self.tokenizer.chat_template = card.chat_template
+        folder = Path(model)
+        self.version = card.version if card else weights_version(folder) if folder.is_dir() else model
+
+    def folders(self, model: str) -> list[str]:
+        """Where the models of an ensemble lie."""
+        return [str(Path(model) / member) if member != "." else model for member in self.layout.folders]
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        return self._encoding.max_length
+
+    def encode(
+        self,
+        text: str,
+        *,
+        templated: bool = False,
+        max_tokens: int | None = None,
+        keep: Literal["end", "start"] = "end",
+    ) -> Encoded:
+        """Token ids of a whole text as the model is given them, and whether they were cut.
+
+        Args:
+            templated: a chat template has written the special tokens already.
+            max_tokens: cut to fewer than the model takes.
+            keep: which end of a text that is too long is scored; training keeps the end.
+        """
+        shorter = max_tokens is not None and max_tokens < self.max_length
+        if keep == "end" and not shorter:
+            return self._encoding.encode(text, self.tokenizer, templated=templated)
+        whole, _ = replace(self._encoding, max_length=sys.maxsize).encode(text, self.tokenizer, templated=templated)
+        limit = max_tokens if max_tokens is not None and shorter else self.max_length
+        return replace(self._encoding, max_length=limit).cut(whole, keep), len(whole) > limit
+
+    def encode_messages(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int | None = None,
+        keep: Literal["end", "start"] = "end",
+    ) -> Encoded:
+        """As `encode`, for a conversation that ends with the response.
+
+        Raises:
+            RowError: the chat template does not take it.
+        """
+        text = "".join(render_turn(self.tokenizer, list(messages[:-1]), list(messages[-1:])))
+        return self.encode(text, templated=True, max_tokens=max_tokens, keep=keep)
+
+    def finish(self, token_ids: list[int]) -> Encoded:
+        """Token ids of a whole text, ended as the model expects and cut at the front."""
+        return self._encoding.finish(token_ids, self.tokenizer)
