@@ -5,7 +5,8 @@ Every field has a description: `docs/settings.md` is generated from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -184,7 +185,23 @@ class RewardSettings(ScorerSettings):
 
     model: str = Field(
         description="Directory of a reward model (`rlhf-ray train-rm`), or of any "
-        "`AutoModelForSequenceClassification` with one label."
+        "`AutoModelForSequenceClassification` with one label. With `url`: name of the model in the service; empty "
+        "lets the service choose."
+    )
+    url: str | None = Field(
+        None,
+        description="Reward service (`rlhf-ray serve-rm`) that scores in place of a model in this run, such as "
+        "`http://10.0.0.7:8000`. What concerns the model itself is set there.",
+    )
+    token_file: str | None = Field(
+        None,
+        description="File with the service's bearer token, read where the run is started; empty: the environment "
+        "variable `RLHF_RAY_TOKEN`, where it is set.",
+    )
+    timeout_s: PositiveFloat = Field(
+        600.0,
+        description="How long the service may take to score a shard. Until then what is lost or refused for overload "
+        "is sent again; then it is an infrastructure failure.",
     )
     apply_temperature: bool = Field(
         False,
@@ -195,6 +212,30 @@ class RewardSettings(ScorerSettings):
         True,
         description="Refuse a model that the release gate refused (its card says so); one without a verdict is used.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_service_knows_its_model(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("url") is not None and values.get("model") is None:
+            return {**values, "model": ""}
+        return values
+
+    @model_validator(mode="after")
+    def _model_or_service(self) -> RewardSettings:
+        if self.url is None:
+            if not self.model:
+                raise ValueError("model: it is empty; a directory, or url for the address of a reward service")
+            return self
+        place = urlsplit(self.url)
+        if place.scheme not in ("http", "https") or not place.hostname:
+            raise ValueError("url: a reward service's address begins with http:// or https:// and names a host")
+        if "@" in place.netloc:
+            # The configuration is kept in the run's folder.
+            raise ValueError("url: it holds a token; put that into token_file or RLHF_RAY_TOKEN")
+        for name in ("max_length", "batch_invariant", "gpus"):
+            if vars(self)[name] != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: with url the model is the service's; set it there")
+        return self
 
 
 class GeneratorSettings(ActorSettings):

@@ -16,6 +16,7 @@ from rlhf_ray.roles.evaluator import Evaluator
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.remote_scorer import RemoteScorer, service_token
 from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
@@ -105,8 +106,13 @@ def _build(cast: Cast, config: PPOConfig, inputs: Inputs) -> list[Pending]:
         ),
         "reward": (config.reward, policy.model),
     }
-    pending = cast.generators.build(Generator, [same["generator"]] * len(cast.generators))
-    pending += cast.scorers.build(RewardScorer, [same["reward"]] * len(cast.scorers))
+    if config.reward.url is not None:
+        # The token is read here: the processes of the cluster may have neither the file nor the variable.
+        arguments = (*same["reward"], service_token(config.reward.token_file))
+        pending = cast.scorers.build(RemoteScorer, [arguments] * len(cast.scorers))
+    else:
+        pending = cast.scorers.build(RewardScorer, [same["reward"]] * len(cast.scorers))
+    pending += cast.generators.build(Generator, [same["generator"]] * len(cast.generators))
     pending += cast.policy.build(PolicyLearner, [(policy, rank, updates, temperature) for rank in ranks(cast.policy)])
     if cast.references is not None and config.reference is not None:
         arguments = (config.reference.model or policy.model, config.reference, temperature)

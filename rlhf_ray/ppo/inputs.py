@@ -17,6 +17,7 @@ from rlhf_ray.models.loading import (
 )
 from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_models import check_reward_model, load_reward_tokenizer
+from rlhf_ray.roles.remote_scorer import check_reward_service
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Inputs:
         context_tokens: longest prompt and response together.
         prompts: to train on.
         held_out: to judge on, or None.
-        reward_card: of the reward model, or None.
+        reward_card: of the reward model, or None; a service keeps its own.
     """
 
     eos_token_id: int
@@ -84,6 +85,9 @@ def read_inputs(config: PPOConfig) -> Inputs:
 
 
 def _check_reward_model(settings: RewardSettings) -> RewardModelCard | None:
+    if settings.url is not None:
+        check_reward_service(settings)
+        return None
     facts = read_model_facts(settings.model, "reward.model")
     card = RewardModelCard.load(settings.model, "reward.model")
     check_reward_model(facts, card, settings.model, "reward.model")
