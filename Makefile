@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate
+.PHONY: help env demo test lint docs lock clean bench bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-fuzz
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -41,7 +41,7 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit
 	@$(BIN)/python -m pytest tests/system
 
-bench: bench-hutto bench-rm bench-overoptimisation bench-gate  ## All benchmarks, into bench/results; hours
+bench: bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-fuzz  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 
@@ -65,6 +65,19 @@ bench-pandalm: $(READY)  ## A few hundred votes; VOTES=file
 bench-gate: $(READY)  ## The release gate on sound and on broken models
 	@$(BENCH_DATA)
 	@$(BIN)/python -m bench.gate
+
+bench-serve: $(READY)  ## The reward service against the offline scorer and a plain server
+	@$(BENCH_DATA) && $(BIN)/rlhf-ray prepare smollm2-135m
+	@$(BIN)/python -m bench.serve
+
+bench-serve-stress: $(READY)  ## The reward service under overload, death and exchange of models
+	@$(BENCH_DATA)
+	@$(BIN)/python -m bench.serve_stress
+
+bench-serve-fuzz: $(READY)  ## 200,000 requests that no client should send
+	@$(BIN)/rlhf-ray prepare tiny
+	@test -d .bench/schemathesis || $(BIN)/uv pip install --quiet --python $(BIN)/python --target .bench/schemathesis 'schemathesis==4.32.*'
+	@$(BIN)/python -m bench.serve_fuzz --schemathesis .bench/schemathesis
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

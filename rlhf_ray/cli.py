@@ -112,6 +112,42 @@ def ppo(
     run_ppo(load_config(PPOConfig, config, overrides or ()), resume)
 
 
+@app.command(name="serve-rm")
+def serve_rm(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    stop: Annotated[bool, typer.Option("--stop", help="End the running service of this configuration.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print models, candidates, drift and errors.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it scores (on a running cluster).")] = False,
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the file for `serve deploy` and RayService, and end.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Score an audit log again, and compare to the bit.")
+    ] = None,
+) -> None:
+    """Serve reward models with Ray Serve, for every family of reward clients.
+
+    Reads reward models' directories. Holds the service until Ctrl-C; run again with other `models`, it changes the
+    running service without a failed request. Writes `runs/<name>/service.json` while it is up, and the audit log.
+    """
+    from rlhf_ray.config.load import load_config
+    from rlhf_ray.config.serving import ServingConfig
+    from rlhf_ray.serving import deploy
+
+    settings = load_config(ServingConfig, config, overrides or ())
+    if stop:
+        deploy.stop_service(settings)
+    elif report:
+        deploy.report_service(settings)
+    elif write is not None:
+        deploy.write_serve_config(settings, write)
+    elif replay is not None:
+        deploy.replay_audit(settings, replay)
+    else:
+        deploy.run_service(settings, detach)
+
+
 def main() -> None:
     """Run a command; exit status 0 done, 2 bad input in one line, 1 anything else."""
     # The terminal is ours: other libraries' progress bars and notes stay off it.

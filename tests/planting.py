@@ -207,7 +207,8 @@ def faulty_scorer(wrap: Callable[[Any], Any]) -> Callable[[RewardSettings], Rewa
         sound = [network.network for network in scorer._networks]
         for network in sound:
             network.set_attn_implementation("eager")
-        scorer._networks = [PaddedRows(wrap(network), scorer.texts.tokenizer.pad_token_id) for network in sound]
+        faulty: Any = [PaddedRows(wrap(network), scorer.texts.tokenizer.pad_token_id) for network in sound]
+        scorer._networks = faulty
         return scorer
 
     return build

@@ -113,16 +113,14 @@ class ScalingSettings(Settings):
     @model_validator(mode="after")
     def _ordered(self) -> ScalingSettings:
         if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas ({self.max_replicas}) must not be below min_replicas ({self.min_replicas})"
-            )
+            raise ValueError(f"max_replicas ({self.max_replicas}) must not be below min_replicas ({self.min_replicas})")
         return self
 
 
 class CandidateSettings(Settings):
     """When a canary or shadow is taken back by itself. Each rule acts only after `min_texts`."""
 
-    min_texts: PositiveInt = Field(500, description="Texts scored by both models before any rule acts.")
+    min_texts: PositiveInt = Field(500, description="Texts given to it before any rule acts.")
     max_sign_flip_rate: Fraction = Field(
         0.2, description="Most pairs of texts that a shadow may order otherwise than the live model."
     )
@@ -130,9 +128,11 @@ class CandidateSettings(Settings):
         0.5, description="Least rank correlation (Kendall's τ-b) between a shadow's and the live model's scores."
     )
     max_score_shift: PositiveFloat = Field(
-        2.0, description="Most that a shadow's mean score may lie off, in standard deviations of the live scores."
+        2.0, description="Most that a candidate's mean score may lie off, in standard deviations of the live scores."
     )
-    max_failure_rate: Fraction = Field(0.01, description="Most texts a canary or shadow may fail to score.")
+    max_failure_rate: Fraction = Field(
+        0.01, description="Share of texts that it may fail to score, beyond the live model's."
+    )
     max_latency_ratio: PositiveFloat = Field(
         3.0, description="Most compute time a token that it may take, as a multiple of the live model's."
     )
@@ -147,6 +147,12 @@ class DriftSettings(Settings):
     false_alarm_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.001, description="How often a comparison may raise an alarm where nothing has changed."
     )
+
+    @model_validator(mode="after")
+    def _a_window_is_enough(self) -> DriftSettings:
+        if self.min_texts > self.window_texts:
+            raise ValueError(f"min_texts ({self.min_texts}) must not be above window_texts ({self.window_texts})")
+        return self
 
 
 class AuditSettings(Settings):

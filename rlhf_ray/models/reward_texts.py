@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from rlhf_ray.data.chat import render_turn
+from rlhf_ray.data.chat import Message, render_turn
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, weights_version
 from rlhf_ray.models.reward_models import RewardEncoding, load_reward_tokenizer
 
@@ -85,7 +85,7 @@ class RewardTexts:
 
     def encode_messages(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         max_tokens: int | None = None,
         keep: Literal["end", "start"] = "end",

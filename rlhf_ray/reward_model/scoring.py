@@ -27,12 +27,15 @@ class ScoredPairs:
         kept: indices of those pairs.
         failures: causes of the others, with how often.
         failed_texts: texts without a score.
+        text_scores, text_lengths: `[n]` score, NaN where there is none, and tokens of every different text.
     """
 
     scores: PairScores
     kept: tuple[int, ...]
     failures: dict[str, int]
     failed_texts: int
+    text_scores: NDArray[np.float64]
+    text_lengths: NDArray[np.int64]
 
 
 def score_all(scorers: ActorGroup, texts: Sequence[Tokens]) -> ScoredTexts:
@@ -87,6 +90,8 @@ def score_pairs(scorers: ActorGroup, used: UsedPairs, aggregation: ScoreAggregat
         tuple(kept.tolist()),
         {cause: causes.count(cause) for cause in dict.fromkeys(causes)},
         len(causes),
+        scores,
+        scored.num_tokens,
     )
 
 

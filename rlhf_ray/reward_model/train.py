@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_ray.algorithms.ensemble import fit_member_scale
 from rlhf_ray.config.reward_model import AggregationSettings, RewardModelConfig
 from rlhf_ray.failures import Refused
+from rlhf_ray.models.reference_scores import ReferenceScores
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.models.reward_checks import Check
 from rlhf_ray.reward_model import data_report
@@ -31,6 +32,7 @@ from rlhf_ray.reward_model.leakage import TrainingTexts, hash_pairs
 from rlhf_ray.reward_model.report import EvaluationReport, headline
 from rlhf_ray.reward_model.scoring import ScoredPairs, score_all
 from rlhf_ray.reward_model.training_loop import RewardTraining, TrainedMembers, steps_per_member
+from rlhf_ray.roles.reward_scorer import ScoredTexts
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, role_group
@@ -154,11 +156,17 @@ def _finish(
     with role_group(scorer_request(config.scorer), config.cluster, folder.logs) as scorers:
         tracker.phase("loading the reward model again")
         build_scorers(scorers, model, config.scorer)
-        fitted = _fit_aggregation(card, config.aggregation, scorers, inputs.training, config.run.seed)
+        fitted, sample = _fit_aggregation(card, config.aggregation, scorers, inputs.training, config.run.seed)
         card = _write(card.model_copy(update={"aggregation": fitted}), folder)
         if inputs.held_out is not None:
             tracker.phase("judging the reward model")
             judged = judge_pairs(scorers, inputs.held_out, card, config.judgement, config.run.seed)
+    # Training texts stand in for held-out ones; a model has learnt to tell them apart, so their scores lie wider.
+    scores, lengths = fitted.scores(sample.heads, sample.num_tokens)[0], sample.num_tokens
+    if judged is not None:
+        scores, lengths = judged[0].text_scores, judged[0].text_lengths
+    if np.isfinite(scores).any():
+        ReferenceScores.of(scores, lengths, card.version).save(folder.reward_model)
     if inputs.held_out is not None and judged is not None:
         card, report = _judge(config, inputs.held_out, *judged, card, data, folder, tracker)
         summary["reward_model"] = card.evaluation
@@ -219,8 +227,8 @@ def _write(card: RewardModelCard, folder: RunFolder) -> RewardModelCard:
 
 def _fit_aggregation(
     card: RewardModelCard, settings: AggregationSettings, scorers: ActorGroup, training: UsedPairs, seed: int
-) -> ScoreAggregation:
-    """Scales of the members and the length penalty, from training pairs.
+) -> tuple[ScoreAggregation, ScoredTexts]:
+    """Scales of the members and the length penalty, from training pairs, and the scored texts of those.
 
     Raises:
         Refused: a member gives all texts the same score.
@@ -249,4 +257,4 @@ def _fit_aggregation(
         labels = np.array([training.pairs[row].chosen_probability for row in rows])
         slope = partial_association(score_differences, length_differences, labels, seed=seed).coefficient
         aggregation = aggregation.model_copy(update={"length_coefficient": slope or 0.0})
-    return aggregation
+    return aggregation, scored

@@ -96,7 +96,13 @@ def trained(data_root: Path, runs: Path) -> Path:
 
 def test_a_run_leaves_a_model_with_its_card_and_its_judgement(trained: Path):
     files = ("config.yaml", "metrics.jsonl", "events.jsonl", "data.json", "evaluation.json", "evaluation.html")
-    for name in (*files, "training.png", "summary.json", "reward_model/training_texts.npz"):
+    for name in (
+        *files,
+        "training.png",
+        "summary.json",
+        "reward_model/training_texts.npz",
+        "reward_model/reference_scores.json",
+    ):
         assert (trained / name).stat().st_size > 0, name
     card = RewardModelCard.load(str(trained / "reward_model"), "model")
     assert card is not None

@@ -12,13 +12,15 @@ from pydantic import BaseModel
 
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward_model import RewardEvaluationConfig, RewardModelConfig
+from rlhf_ray.config.serving import ServingConfig
 from rlhf_ray.config.settings import ActorSettings, PPOConfig, RunConfig, SFTConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-GPU_FILES = [name for name in FILES if name.startswith(("node-8gpu/", "multi-node/"))]
+GPU_FILES = [name for name in FILES if name.startswith(("node-8gpu/", "multi-node/", "serve/gpu-"))]
 # The first of these sections that a file has says whose it is.
 CLASSES: dict[str, type[RunConfig]] = {
+    "models": ServingConfig,
     "text": SFTConfig,
     "prompts": PPOConfig,
     "learner": RewardModelConfig,

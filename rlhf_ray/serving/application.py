@@ -1,0 +1,269 @@
+"""The two deployments of the service: replicas that score, and the monitor that they report to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings
+from rlhf_ray.runtime.actor_group import environment
+from rlhf_ray.serving.audit import AuditLog, AuditRecord
+from rlhf_ray.serving.auth import read_token
+from rlhf_ray.serving.batcher import MicroBatcher
+from rlhf_ray.serving.engine import RewardEngine
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.exposition import merge_expositions
+from rlhf_ray.serving.front import Front
+from rlhf_ray.serving.monitor import ModelOrder, ServiceMonitor
+from rlhf_ray.serving.observations import Observer
+from rlhf_ray.serving.page import page_routes
+from rlhf_ray.serving.scorer_process import ScorerProcess
+from rlhf_ray.serving.traffic import Beat, ReplicaModel
+from rlhf_ray.serving.wire import add_routes
+
+BEAT_S = 1.0
+_MONITOR_TIMEOUT_S = 5.0
+_FIRST_ORDER_TIMEOUT_S = 120.0
+_PROBE_TIMEOUT_S = 20.0
+
+logger = logging.getLogger(__name__)
+
+
+class Replica:
+    """One process of the service.
+
+    Args:
+        settings: everything but the models.
+        monitor: what it reports to, and learns from which models to serve.
+    """
+
+    # Serve awaits constructors.
+    async def __init__(self, settings: Mapping[str, Any], monitor: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._settings = ServiceSettings.model_validate(settings)
+        self._monitor = monitor
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._began = time.time()
+        self._process = process = ScorerProcess(self._settings.scorer)
+        self._observer = Observer(self._settings.candidates, self._settings.scorer.batch_invariant)
+        self._audit: AuditQueue | None = None
+        audit = self._settings.audit
+        if audit.enabled and audit.folder:
+            lost = self._observer.metrics.audit_lost.inc
+            self._audit = AuditQueue(AuditLog(Path(audit.folder), audit, self._id), lost)
+            self._observer.audit = self._audit.put
+        self._batcher = MicroBatcher(
+            self._settings.batching, lambda model, texts: process.score(model.key, texts), self._observer.batch
+        )
+        self._engine = RewardEngine(
+            self._settings.scorer, self._settings.limits, process, self._batcher, self._observer
+        )
+        self._token = read_token(self._settings.endpoint)
+        order = await asyncio.wait_for(monitor.order.remote(), _FIRST_ORDER_TIMEOUT_S)
+        await self._engine.load(order.models)
+        self._table = order.digest
+        self._wanted = order
+        self._loading: asyncio.Task[None] | None = None
+        self._beats = asyncio.get_running_loop().create_task(self._beat())
+
+    def __serve_build_asgi_app__(self) -> Front:
+        """The application; Serve calls it once the models are loaded."""
+        app = FastAPI(title="rlhf_ray reward service", docs_url=None, redoc_url=None)
+        add_routes(app, self._engine, self._engine.tokenizer, self._settings.limits, self._settings.batching)
+        app.include_router(self._operations())
+        app.include_router(page_routes())
+        return Front(app, self._observer, self._token, self._settings.limits.max_body_bytes)
+
+    async def __del__(self) -> None:
+        """Serve calls it when the replica stops, after the last answer."""
+        self._beats.cancel()
+        await self._batcher.close()
+        if self._audit is not None:
+            await self._audit.close()
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose models no longer score."""
+        await self._engine.probe(_PROBE_TIMEOUT_S)
+
+    def _operations(self) -> APIRouter:
+        router = APIRouter()
+
+        @router.get("/health", tags=["operations"])
+        async def health() -> Response:
+            """Whether this replica scores: a sentence goes through every model."""
+            await self._engine.probe(_PROBE_TIMEOUT_S)
+            return JSONResponse({"status": "ok"})
+
+        @router.get("/health/ready", tags=["operations"])
+        async def ready() -> Response:
+            """As `/health`, and the models are those that were ordered."""
+            await self._engine.probe(_PROBE_TIMEOUT_S)
+            return JSONResponse({"status": "ok", "follows_order": self._table == self._wanted.digest})
+
+        @router.get("/metrics", tags=["operations"])
+        async def metrics() -> Response:
+            """Metrics of all replicas for Prometheus."""
+            own = self._observer.exposition(self._engine.queued_requests, self._process.restarts)
+            merged = merge_expositions({**await self._ask(self._monitor.expositions.remote()), self._id: own})
+            return Response(merged, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+        @router.get("/v1/service", tags=["operations"])
+        async def status() -> Response:
+            """Models, traffic, drift and candidates of the whole service; what the page shows."""
+            return JSONResponse(await self._ask(self._monitor.status.remote()))
+
+        return router
+
+    async def _ask(self, call: Any) -> Any:
+        try:
+            return await asyncio.wait_for(call, _MONITOR_TIMEOUT_S)
+        except TimeoutError:
+            raise ApiError(ErrorType.UNAVAILABLE, "the monitor does not answer", retry_after_s=1) from None
+
+    async def _beat(self) -> None:
+        """Report each second, and follow the monitor's order; both go on whatever happens to the monitor."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            table = self._engine.table
+            beat = Beat(
+                replica=self._id,
+                table=self._table,
+                models=tuple(ReplicaModel(model.info, model.path, model.reference) for model in table.models),
+                load_failures=dict(self._engine.load_failures),
+                queued=self._engine.queued_requests,
+                age_s=time.time() - self._began,
+                traffic=self._observer.take(),
+                exposition=self._observer.exposition(self._engine.queued_requests, self._process.restarts),
+            )
+            try:
+                order = await asyncio.wait_for(self._monitor.beat.remote(beat), _MONITOR_TIMEOUT_S)
+            except Exception as error:
+                logger.warning("the monitor does not answer (%s); serving on", type(error).__name__)
+                continue
+            if order.digest != self._wanted.digest:
+                self._wanted = order
+                if self._loading is not None:
+                    self._loading.cancel()
+                self._loading = asyncio.get_running_loop().create_task(self._follow(order))
+
+    async def _follow(self, order: ModelOrder) -> None:
+        try:
+            await self._engine.load(order.models)
+        except Exception as error:
+            # Whatever is wrong with the new models, the present ones go on; the monitor is told with the next beat.
+            logger.error("the ordered models cannot be served, the present ones stay: %s", error)
+            return
+        self._table = order.digest
+
+
+class AuditQueue:
+    """Scores on their way to the log, which is written beside the event loop.
+
+    Args:
+        log: of this replica.
+        lost: told how many scores could not be written.
+    """
+
+    def __init__(self, log: AuditLog, lost: Callable[[int], None]) -> None:
+        self._log = log
+        self._lost = lost
+        self._records: list[AuditRecord] = []
+        self._writing: asyncio.Task[None] | None = None
+
+    def put(self, records: Sequence[AuditRecord]) -> None:
+        """Take scores; they are on the disk a moment later."""
+        self._records.extend(records)
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+
+    async def close(self) -> None:
+        """Write what is left."""
+        if self._writing is not None:
+            await self._writing
+        self._log.close()
+
+    async def _write(self) -> None:
+        while self._records:
+            records, self._records = self._records, []
+            try:
+                await asyncio.to_thread(self._log.append, records)
+            except (OSError, ValueError) as error:
+                # A full disk stops the log, not the service; the metric says so.
+                logger.error("%d scores are missing in the audit log: %s", len(records), error)
+                self._lost(len(records))
+
+
+class Monitor:
+    """The process that knows the service as a whole. Its models are its `user_config`: to change them is a light
+    update, which restarts nothing."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        own = ServiceSettings.model_validate(settings)
+        self._monitor = ServiceMonitor(own.candidates, own.drift)
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Order models; Serve calls it at the start, and when they change."""
+        self._monitor.set_models([ServedModelSettings.model_validate(model) for model in user_config["models"]])
+
+    async def beat(self, beat: Beat) -> ModelOrder:
+        """Take a replica's word in, and say which models it should have."""
+        return self._monitor.beat(beat)
+
+    async def order(self) -> ModelOrder:
+        """The models that replicas should have."""
+        return self._monitor.order
+
+    async def expositions(self) -> dict[str, bytes]:
+        """The metrics of all replicas, as of their last beat."""
+        return self._monitor.expositions()
+
+    async def status(self) -> dict[str, Any]:
+        """Everything that the page shows."""
+        return self._monitor.status()
+
+
+def build(args: Mapping[str, Any]) -> serve.Application:
+    """The application from its arguments in a Serve config file.
+
+    Args:
+        args: `service` (`ServiceSettings`) and `models` (a list of `ServedModelSettings`).
+    """
+    service = ServiceSettings.model_validate(args["service"])
+    plain = service.model_dump(mode="json")
+    models = [ServedModelSettings.model_validate(model).model_dump(mode="json") for model in args["models"]]
+    monitor = serve.deployment(Monitor).options(
+        name="monitor", user_config={"models": models}, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+    )
+    scaling, scorer = service.scaling, service.scorer
+    grows = scaling.max_replicas > scaling.min_replicas
+    replica = serve.deployment(serve.ingress()(Replica)).options(
+        name="replica",
+        # Ours is the limit that answers in each protocol's words; Serve's lies behind it and is never reached.
+        max_ongoing_requests=4 * service.limits.max_queued_requests + 64,
+        graceful_shutdown_timeout_s=service.endpoint.drain_timeout_s,
+        health_check_period_s=10.0,
+        health_check_timeout_s=_PROBE_TIMEOUT_S + 10.0,
+        # The replica itself asks for nothing; its scoring process takes what the bundle holds.
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment(scorer)}},
+        placement_group_bundles=[{"CPU": scorer.cpus, **({"GPU": scorer.gpus} if scorer.gpus else {})}],
+        **(
+            {
+                "autoscaling_config": {
+                    "min_replicas": scaling.min_replicas,
+                    "max_replicas": scaling.max_replicas,
+                    "target_ongoing_requests": scaling.target_ongoing_requests,
+                }
+            }
+            if grows
+            else {"num_replicas": scaling.min_replicas}
+        ),
+    )
+    return replica.bind(plain, monitor.bind(plain))

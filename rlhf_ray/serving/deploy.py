@@ -1,0 +1,412 @@
+"""`rlhf-ray serve-rm`: bring the service up, change it, show it, stop it.
+
+This module imports Ray inside its functions: Ray reads from the environment, when it is imported, whether a cluster
+asks for a token, and Serve that HAProxy is in front and where its files are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rlhf_ray.config.serving import ServiceSettings, ServingConfig
+from rlhf_ray.config.settings import ClusterSettings
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.runtime.stopping import stop_signals
+from rlhf_ray.serving.auth import read_token
+from rlhf_ray.serving.model_table import check_models
+from rlhf_ray.serving.report import show_status
+
+STATE_NAME = "service.json"
+_AUTH_MODE = "RAY_AUTH_MODE"
+_POLL_S = 0.2
+_STATUS_POLL_S = 5.0
+_STOP_GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """A service that runs; `service.json` in the run's folder.
+
+    Attributes:
+        url: where it answers.
+        ray_address: of its cluster.
+        ray_auth_mode: `token` where that cluster asks for one.
+        pid: of the command that holds it; None where it was detached from it.
+        hostname: where that command runs.
+    """
+
+    url: str
+    ray_address: str
+    ray_auth_mode: str | None
+    pid: int | None
+    hostname: str
+
+    def save(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
+        temporary = folder / f".{STATE_NAME}"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(folder / STATE_NAME)
+
+    @classmethod
+    def load(cls, folder: Path) -> ServiceState | None:
+        """Of a run's folder; None where no service was left running.
+
+        Raises:
+            BadInput: the file is not one of these.
+        """
+        path = folder / STATE_NAME
+        if not path.is_file():
+            return None
+        try:
+            state = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInput(str(path), f"cannot be read ({error})", "the file that serve-rm wrote") from None
+        if state.pid is not None and state.hostname == socket.gethostname() and not _is_alive(state.pid):
+            # Its command was killed, and took its cluster along.
+            path.unlink()
+            return None
+        return state
+
+
+def serve_application(config: ServingConfig) -> dict[str, Any]:
+    """The arguments of `rlhf_ray.serving.application:build`, with absolute paths: replicas run elsewhere."""
+    service = ServiceSettings.model_validate(config.model_dump(include=set(ServiceSettings.model_fields)))
+    folder = service.audit.folder or str(_run_folder(config) / "audit")
+    audit = service.audit.model_copy(update={"folder": str(Path(folder).resolve())})
+    token_file = service.endpoint.token_file
+    endpoint = service.endpoint.model_copy(
+        update={"token_file": str(Path(token_file).resolve()) if token_file else None}
+    )
+    service = service.model_copy(update={"audit": audit, "endpoint": endpoint})
+    models = [model.model_copy(update={"path": str(Path(model.path).resolve())}) for model in config.models]
+    return {
+        "service": service.model_dump(mode="json"),
+        "models": [model.model_dump(mode="json") for model in models],
+    }
+
+
+def run_service(config: ServingConfig, detach: bool) -> None:
+    """Bring the service up and hold it until a signal; or, where it runs already, change it.
+
+    Args:
+        detach: return once it scores. Only on a cluster that outlives this command.
+
+    Raises:
+        BadInput, Refused: the configuration or a model cannot be used; nothing was started.
+        RoleFailure: the service did not score in time.
+    """
+    token = read_token(config.endpoint)
+    check_models(config.models, config.scorer)
+    folder = _run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    running = ServiceState.load(folder)
+    if running is not None:
+        _change(config, running, token)
+        return
+    local = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    if detach and local:
+        raise BadInput("--detach", "the cluster of this command ends with it", "cluster.address of a running cluster")
+    _check_port(config)
+    with _environment(local), stop_signals() as stopping:
+        import ray
+        from ray import serve
+
+        from rlhf_ray.runtime.cluster import connect
+        from rlhf_ray.serving.application import build
+
+        started = time.monotonic()
+        connect(config.cluster)
+        try:
+            endpoint = config.endpoint
+            serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
+            serve.run(build(serve_application(config)), name=config.run.name, route_prefix="/", blocking=False)
+            url = _url(config)
+            _wait_until_it_scores(config, url, token)
+            hold = None if detach else os.getpid()
+            address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH_MODE)
+            ServiceState(url, address, mode, hold, socket.gethostname()).save(folder)
+            print(f"{config.run.name} scores at {url} after {time.monotonic() - started:.0f} s", flush=True)
+            if not detach:
+                print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
+                _hold(config.run.name, stopping)
+        finally:
+            if not detach:
+                print("stopping: requests under way are answered first", flush=True)
+                serve.shutdown()
+                (folder / STATE_NAME).unlink(missing_ok=True)
+            ray.shutdown()
+
+
+def stop_service(config: ServingConfig) -> None:
+    """End the service of a run, wherever its command runs.
+
+    Raises:
+        BadInput: there is none.
+        RoleFailure: it did not end in time.
+    """
+    folder = _run_folder(config)
+    running = ServiceState.load(folder)
+    if running is None:
+        raise BadInput("run.name", f"no service of '{folder}' is running", "a run whose service is up")
+    if running.pid is not None and running.hostname == socket.gethostname():
+        os.kill(running.pid, signal.SIGTERM)
+        limit = config.endpoint.drain_timeout_s + _STOP_GRACE_S
+        if not _wait_until(lambda: not _is_alive(running.pid or 0), limit):
+            raise _failure(config, f"process {running.pid} did not stop within {limit:g} s")
+    else:
+        with _joined(running):
+            from ray import serve
+
+            serve.delete(config.run.name)
+        (folder / STATE_NAME).unlink(missing_ok=True)
+    print(f"{config.run.name} is stopped", flush=True)
+
+
+def report_service(config: ServingConfig) -> None:
+    """Print what the service knows of itself.
+
+    Raises:
+        BadInput: there is none.
+        RoleFailure: it does not answer.
+    """
+    running = ServiceState.load(_run_folder(config))
+    if running is None:
+        raise BadInput("run.name", f"no service of '{_run_folder(config)}' is running", "a run whose service is up")
+    show_status(_status(config, running.url, read_token(config.endpoint)))
+
+
+def replay_audit(config: ServingConfig, folder: Path) -> None:
+    """Verify an audit log and score its records again with the configured models.
+
+    Raises:
+        BadInput: the log is not intact, or keeps texts as hashes only.
+        RoleFailure: a score is another one now.
+    """
+    from rlhf_ray.roles.reward_scorer import RewardScorer
+    from rlhf_ray.serving.audit_replay import replay
+    from rlhf_ray.serving.scorer_process import reward_settings
+
+    invariant = config.scorer.model_copy(update={"batch_invariant": True})
+    scorers = [RewardScorer(reward_settings(invariant, model.path)) for model in config.models]
+    report = replay(folder, {scorer.version: scorer for scorer in scorers})
+    print(
+        f"{report.num_equal} scores are the same to the bit; not replayed: {report.not_replayed or 'none'}", flush=True
+    )
+    for difference in report.differences[:10]:
+        print(f"  {difference}", flush=True)
+    if not report.exact:
+        raise _failure(config, f"{len(report.differences)} scores of '{folder}' are others now")
+
+
+def write_serve_config(config: ServingConfig, path: Path) -> None:
+    """Write what `serve deploy` takes, and KubeRay's RayService as `serveConfigV2`."""
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    document = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.endpoint.host, "port": config.endpoint.port},
+        "applications": [
+            {
+                "name": config.run.name,
+                "route_prefix": "/",
+                "import_path": "rlhf_ray.serving.application:build",
+                "args": serve_application(config),
+            }
+        ],
+    }
+    ServeDeploySchema.model_validate(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    print(f"wrote {path}", flush=True)
+
+
+def _change(config: ServingConfig, running: ServiceState, token: str | None) -> None:
+    """Deploy again over a running service, and wait until every replica has the models."""
+    with _joined(running):
+        from ray import serve
+
+        from rlhf_ray.serving.application import build
+        from rlhf_ray.serving.monitor import ModelOrder
+
+        serve.run(build(serve_application(config)), name=config.run.name, route_prefix="/", blocking=False)
+    absolute = [model.model_copy(update={"path": str(Path(model.path).resolve())}) for model in config.models]
+    digest = ModelOrder.of(absolute).digest
+    last: dict[str, Any] = {}
+
+    def followed() -> bool:
+        last.update(_status(config, running.url, token))
+        replicas = last["replicas"]
+        if failures := {why for replica in replicas for why in replica["load_failures"].values()}:
+            raise _failure(config, f"the models that are served stay: {'; '.join(sorted(failures))}")
+        return bool(replicas) and all(replica["order"] == digest for replica in replicas)
+
+    if not _wait_until(followed, config.endpoint.start_timeout_s):
+        raise _failure(config, f"not every replica has the new models after {config.endpoint.start_timeout_s:g} s")
+    print(f"{config.run.name} at {running.url} serves {', '.join(model.name for model in config.models)}", flush=True)
+
+
+def _hold(name: str, stopping: list[int]) -> None:
+    """Wait for a signal, or for somebody else to delete the application."""
+    from ray import serve
+
+    next_look = time.monotonic() + _STATUS_POLL_S
+    waiting = threading.Event()
+    while not stopping:
+        waiting.wait(_POLL_S)
+        if time.monotonic() >= next_look:
+            if name not in serve.status().applications:
+                return
+            next_look = time.monotonic() + _STATUS_POLL_S
+
+
+def _wait_until_it_scores(config: ServingConfig, url: str, token: str | None) -> None:
+    from ray import serve
+
+    name = config.run.name
+
+    def scores() -> bool:
+        application = serve.status().applications.get(name)
+        if application is not None and application.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
+            deployments = "; ".join(each.message for each in application.deployments.values() if each.message)
+            raise _failure(config, _last_line(deployments or application.message))
+        try:
+            return httpx.get(f"{url}/health/ready", headers=_headers(token), timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    if not _wait_until(scores, config.endpoint.start_timeout_s):
+        raise _failure(config, f"nothing was scored at {url} within {config.endpoint.start_timeout_s:g} s")
+
+
+def _status(config: ServingConfig, url: str, token: str | None) -> dict[str, Any]:
+    try:
+        answer = httpx.get(f"{url}/v1/service", headers=_headers(token), timeout=10.0)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise _failure(config, f"{url} does not answer ({error})") from None
+    return dict(answer.json())
+
+
+def _wait_until(condition: Any, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        pause.wait(_POLL_S)
+    return False
+
+
+@contextmanager
+def _joined(running: ServiceState) -> Iterator[None]:
+    """In the cluster of a running service."""
+    if running.ray_auth_mode:
+        os.environ.setdefault(_AUTH_MODE, running.ray_auth_mode)
+    import ray
+
+    from rlhf_ray.runtime.cluster import connect
+
+    connect(ClusterSettings(address=running.ray_address))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _environment(local: bool) -> Iterator[None]:
+    """Serve's environment: HAProxy in front of the replicas, with files and ports of its own.
+
+    On a cluster that was there before, its own environment decides (see docs/serving.md).
+    """
+    if not local:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="rlhf-ray-serve-") as folder:
+        os.environ.update(
+            {
+                "RAY_SERVE_ENABLE_HA_PROXY": "1",
+                "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+                "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+                "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+                "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+                "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+                "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+                "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+                # Scoring changes nothing: what a dying replica left unanswered is asked again elsewhere.
+                "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
+                "RAY_SERVE_LOG_TO_STDERR": "0",
+            }
+        )
+        yield
+
+
+def _check_port(config: ServingConfig) -> None:
+    """See that the port is free, before anything starts.
+
+    Raises:
+        BadInput: somebody listens there.
+    """
+    endpoint = config.endpoint
+    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((endpoint.host, endpoint.port))
+        except OSError as error:
+            raise BadInput(
+                "endpoint.port", f"{endpoint.host}:{endpoint.port} cannot be used ({error.strerror})", "a free port"
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _url(config: ServingConfig) -> str:
+    host = config.endpoint.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{config.endpoint.port}"
+
+
+def _headers(token: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _run_folder(config: ServingConfig) -> Path:
+    return Path(config.paths.runs) / config.run.name
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _failure(config: ServingConfig, cause: str) -> RoleFailure:
+    return RoleFailure(FailureKind.FATAL, f"service {config.run.name}", socket.gethostname(), cause)
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "the deployment failed"

@@ -1,0 +1,318 @@
+"""The service behind the protocols, one in each replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from ray.exceptions import RayError
+
+from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedScorerSettings
+from rlhf_ray.data.rows import RowError
+from rlhf_ray.failures import BadInput, Refused
+from rlhf_ray.models.reward_texts import Encoded
+from rlhf_ray.roles.reward_scorer import ScoredTexts
+from rlhf_ray.serving.batcher import MicroBatcher, gather_rows
+from rlhf_ray.serving.context import REQUEST
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.exchange import Answer, ModelInfo, Score, ScoreInput, Timings
+from rlhf_ray.serving.model_table import PROBE, LoadedModel, ModelTable, read_table
+from rlhf_ray.serving.observations import Observer
+from rlhf_ray.serving.scorer_process import ScorerProcess
+
+_LET_GO_POLL_S = 0.1
+_TEXTS_BETWEEN_PAUSES = 8
+"""Tokenizing takes turns with other requests after so many texts."""
+
+logger = logging.getLogger(__name__)
+
+
+class RewardEngine:
+    """Scores for all protocols: admission, tokens, batches, and what is told of them.
+
+    Args:
+        scorer: how texts are scored.
+        limits: what is refused.
+        process: where the models compute.
+        batcher: the queue in front of the models.
+        observer: what is kept of the traffic.
+    """
+
+    def __init__(
+        self,
+        scorer: ServedScorerSettings,
+        limits: LimitSettings,
+        process: ScorerProcess,
+        batcher: MicroBatcher,
+        observer: Observer,
+    ) -> None:
+        self._scorer = scorer
+        self._limits = limits
+        self._batcher = batcher
+        self._observer = observer
+        self._table = ModelTable(())
+        self._process = process
+        self._using: Counter[str] = Counter()
+        self._requests = 0
+        self._shadow_tasks: set[asyncio.Task[None]] = set()
+        self.load_failures: dict[str, str] = {}
+
+    @property
+    def table(self) -> ModelTable:
+        """The models of this moment."""
+        return self._table
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests admitted and not yet answered."""
+        return self._requests
+
+    async def load(self, models: Sequence[ServedModelSettings]) -> None:
+        """Bring a table of models into memory beside the present one, and swap.
+
+        Raises:
+            BadInput, Refused: a model cannot be served; the present table stays.
+        """
+        names = ", ".join(model.name for model in models)
+        try:
+            loop = asyncio.get_running_loop()
+            table = await loop.run_in_executor(None, read_table, models, self._scorer, self._table)
+            for model in table.models:
+                await self._process.load(model.key, model.path)
+                await self._try(model)
+        except (BadInput, Refused, ApiError, RayError, OSError, RuntimeError, ValueError, KeyError) as error:
+            self.load_failures = {names: str(error)}
+            raise
+        self.load_failures = {}
+        before, self._table = self._table, table
+        kept = {model.key for model in table.models}
+        if any(model.key not in kept for model in before.models):
+            await self._let_go()
+
+    async def _try(self, model: LoadedModel) -> None:
+        """See that a model that was loaded scores.
+
+        Raises:
+            BadInput: it does not.
+        """
+        scored = await self._process.score(model.key, [model.texts.encode(PROBE)])
+        if scored.failures[0]:
+            raise BadInput(
+                f"models.{model.info.name}",
+                f"'{model.path}' cannot score a plain sentence ({scored.failures[0]})",
+                "a sound model",
+            )
+
+    async def _let_go(self) -> None:
+        """Free the memory of models that are no longer in the table, once nobody waits for them."""
+        kept = {model.key for model in self._table.models}
+        while any(count and key not in kept for key, count in self._using.items()):
+            await asyncio.sleep(_LET_GO_POLL_S)
+        await self._process.keep_only([model.key for model in self._table.models])
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The models, the one with the largest share first."""
+        return tuple(model.info for model in (*self._table.live, *self._table.shadows))
+
+    def tokenizer(self, model: str | None = None) -> Any:
+        """Of a model; for None of the one with the largest share."""
+        return self._find(model).texts.tokenizer
+
+    def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
+        """The text of tokens."""
+        return str(self.tokenizer(model).decode(list(token_ids)))
+
+    async def probe(self, timeout_s: float) -> None:
+        """Score a sentence with every model, before all who wait.
+
+        Raises:
+            ApiError: a model did not score it within the time.
+        """
+        if not self._table.models:
+            raise ApiError(ErrorType.UNAVAILABLE, "no model is loaded yet", retry_after_s=self._limits.retry_after_s)
+        for model in self._table.models:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
+            except TimeoutError:
+                raise ApiError(
+                    ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
+                ) from None
+            scored, row = batched.rows[0]
+            if not math.isfinite(scored.scores[row]):
+                raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
+
+    async def score(
+        self, inputs: Sequence[ScoreInput], *, model: str | None = None, sticky: str | None = None
+    ) -> Answer:
+        """Score all inputs by one version of one model; see `Service`."""
+        context = REQUEST.get()
+        chosen = self._choose(model, sticky or context.request_id)
+        if not inputs:
+            return Answer((), chosen.info)
+        self._admit(len(inputs))
+        self._requests += 1
+        self._using[chosen.key] += 1
+        try:
+            began = time.perf_counter()
+            async with asyncio.timeout(context.started + self._limits.deadline_s - began):
+                encoded = await self._encode(inputs, chosen)
+                tokenized = time.perf_counter()
+                batched = await self._batcher.score(chosen, encoded)
+        except TimeoutError:
+            raise ApiError(
+                ErrorType.DEADLINE,
+                f"not scored within {self._limits.deadline_s:g} s",
+                retry_after_s=self._limits.retry_after_s,
+            ) from None
+        finally:
+            self._requests -= 1
+            self._using[chosen.key] -= 1
+        scored = gather_rows(batched.rows)
+        answer = Answer(
+            _as_scores(scored, chosen), chosen.info, Timings(tokenized - began, batched.queue_s, batched.compute_s)
+        )
+        # What an explanation scores are texts with words left out, and not traffic.
+        if context.family != "explain":
+            self._observer.scored(context, chosen, encoded, scored, answer.timings)
+            self._cast_shadows(context.request_id, chosen, inputs, scored)
+        return answer
+
+    def _find(self, name: str | None) -> LoadedModel:
+        if not self._table.models:
+            raise ApiError(ErrorType.UNAVAILABLE, "no model is loaded yet", retry_after_s=self._limits.retry_after_s)
+        return self._table.live[0] if name is None else self._table.choose(name, "")
+
+    def _choose(self, name: str | None, sticky: str) -> LoadedModel:
+        self._find(None)
+        return self._table.choose(name, sticky)
+
+    def _admit(self, num_texts: int) -> None:
+        """Refuse at the door what could not be answered.
+
+        Raises:
+            ApiError: too many texts, too many requests in the queue, or a queue longer than the deadline.
+        """
+        limits = self._limits
+        if num_texts > limits.max_texts:
+            raise ApiError(
+                ErrorType.TOO_LARGE, f"{num_texts} texts in one request; at most {limits.max_texts} are taken"
+            )
+        if self._requests >= limits.max_queued_requests:
+            raise ApiError(
+                ErrorType.OVERLOADED,
+                f"{self._requests} requests wait; at most {limits.max_queued_requests} may",
+                retry_after_s=limits.retry_after_s,
+            )
+        if self._batcher.expected_wait_s() > limits.deadline_s:
+            raise ApiError(
+                ErrorType.OVERLOADED,
+                f"the queue is longer than the deadline of {limits.deadline_s:g} s",
+                retry_after_s=limits.retry_after_s,
+            )
+
+    async def _encode(self, inputs: Sequence[ScoreInput], model: LoadedModel) -> list[Encoded]:
+        """Token ids of every input.
+
+        Raises:
+            ApiError: an input cannot be scored, or all together have too many tokens.
+        """
+        encoded: list[Encoded] = []
+        total = 0
+        for index, each in enumerate(inputs):
+            if index and index % _TEXTS_BETWEEN_PAUSES == 0:
+                await asyncio.sleep(0)
+            token_ids, was_cut = _tokens_of(each, index, model)
+            on_too_long = self._scorer.on_too_long if each.on_too_long == "default" else each.on_too_long
+            if was_cut and on_too_long == "fail":
+                limit = min(each.max_tokens or model.info.max_length, model.info.max_length)
+                raise ApiError(ErrorType.UNSCORABLE, f"text {index} is longer than {limit} tokens", index=index)
+            if not token_ids:
+                raise ApiError(ErrorType.UNSCORABLE, f"text {index} has no tokens", index=index)
+            total += len(token_ids)
+            encoded.append((token_ids, was_cut))
+        if total > self._limits.max_tokens:
+            raise ApiError(
+                ErrorType.TOO_LARGE, f"{total} tokens in one request; at most {self._limits.max_tokens} are taken"
+            )
+        return encoded
+
+    def _cast_shadows(
+        self, request_id: str, live: LoadedModel, inputs: Sequence[ScoreInput], scored: ScoredTexts
+    ) -> None:
+        """Let candidates score the same texts, where nobody waits for them."""
+        for shadow in self._table.shadows:
+            if shadow is not live and self._observer.wants_shadow(shadow, request_id, len(inputs)):
+                task = asyncio.get_running_loop().create_task(
+                    self._shadow(request_id, live, shadow, tuple(inputs), scored)
+                )
+                self._shadow_tasks.add(task)
+                task.add_done_callback(self._shadow_tasks.discard)
+
+    async def _shadow(
+        self,
+        request_id: str,
+        live: LoadedModel,
+        shadow: LoadedModel,
+        inputs: Sequence[ScoreInput],
+        scored: ScoredTexts,
+    ) -> None:
+        self._using[shadow.key] += 1
+        try:
+            batched = await self._batcher.score_as_shadow(shadow, await self._encode(inputs, shadow))
+            self._observer.shadowed(request_id, live, shadow, scored, gather_rows(batched.rows))
+        except ApiError as error:
+            self._observer.shadow_failed(shadow, len(inputs), error)
+        finally:
+            self._using[shadow.key] -= 1
+
+
+def _tokens_of(each: ScoreInput, index: int, model: LoadedModel) -> Encoded:
+    reader = model.texts
+    try:
+        if each.text is not None:
+            # Lone surrogates are no text: tokenizers refuse them.
+            each.text.encode("utf-8")
+            return reader.encode(each.text, templated=each.templated, max_tokens=each.max_tokens, keep=each.keep)
+        if each.messages is not None:
+            return reader.encode_messages(each.messages, max_tokens=each.max_tokens, keep=each.keep)
+    except RowError as error:
+        raise ApiError(ErrorType.BAD_REQUEST, f"text {index}: {error}", index=index) from None
+    except UnicodeEncodeError:
+        raise ApiError(ErrorType.BAD_REQUEST, f"text {index} is not valid Unicode", index=index) from None
+    token_ids = list(each.token_ids or ())
+    vocabulary = len(reader.tokenizer)
+    if any(not 0 <= token < vocabulary for token in token_ids):
+        raise ApiError(ErrorType.BAD_REQUEST, f"text {index} has token ids outside 0…{vocabulary - 1}", index=index)
+    limit = min(each.max_tokens or model.info.max_length, model.info.max_length)
+    if len(token_ids) <= limit:
+        return token_ids, False
+    return token_ids[:limit] if each.keep == "start" else token_ids[-limit:], True
+
+
+def _as_scores(scored: ScoredTexts, model: LoadedModel) -> tuple[Score, ...]:
+    """As the protocols see them.
+
+    Raises:
+        ApiError: a text has no finite score; a failure is never a number.
+    """
+    scores = []
+    for row, failure in enumerate(scored.failures):
+        if failure or not math.isfinite(scored.scores[row]):
+            raise ApiError(ErrorType.UNSCORABLE, f"text {row}: {failure or 'no finite score'}", index=row)
+        attributes = scored.heads[row].mean(axis=1)
+        scores.append(
+            Score(
+                score=float(scored.scores[row]),
+                attributes={name: float(value) for name, value in zip(model.info.attributes, attributes, strict=True)},
+                disagreement=float(scored.disagreement[row]),
+                num_tokens=int(scored.num_tokens[row]),
+                truncated=bool(scored.truncated[row]),
+            )
+        )
+    return tuple(scores)

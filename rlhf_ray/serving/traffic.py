@@ -1,0 +1,110 @@
+"""What a replica tells the monitor of its traffic, each second."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.models.reference_scores import ReferenceScores
+from rlhf_ray.serving.exchange import ModelInfo
+
+LATENCY_EDGES_S = np.geomspace(0.001, 120.0, 61)
+"""Upper edges of the buckets in which requests are counted by their time; a last bucket takes what is longer."""
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Live texts of one version.
+
+    Attributes:
+        scores, num_tokens: `[n]`.
+        keys: `[n]` hashes of the texts, as scored.
+    """
+
+    scores: NDArray[np.float64]
+    num_tokens: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class ShadowSample:
+    """Texts that the live model and a shadow scored.
+
+    Attributes:
+        live_scores, shadow_scores: `[n]`.
+        groups: `[n]` the same for texts of one request.
+    """
+
+    live_scores: NDArray[np.float64]
+    shadow_scores: NDArray[np.float64]
+    groups: NDArray[np.uint64]
+
+
+@dataclass
+class ModelWork:
+    """What a version did."""
+
+    texts: int = 0
+    tokens: int = 0
+    failures: int = 0
+    compute_s: float = 0.0
+    score_sum: float = 0.0
+    score_square_sum: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """Counts since the last beat.
+
+    Attributes:
+        outcomes: requests `answered`, `refused` (overload, limits, bad requests) and `failed`.
+        latencies: `[61 + 1]` answered requests by the edges above.
+        samples: by version.
+        shadows: by version of the live model and of the shadow.
+        left_out: texts that were not kept for comparison because the beat was full.
+    """
+
+    outcomes: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    texts: int = 0
+    tokens: int = 0
+    latencies: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
+    work: dict[str, ModelWork] = field(default_factory=dict)
+    samples: dict[str, TextSample] = field(default_factory=dict)
+    shadows: dict[tuple[str, str], ShadowSample] = field(default_factory=dict)
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class ReplicaModel:
+    """A model that a replica has in memory."""
+
+    info: ModelInfo
+    path: str
+    reference: ReferenceScores | None
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A replica's word to the monitor.
+
+    Attributes:
+        replica: its id.
+        table: which table of models it has (`ModelOrder.digest`).
+        models: in its memory.
+        load_failures: why it has another table than it was told to have.
+        queued: requests not yet answered.
+        age_s: since it began to serve.
+        exposition: its metrics, in Prometheus' text format.
+    """
+
+    replica: str
+    table: str
+    models: tuple[ReplicaModel, ...]
+    load_failures: dict[str, str]
+    queued: int
+    age_s: float
+    traffic: Traffic
+    exposition: bytes

@@ -1,0 +1,157 @@
+"""The wire protocols: one file a family of clients, all in front of the same service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from rlhf_ray.config.serving import BatchingSettings, LimitSettings
+from rlhf_ray.serving.context import REQUEST
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.exchange import Service
+from rlhf_ray.serving.wire import chat, explain, own, rollouts, tei, vllm
+from rlhf_ray.serving.wire.bodies import plain
+
+_BODIES: dict[str, tuple[type[BaseModel], ...]] = {
+    "/get_reward": (rollouts.OpenRLHFRequest,),
+    "/slime": (rollouts.SlimeRequest,),
+    "/classify": (vllm.PoolingRequest, vllm.SGLangRequest),
+    "/pooling": (vllm.PoolingRequest,),
+    "/v1/embeddings": (vllm.PoolingRequest,),
+    "/score": (vllm.ScoreRequest,),
+    "/v1/score": (vllm.ScoreRequest,),
+    "/rerank": (vllm.RerankRequest, tei.TEIRerankRequest),
+    "/v1/rerank": (vllm.RerankRequest,),
+    "/v2/rerank": (vllm.RerankRequest,),
+    "/predict": (tei.PredictRequest,),
+    "/v1/chat/completions": (chat.ChatRequest,),
+    "/v1/reward": (own.RewardRequest,),
+    "/v1/preference": (own.PreferenceRequest,),
+    "/v1/explain": (explain.ExplainRequest,),
+}
+_PATHS = {
+    "openrlhf": ("/get_reward",),
+    "slime": ("/slime",),
+    "vllm": ("/classify", "/pooling", "/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+    "tei": ("/predict", "/info"),
+    "openai": ("/v1/chat/completions", "/v1/models"),
+    "own": ("/v1/reward", "/v1/preference"),
+    "explain": ("/v1/explain",),
+    "operations": ("/health", "/health/ready", "/metrics", "/v1/service", "/openapi.json"),
+}
+_FAMILIES = {path: family for family, paths in _PATHS.items() for path in paths}
+_TEI_STATUS = {ErrorType.BAD_REQUEST: 422, ErrorType.OVERLOADED: 429, ErrorType.UNSCORABLE: 424}
+_TEI_TYPES = {
+    ErrorType.BAD_REQUEST: "Validation",
+    ErrorType.TOO_LARGE: "Validation",
+    ErrorType.UNSCORABLE: "Tokenizer",
+    ErrorType.OVERLOADED: "Overloaded",
+    ErrorType.UNAVAILABLE: "Unhealthy",
+}
+_ERROR_STATUSES = (400, 401, 404, 413, 422, 503, 504)
+
+
+def add_routes(
+    app: FastAPI,
+    service: Service,
+    tokenizer_of: Callable[[str | None], Any],
+    limits: LimitSettings,
+    batching: BatchingSettings,
+) -> None:
+    """All protocols, their errors, and their description at `/openapi.json`.
+
+    Args:
+        tokenizer_of: the tokenizer of a model by name or version; for None of the one with the largest share.
+        limits, batching: what `/info` says.
+    """
+    for router in (
+        rollouts.routes(service),
+        vllm.routes(service),
+        tei.routes(service, limits, batching),
+        chat.routes(service),
+        own.routes(service),
+        explain.routes(service, tokenizer_of),
+    ):
+        app.include_router(router)
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return error_response(request.url.path, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_understood(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return error_response(request.url.path, ApiError(ErrorType.BAD_REQUEST, f"{place}: {first['msg']}"))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        # Starlette raises it again behind this answer; the outermost layer writes it to the log.
+        return error_response(request.url.path, ApiError(ErrorType.INTERNAL, "a fault of the service; see its log"))
+
+    @app.exception_handler(HTTPException)
+    async def not_routed(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {'is not taken here' if error.status_code == 405 else 'leads nowhere'}"
+        response = error_response(request.url.path, ApiError(ErrorType.NOT_FOUND, message))
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})
+        return response
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _description(app)
+        return app.openapi_schema
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def family_now(path: str) -> str:
+    """The family of the request under way; a route that belongs to several has said which it is."""
+    context = REQUEST.get(None)
+    return family_of(path) if context is None else context.family
+
+
+def family_of(path: str) -> str:
+    """Which clients a path belongs to, for the metrics."""
+    return _FAMILIES.get(path, "page" if path == "/" or path.startswith("/page/") else "other")
+
+
+def error_response(path: str, error: ApiError) -> Response:
+    """An error in the words of the clients of a path."""
+    status, family = error.status, family_now(path)
+    content: dict[str, Any] = {"error": {"type": error.type.value, "message": error.message, "index": error.index}}
+    if family == "tei":
+        status = _TEI_STATUS.get(error.type, status)
+        content = {"error": error.message, "error_type": _TEI_TYPES.get(error.type, "Backend")}
+    elif family in ("vllm", "sglang", "openai"):
+        content["error"] |= {"param": None, "code": status}
+    headers: Mapping[str, str] | None = None
+    if error.retry_after_s is not None:
+        headers = {"Retry-After": str(error.retry_after_s)}
+    return plain(content, status, headers)
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI with the bodies, which are read by the routes themselves."""
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    models = sorted({model for bodies in _BODIES.values() for model in bodies}, key=lambda model: model.__name__)
+    references, definitions = models_json_schema(
+        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+    errors = {str(status): {"description": "see the documentation's table of errors"} for status in _ERROR_STATUSES}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"] = errors | ({"429": errors["503"], "424": errors["422"]}) | operation["responses"]
+        if path in _BODIES:
+            schemas = [references[(model, "validation")] for model in _BODIES[path]]
+            schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+            operations["post"]["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return document

@@ -1,0 +1,147 @@
+"""Our own routes: typed, with everything that is known of a score."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import StrictBool, StrictInt
+
+from rlhf_ray.serving.exchange import ModelInfo, ScoreInput, Service
+from rlhf_ray.serving.wire.bodies import Strict, read_body, scored, sigmoid
+from rlhf_ray.serving.wire.rollouts import Message, conversation, sticky_key, turn
+
+OnTooLong = Literal["default", "fail", "truncate"]
+
+
+class Turn(Strict):
+    """A prompt, as text or chat messages, and its response."""
+
+    prompt: str | list[Message]
+    response: str
+
+
+class Conversation(Strict):
+    """Chat messages that end with the response."""
+
+    messages: list[Message]
+
+
+class Text(Strict):
+    """Prompt and response as one text.
+
+    Attributes:
+        templated: a chat template has written the special tokens already.
+    """
+
+    text: str
+    templated: StrictBool = False
+
+
+class Tokens(Strict):
+    """Token ids as the model is to be given them."""
+
+    token_ids: list[StrictInt]
+
+
+class RewardRequest(Strict):
+    """`/v1/reward`."""
+
+    items: list[Turn | Conversation | Text | Tokens]
+    model: str | None = None
+    on_too_long: OnTooLong = "default"
+
+
+class ResponsePair(Strict):
+    """A prompt and two responses."""
+
+    prompt: str | list[Message]
+    response_a: str
+    response_b: str
+
+
+class PreferenceRequest(Strict):
+    """`/v1/preference`."""
+
+    items: list[ResponsePair]
+    model: str | None = None
+    on_too_long: OnTooLong = "default"
+
+
+def routes(service: Service) -> APIRouter:
+    """`/v1/reward` and `/v1/preference`."""
+    router = APIRouter(tags=["rlhf_ray"])
+
+    @router.post("/v1/reward")
+    async def reward(request: Request) -> Response:
+        """Score, attributes, disagreement, tokens and whether a text was cut, for each item."""
+        body = await read_body(request, RewardRequest)
+        inputs = [_input(item, body.on_too_long) for item in body.items]
+        first = body.items[0] if body.items else None
+        sticky = sticky_key(first.prompt) if isinstance(first, Turn) else None
+        answer = await service.score(inputs, model=body.model, sticky=sticky)
+        items = [
+            {
+                "score": score.score,
+                "attributes": score.attributes,
+                "disagreement": score.disagreement,
+                "num_tokens": score.num_tokens,
+                "truncated": score.truncated,
+            }
+            for score in answer.scores
+        ]
+        return scored({"model": _model(answer.model), "items": items}, answer)
+
+    @router.post("/v1/preference")
+    async def preference(request: Request) -> Response:
+        """The calibrated probability σ((a − b) / temperature) that people prefer response a, and both scores."""
+        body = await read_body(request, PreferenceRequest)
+        inputs = [
+            _with(turn(item.prompt, response), body.on_too_long)
+            for item in body.items
+            for response in (item.response_a, item.response_b)
+        ]
+        sticky = sticky_key(body.items[0].prompt) if body.items else None
+        answer = await service.score(inputs, model=body.model, sticky=sticky)
+        items = []
+        for a, b in zip(answer.scores[::2], answer.scores[1::2], strict=True):
+            items.append(
+                {
+                    "probability": sigmoid((a.score - b.score) / answer.model.temperature),
+                    "score_a": a.score,
+                    "score_b": b.score,
+                    "attributes_a": a.attributes,
+                    "attributes_b": b.attributes,
+                    "disagreement_a": a.disagreement,
+                    "disagreement_b": b.disagreement,
+                    "num_tokens_a": a.num_tokens,
+                    "num_tokens_b": b.num_tokens,
+                    "truncated": a.truncated or b.truncated,
+                }
+            )
+        return scored({"model": _model(answer.model), "items": items}, answer)
+
+    return router
+
+
+def _input(item: Turn | Conversation | Text | Tokens, on_too_long: OnTooLong) -> ScoreInput:
+    if isinstance(item, Turn):
+        return _with(turn(item.prompt, item.response), on_too_long)
+    if isinstance(item, Conversation):
+        return _with(conversation(item.messages), on_too_long)
+    if isinstance(item, Text):
+        return ScoreInput(text=item.text, templated=item.templated, on_too_long=on_too_long)
+    return ScoreInput(token_ids=tuple(item.token_ids), on_too_long=on_too_long)
+
+
+def _with(given: ScoreInput, on_too_long: OnTooLong) -> ScoreInput:
+    return ScoreInput(text=given.text, messages=given.messages, on_too_long=on_too_long)
+
+
+def _model(model: ModelInfo) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "version": model.version,
+        "temperature": model.temperature,
+        "attributes": list(model.attributes),
+    }

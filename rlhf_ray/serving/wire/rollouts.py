@@ -1,0 +1,110 @@
+"""Reward clients of trainers with a protocol of their own: OpenRLHF and slime."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.exchange import Answer, ScoreInput, Service
+from rlhf_ray.serving.wire.bodies import Lenient, plain, read_body, scored
+
+Message = dict[str, Any]
+
+
+class OpenRLHFRequest(Lenient):
+    """What OpenRLHF's remote reward client posts.
+
+    Attributes:
+        query: whole texts, prompt and response, templated.
+        prompts: of each; requests with the same first prompt go to the same model.
+        labels: not read.
+    """
+
+    query: list[str]
+    prompts: list[Any] = Field(default_factory=list)
+    labels: list[Any] = Field(default_factory=list)
+
+
+class SlimeRequest(Lenient):
+    """What slime's remote reward client posts for one sample.
+
+    Attributes:
+        prompt: a text, or chat messages.
+        label: not read.
+    """
+
+    prompt: str | list[Message]
+    response: str
+    label: Any = None
+
+
+def routes(service: Service) -> APIRouter:
+    """`/get_reward` and `/slime`."""
+    router = APIRouter(tags=["trainers"])
+
+    @router.post("/get_reward", summary="OpenRLHF")
+    async def get_reward(request: Request) -> Response:
+        """Rewards of whole texts. Empty lists, which OpenRLHF sends to servers it does not need, get empty lists."""
+        body = await read_body(request, OpenRLHFRequest)
+        if not body.query:
+            return plain({"rewards": [], "scores": [], "extra_logs": {}})
+        sticky = sticky_key(body.prompts[0]) if body.prompts and body.prompts[0] else None
+        answer = await service.score([ScoreInput(text=text) for text in body.query], sticky=sticky)
+        rewards = [score.score for score in answer.scores]
+        return scored({"rewards": rewards, "scores": rewards, "extra_logs": extra_logs(answer)}, answer)
+
+    @router.post("/slime", summary="slime")
+    async def slime(request: Request) -> Response:
+        """The reward of one sample; `--reward-key score` (or `reward`) reads it."""
+        body = await read_body(request, SlimeRequest)
+        answer = await service.score([turn(body.prompt, body.response)], sticky=sticky_key(body.prompt))
+        score = answer.scores[0]
+        content = {"score": score.score, "reward": score.score, "disagreement": score.disagreement}
+        return scored(content | {"truncated": int(score.truncated)}, answer)
+
+    return router
+
+
+def extra_logs(answer: Answer) -> dict[str, list[float]]:
+    """What OpenRLHF logs beside the rewards: numbers only, one a text."""
+    logs: dict[str, list[float]] = {
+        "num_tokens": [float(score.num_tokens) for score in answer.scores],
+        "truncated": [float(score.truncated) for score in answer.scores],
+    }
+    if answer.model.num_members > 1:
+        logs["disagreement"] = [score.disagreement for score in answer.scores]
+    if len(answer.model.attributes) > 1:
+        for name in answer.model.attributes:
+            logs[name] = [score.attributes[name] for score in answer.scores]
+    return logs
+
+
+def turn(prompt: str | list[Message], response: str) -> ScoreInput:
+    """A prompt and its response as one input."""
+    if isinstance(prompt, str):
+        return ScoreInput(text=prompt + response)
+    return conversation([*prompt, {"role": "assistant", "content": response}])
+
+
+def conversation(messages: list[Message]) -> ScoreInput:
+    """Chat messages that end with the response.
+
+    Raises:
+        ApiError: they do not, or a message is none.
+    """
+    for place, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise ApiError(ErrorType.BAD_REQUEST, f"message {place}: role and content must be strings")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ApiError(ErrorType.BAD_REQUEST, "messages: the last must be the assistant's, after the prompt's")
+    plain_messages = tuple({"role": each["role"], "content": each["content"]} for each in messages)
+    return ScoreInput(messages=plain_messages)
+
+
+def sticky_key(prompt: Any) -> str:
+    """Requests with the same prompt go to the same model."""
+    return hashlib.blake2b(repr(prompt).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

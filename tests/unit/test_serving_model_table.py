@@ -1,0 +1,72 @@
+"""Which model a request gets."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.serving import ServedModelSettings, ServingConfig
+from rlhf_ray.failures import BadInput
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.exchange import ModelInfo
+from rlhf_ray.serving.model_table import LoadedModel, ModelTable, shares
+
+
+def loaded(name: str, share: float, role: str = "live") -> LoadedModel:
+    info = ModelInfo(name, f"{name}-version", 1.0, ("preference",), 1, 64, "float32", cast(Any, role), share)
+    return LoadedModel(info, "", cast(Any, None), None)
+
+
+TABLE = ModelTable((loaded("main", 0.9), loaded("canary", 0.1), loaded("next", 0.0, "shadow")))
+
+
+def test_requests_are_shared_out_as_configured_and_a_key_stays():
+    names = [TABLE.choose(None, f"prompt {number}").info.name for number in range(20_000)]
+    assert names.count("canary") == pytest.approx(2000, abs=170)
+    assert "next" not in names
+    assert names == [TABLE.choose(None, f"prompt {number}").info.name for number in range(20_000)]
+
+
+def test_a_larger_share_only_adds_keys_to_a_canary():
+    wider = ModelTable((loaded("canary", 0.3), loaded("main", 0.7)))
+    narrow = ModelTable((loaded("canary", 0.1), loaded("main", 0.9)))
+    keys = [str(number) for number in range(2000)]
+    first = {key for key in keys if wider.choose(None, key).info.name == "main"}
+    second = {key for key in keys if narrow.choose(None, key).info.name == "main"}
+    assert first < second
+
+
+@pytest.mark.parametrize("name", ["canary", "canary-version", "next"])
+def test_a_model_can_be_asked_for_by_name_and_version(name):
+    assert TABLE.choose(name, "key").info.name == name.removesuffix("-version")
+
+
+def test_a_name_that_is_not_there_is_an_error_only_where_there_is_a_choice():
+    with pytest.raises(ApiError, match="main, canary, next") as caught:
+        TABLE.choose("gpt", "key")
+    assert caught.value.type is ErrorType.NOT_FOUND
+    assert ModelTable((loaded("only", 1.0),)).choose("gpt", "key").info.name == "only"
+
+
+def test_one_model_takes_what_the_others_leave():
+    models = [ServedModelSettings(name=name, path="x", share=share) for name, share in (("a", None), ("b", 0.25))]
+    assert shares(models) == {"a": 0.75, "b": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("models", "cause"),
+    [
+        ("[{name: a, path: x, shadow: true}]", "all are shadows"),
+        ("[{name: a, path: x}, {name: b, path: y}]", "have no share"),
+        ("[{name: a, path: x, share: 0.7}, {name: b, path: y, share: 0.7}]", "add up to 1.4"),
+        ("[{name: a, path: x, share: 0.5}]", "add up to 0.5"),
+        ("[{name: a, path: x}, {name: a, path: y, shadow: true}]", "not different names"),
+    ],
+)
+def test_models_that_do_not_share_the_traffic_are_refused(models, cause, tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"run: {{name: s}}\nmodels: {models}\n")
+    with pytest.raises(BadInput, match=cause):
+        load_config(ServingConfig, path)
