@@ -179,7 +179,7 @@ def swap_model(config: Path, server: RunningServer, path: Path, version: str) ->
     Raises:
         RuntimeError: the command fails, or the version does not answer in time.
     """
-    command = serve_command(config, [f"models.0.path={path.absolute()}"])
+    command = serve_command(config, [f"models.{NAME}.path={path.absolute()}"])
     done = subprocess.run(command, capture_output=True, text=True, timeout=SWAP_TIMEOUT_S, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")

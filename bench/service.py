@@ -86,7 +86,7 @@ def write_config(path: Path, models: Sequence[Mapping[str, object]], port: int, 
     content = {
         "run": {"name": path.stem},
         "paths": {"runs": str(path.parent / "runs")},
-        "models": [dict(model) for model in models],
+        "models": {model["name"]: {key: model[key] for key in model if key != "name"} for model in models},
         "endpoint": {"port": port},
         **sections,
     }

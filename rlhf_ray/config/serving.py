@@ -17,14 +17,12 @@ from rlhf_ray.config.settings import (
     Settings,
 )
 
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
-class ServedModelSettings(Settings):
-    """One reward model of the service."""
 
-    name: str = Field(
-        description="What requests call it, and what metrics and reports say.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$",
-    )
+class ModelSettings(Settings):
+    """One reward model of the service; its key is its name."""
+
     path: str = Field(description="Directory of the reward model.")
     share: Fraction | None = Field(
         None,
@@ -36,6 +34,12 @@ class ServedModelSettings(Settings):
         description="A candidate that scores live traffic unseen: its scores are compared and never answered, unless "
         "a request names it.",
     )
+
+
+class ServedModelSettings(ModelSettings):
+    """A reward model with its name."""
+
+    name: str = Field(description="What requests call it, and what metrics and reports say.")
 
 
 class ServedScorerSettings(ScorerSettings):
@@ -185,14 +189,18 @@ class ServiceSettings(Settings):
 class ServingConfig(ServiceSettings, RunConfig):
     """`rlhf-ray serve-rm`: reward models as a service."""
 
-    models: tuple[ServedModelSettings, ...] = Field(description="The reward models of the service.", min_length=1)
+    models: dict[ModelName, ModelSettings] = Field(
+        description="The reward models of the service, by the name that requests call them.", min_length=1
+    )
+
+    @property
+    def served(self) -> tuple[ServedModelSettings, ...]:
+        """The models with their names."""
+        return tuple(ServedModelSettings(name=name, **model.model_dump()) for name, model in self.models.items())
 
     @model_validator(mode="after")
     def _models_share_the_traffic(self) -> ServingConfig:
-        names = [model.name for model in self.models]
-        if len(set(names)) < len(names):
-            raise ValueError(f"models: {', '.join(sorted(names))} are not different names")
-        live = [model for model in self.models if not model.shadow]
+        live = [model for model in self.served if not model.shadow]
         rest = [model.name for model in live if model.share is None]
         total = sum(model.share or 0.0 for model in live)
         if not live:

@@ -23,11 +23,11 @@ from rlhf_ray.serving.engine import RewardEngine
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exposition import merge_expositions
 from rlhf_ray.serving.front import Front
-from rlhf_ray.serving.monitor import ModelOrder, ServiceMonitor
+from rlhf_ray.serving.monitor import ServiceMonitor
 from rlhf_ray.serving.observations import Observer
 from rlhf_ray.serving.page import page_routes
 from rlhf_ray.serving.scorer_process import ScorerProcess
-from rlhf_ray.serving.traffic import Beat, ReplicaModel
+from rlhf_ray.serving.traffic import Beat, ModelOrder, ReplicaModel
 from rlhf_ray.serving.wire import add_routes
 
 BEAT_S = 1.0
@@ -69,7 +69,7 @@ class Replica:
         self._token = read_token(self._settings.endpoint)
         order = await asyncio.wait_for(monitor.order.remote(), _FIRST_ORDER_TIMEOUT_S)
         await self._engine.load(order.models)
-        self._table = order.digest
+        self._followed = order
         self._wanted = order
         self._loading: asyncio.Task[None] | None = None
         self._beats = asyncio.get_running_loop().create_task(self._beat())
@@ -106,7 +106,7 @@ class Replica:
         async def ready() -> Response:
             """As `/health`, and the models are those that were ordered."""
             await self._engine.probe(_PROBE_TIMEOUT_S)
-            return JSONResponse({"status": "ok", "follows_order": self._table == self._wanted.digest})
+            return JSONResponse({"status": "ok", "follows_order": self._followed.digest == self._wanted.digest})
 
         @router.get("/metrics", tags=["operations"])
         async def metrics() -> Response:
@@ -135,8 +135,11 @@ class Replica:
             table = self._engine.table
             beat = Beat(
                 replica=self._id,
-                table=self._table,
-                models=tuple(ReplicaModel(model.info, model.path, model.reference) for model in table.models),
+                order=self._followed,
+                models=tuple(
+                    ReplicaModel(model.info, model.path, model.reference, self._engine.paces.get(model.info.version))
+                    for model in table.models
+                ),
                 load_failures=dict(self._engine.load_failures),
                 queued=self._engine.queued_requests,
                 age_s=time.time() - self._began,
@@ -161,7 +164,7 @@ class Replica:
             # Whatever is wrong with the new models, the present ones go on; the monitor is told with the next beat.
             logger.error("the ordered models cannot be served, the present ones stay: %s", error)
             return
-        self._table = order.digest
+        self._followed = order
 
 
 class AuditQueue:
@@ -206,12 +209,25 @@ class Monitor:
     update, which restarts nothing."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
         own = ServiceSettings.model_validate(settings)
         self._monitor = ServiceMonitor(own.candidates, own.drift)
+        self._began = False
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Order models; Serve calls it at the start, and when they change."""
-        self._monitor.set_models([ServedModelSettings.model_validate(model) for model in user_config["models"]])
+        """Order models; Serve calls it at the start, and when they change. At the start replicas may know of a later
+        order than the configuration, and that one holds."""
+        models = [ServedModelSettings.model_validate(model) for model in user_config["models"]]
+        self._monitor.set_models(models, time.time_ns() if self._began else 0)
+        self._began = True
+
+    async def order_models(self, models: Sequence[ServedModelSettings]) -> None:
+        """Order other models than those of the configuration."""
+        self._monitor.set_models(models, time.time_ns())
+
+    async def settings(self) -> Mapping[str, Any]:
+        """What the service was deployed with."""
+        return self._settings
 
     async def beat(self, beat: Beat) -> ModelOrder:
         """Take a replica's word in, and say which models it should have."""
@@ -231,16 +247,22 @@ class Monitor:
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application from its arguments in a Serve config file.
+    """The application from its arguments in a Serve config file; its models are the monitor's `user_config` there.
 
     Args:
-        args: `service` (`ServiceSettings`) and `models` (a list of `ServedModelSettings`).
+        args: `service` (`ServiceSettings`).
     """
-    service = ServiceSettings.model_validate(args["service"])
+    return application(ServiceSettings.model_validate(args["service"]), ())
+
+
+def application(service: ServiceSettings, models: Sequence[ServedModelSettings]) -> serve.Application:
+    """Replicas and monitor, ready for `serve.run`."""
     plain = service.model_dump(mode="json")
-    models = [ServedModelSettings.model_validate(model).model_dump(mode="json") for model in args["models"]]
     monitor = serve.deployment(Monitor).options(
-        name="monitor", user_config={"models": models}, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000
+        name="monitor",
+        user_config={"models": [model.model_dump(mode="json") for model in models]},
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=1000,
     )
     scaling, scorer = service.scaling, service.scorer
     grows = scaling.max_replicas > scaling.min_replicas

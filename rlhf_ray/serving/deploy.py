@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from rlhf_ray.config.serving import ServiceSettings, ServingConfig
+from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings, ServingConfig
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.runtime.stopping import stop_signals
@@ -32,6 +32,7 @@ from rlhf_ray.serving.report import show_status
 STATE_NAME = "service.json"
 _AUTH_MODE = "RAY_AUTH_MODE"
 _POLL_S = 0.2
+_MONITOR_TIMEOUT_S = 30.0
 _STATUS_POLL_S = 5.0
 _STOP_GRACE_S = 30.0
 
@@ -81,21 +82,23 @@ class ServiceState:
         return state
 
 
-def serve_application(config: ServingConfig) -> dict[str, Any]:
-    """The arguments of `rlhf_ray.serving.application:build`, with absolute paths: replicas run elsewhere."""
+def absolute_service(config: ServingConfig) -> ServiceSettings:
+    """The service's settings with absolute paths: replicas run elsewhere."""
     service = ServiceSettings.model_validate(config.model_dump(include=set(ServiceSettings.model_fields)))
     folder = service.audit.folder or str(_run_folder(config) / "audit")
-    audit = service.audit.model_copy(update={"folder": str(Path(folder).resolve())})
     token_file = service.endpoint.token_file
-    endpoint = service.endpoint.model_copy(
-        update={"token_file": str(Path(token_file).resolve()) if token_file else None}
+    endpoint = {"token_file": str(Path(token_file).resolve()) if token_file else None}
+    return service.model_copy(
+        update={
+            "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve())}),
+            "endpoint": service.endpoint.model_copy(update=endpoint),
+        }
     )
-    service = service.model_copy(update={"audit": audit, "endpoint": endpoint})
-    models = [model.model_copy(update={"path": str(Path(model.path).resolve())}) for model in config.models]
-    return {
-        "service": service.model_dump(mode="json"),
-        "models": [model.model_dump(mode="json") for model in models],
-    }
+
+
+def absolute_models(config: ServingConfig) -> tuple[ServedModelSettings, ...]:
+    """The models with absolute paths."""
+    return tuple(model.model_copy(update={"path": str(Path(model.path).resolve())}) for model in config.served)
 
 
 def run_service(config: ServingConfig, detach: bool) -> None:
@@ -109,7 +112,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
         RoleFailure: the service did not score in time.
     """
     token = read_token(config.endpoint)
-    check_models(config.models, config.scorer)
+    check_models(config.served, config.scorer)
     folder = _run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     running = ServiceState.load(folder)
@@ -120,34 +123,46 @@ def run_service(config: ServingConfig, detach: bool) -> None:
     if detach and local:
         raise BadInput("--detach", "the cluster of this command ends with it", "cluster.address of a running cluster")
     _check_port(config)
-    with _environment(local), stop_signals() as stopping:
+    with _environment(local):
         import ray
         from ray import serve
 
         from rlhf_ray.runtime.cluster import connect
-        from rlhf_ray.serving.application import build
 
         started = time.monotonic()
         connect(config.cluster)
         try:
-            endpoint = config.endpoint
-            serve.start(http_options={"host": endpoint.host, "port": endpoint.port})
-            serve.run(build(serve_application(config)), name=config.run.name, route_prefix="/", blocking=False)
-            url = _url(config)
-            _wait_until_it_scores(config, url, token)
-            hold = None if detach else os.getpid()
-            address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH_MODE)
-            ServiceState(url, address, mode, hold, socket.gethostname()).save(folder)
-            print(f"{config.run.name} scores at {url} after {time.monotonic() - started:.0f} s", flush=True)
-            if not detach:
-                print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
-                _hold(config.run.name, stopping)
+            serve.start(http_options={"host": config.endpoint.host, "port": config.endpoint.port})
+            # Here, and not before: Ray has put a handler of its own in place.
+            with stop_signals() as stopping:
+                _bring_up(config, folder, token, detach)
+                print(
+                    f"{config.run.name} scores at {_url(config)} after {time.monotonic() - started:.0f} s", flush=True
+                )
+                if not detach:
+                    print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
+                    _hold(config.run.name, stopping)
+                    print("stopping: requests under way are answered first", flush=True)
+                    serve.shutdown()
         finally:
             if not detach:
-                print("stopping: requests under way are answered first", flush=True)
-                serve.shutdown()
                 (folder / STATE_NAME).unlink(missing_ok=True)
             ray.shutdown()
+
+
+def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bool) -> None:
+    """Deploy, and wait until it scores."""
+    import ray
+    from ray import serve
+
+    from rlhf_ray.serving.application import application
+
+    service = application(absolute_service(config), absolute_models(config))
+    serve.run(service, name=config.run.name, route_prefix="/", blocking=False)
+    _wait_until_it_scores(config, _url(config), token)
+    hold = None if detach else os.getpid()
+    address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH_MODE)
+    ServiceState(_url(config), address, mode, hold, socket.gethostname()).save(folder)
 
 
 def stop_service(config: ServingConfig) -> None:
@@ -200,7 +215,7 @@ def replay_audit(config: ServingConfig, folder: Path) -> None:
     from rlhf_ray.serving.scorer_process import reward_settings
 
     invariant = config.scorer.model_copy(update={"batch_invariant": True})
-    scorers = [RewardScorer(reward_settings(invariant, model.path)) for model in config.models]
+    scorers = [RewardScorer(reward_settings(invariant, model.path)) for model in config.served]
     report = replay(folder, {scorer.version: scorer for scorer in scorers})
     print(
         f"{report.num_equal} scores are the same to the bit; not replayed: {report.not_replayed or 'none'}", flush=True
@@ -224,7 +239,14 @@ def write_serve_config(config: ServingConfig, path: Path) -> None:
                 "name": config.run.name,
                 "route_prefix": "/",
                 "import_path": "rlhf_ray.serving.application:build",
-                "args": serve_application(config),
+                "args": {"service": absolute_service(config).model_dump(mode="json")},
+                # Apart from the arguments: other models are a light update of the monitor, and restart nothing.
+                "deployments": [
+                    {
+                        "name": "monitor",
+                        "user_config": {"models": [model.model_dump(mode="json") for model in absolute_models(config)]},
+                    }
+                ],
             }
         ],
     }
@@ -235,16 +257,22 @@ def write_serve_config(config: ServingConfig, path: Path) -> None:
 
 
 def _change(config: ServingConfig, running: ServiceState, token: str | None) -> None:
-    """Deploy again over a running service, and wait until every replica has the models."""
+    """Order other models of a running service, and wait until every replica has them. Where other settings have
+    changed, its replicas are replaced one after another."""
+    service, models = absolute_service(config), absolute_models(config)
     with _joined(running):
         from ray import serve
 
-        from rlhf_ray.serving.application import build
-        from rlhf_ray.serving.monitor import ModelOrder
+        from rlhf_ray.serving.application import application
+        from rlhf_ray.serving.traffic import ModelOrder
 
-        serve.run(build(serve_application(config)), name=config.run.name, route_prefix="/", blocking=False)
-    absolute = [model.model_copy(update={"path": str(Path(model.path).resolve())}) for model in config.models]
-    digest = ModelOrder.of(absolute).digest
+        monitor = serve.get_deployment_handle("monitor", config.run.name)
+        if monitor.settings.remote().result(timeout_s=_MONITOR_TIMEOUT_S) == service.model_dump(mode="json"):
+            monitor.order_models.remote(models).result(timeout_s=_MONITOR_TIMEOUT_S)
+        else:
+            print("other settings than the models have changed: the replicas are replaced", flush=True)
+            serve.run(application(service, models), name=config.run.name, route_prefix="/", blocking=False)
+    digest = ModelOrder.of(models).digest
     last: dict[str, Any] = {}
 
     def followed() -> bool:
@@ -256,7 +284,7 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
 
     if not _wait_until(followed, config.endpoint.start_timeout_s):
         raise _failure(config, f"not every replica has the new models after {config.endpoint.start_timeout_s:g} s")
-    print(f"{config.run.name} at {running.url} serves {', '.join(model.name for model in config.models)}", flush=True)
+    print(f"{config.run.name} at {running.url} serves {', '.join(config.models)}", flush=True)
 
 
 def _hold(name: str, stopping: list[int]) -> None:

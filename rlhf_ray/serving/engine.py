@@ -24,8 +24,10 @@ from rlhf_ray.serving.exchange import Answer, ModelInfo, Score, ScoreInput, Timi
 from rlhf_ray.serving.model_table import PROBE, LoadedModel, ModelTable, read_table
 from rlhf_ray.serving.observations import Observer
 from rlhf_ray.serving.scorer_process import ScorerProcess
+from rlhf_ray.serving.traffic import Pace
 
 _LET_GO_POLL_S = 0.1
+_TIMING_ROUNDS, _TIMING_TEXTS = 5, 16
 _TEXTS_BETWEEN_PAUSES = 8
 """Tokenizing takes turns with other requests after so many texts."""
 
@@ -61,6 +63,7 @@ class RewardEngine:
         self._requests = 0
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self.load_failures: dict[str, str] = {}
+        self.paces: dict[str, Pace] = {}
 
     @property
     def table(self) -> ModelTable:
@@ -85,11 +88,12 @@ class RewardEngine:
             for model in table.models:
                 await self._process.load(model.key, model.path)
                 await self._try(model)
+            paces = await self._time(table)
         except (BadInput, Refused, ApiError, RayError, OSError, RuntimeError, ValueError, KeyError) as error:
             self.load_failures = {names: str(error)}
             raise
         self.load_failures = {}
-        before, self._table = self._table, table
+        before, self._table, self.paces = self._table, table, paces
         kept = {model.key for model in table.models}
         if any(model.key not in kept for model in before.models):
             await self._let_go()
@@ -107,6 +111,22 @@ class RewardEngine:
                 f"'{model.path}' cannot score a plain sentence ({scored.failures[0]})",
                 "a sound model",
             )
+
+    async def _time(self, table: ModelTable) -> dict[str, Pace]:
+        """Time each candidate and the main model on the same batch, in turns; traffic gives them batches of other
+        sizes, which take other times a token."""
+        main, *others = (*table.live, *table.shadows)
+        paces = {}
+        for model in others:
+            seconds: dict[str, list[float]] = {main.key: [], model.key: []}
+            for _ in range(_TIMING_ROUNDS):
+                for each in (main, model):
+                    texts = [each.texts.encode(PROBE)] * _TIMING_TEXTS
+                    started = time.perf_counter()
+                    await self._process.score(each.key, texts)
+                    seconds[each.key].append(time.perf_counter() - started)
+            paces[model.info.version] = Pace(min(seconds[model.key]), min(seconds[main.key]))
+        return paces
 
     async def _let_go(self) -> None:
         """Free the memory of models that are no longer in the table, once nobody waits for them."""
@@ -245,7 +265,9 @@ class RewardEngine:
     def _cast_shadows(
         self, request_id: str, live: LoadedModel, inputs: Sequence[ScoreInput], scored: ScoredTexts
     ) -> None:
-        """Let candidates score the same texts, where nobody waits for them."""
+        """Let candidates score the texts of the main model too, where nobody waits for them."""
+        if live is not self._table.live[0]:
+            return
         for shadow in self._table.shadows:
             if shadow is not live and self._observer.wants_shadow(shadow, request_id, len(inputs)):
                 task = asyncio.get_running_loop().create_task(

@@ -104,8 +104,8 @@ def check_models(models: Sequence[ServedModelSettings], scorer: ServedScorerSett
         BadInput: a directory is no reward model.
         Refused: the release gate refused it.
     """
-    for index, model in enumerate(models):
-        check_model(model, scorer, f"models.{index}.path")
+    for model in models:
+        check_model(model, scorer, f"models.{model.name}.path")
 
 
 def check_model(model: ServedModelSettings, scorer: ServedScorerSettings, key: str) -> None:
@@ -137,7 +137,7 @@ def read_table(models: Sequence[ServedModelSettings], scorer: ServedScorerSettin
 def _read(
     model: ServedModelSettings, settings: ServedScorerSettings, share: float, known: Sequence[LoadedModel]
 ) -> LoadedModel:
-    key = f"models.{model.name}"
+    key = f"models.{model.name}.path"
     check_model(model, settings, key)
     card = RewardModelCard.load(model.path, key)
     role: Literal["live", "shadow"] = "shadow" if model.shadow else "live"

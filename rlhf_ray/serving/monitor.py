@@ -7,12 +7,10 @@ A candidate that breaks a rule leaves the order; it comes back only when the con
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,30 +20,12 @@ from rlhf_ray.serving.candidates import CanaryComparison, ShadowComparison, judg
 from rlhf_ray.serving.drift import DriftWatch
 from rlhf_ray.serving.model_table import shares
 from rlhf_ray.serving.timeline import Timeline
-from rlhf_ray.serving.traffic import Beat, ModelWork, ReplicaModel
+from rlhf_ray.serving.traffic import Beat, ModelOrder, ModelWork, ReplicaModel
 
 SILENT_AFTER_S = 10.0
 """A replica that has not been heard of for so long is gone."""
 _EVENTS = 50
 _HISTOGRAM_SCORES = 2000
-
-
-@dataclass(frozen=True)
-class ModelOrder:
-    """The models that every replica should have.
-
-    Attributes:
-        models: as configured, without those taken back.
-        digest: names this order.
-    """
-
-    models: tuple[ServedModelSettings, ...]
-    digest: str
-
-    @classmethod
-    def of(cls, models: Sequence[ServedModelSettings]) -> ModelOrder:
-        content = json.dumps([model.model_dump() for model in models], sort_keys=True)
-        return cls(tuple(models), hashlib.blake2b(content.encode(), digest_size=8).hexdigest())
 
 
 @dataclass
@@ -71,6 +51,7 @@ class ServiceMonitor:
         self._drift = drift
         self._models: tuple[ServedModelSettings, ...] = ()
         self._rolled_back: dict[str, tuple[str, ...]] = {}
+        self._serial = 0
         self._order = ModelOrder.of(())
         self._replicas: dict[str, tuple[float, Beat]] = {}
         self._known: dict[str, _Known] = {}
@@ -81,19 +62,29 @@ class ServiceMonitor:
         self._left_out = 0
         self._events: deque[tuple[float, str]] = deque(maxlen=_EVENTS)
 
-    def set_models(self, models: Sequence[ServedModelSettings]) -> None:
-        """Order other models. What was taken back stays so unless its entry is another one now."""
-        before = {model.name: model for model in self._models}
+    def set_models(self, models: Sequence[ServedModelSettings], serial: int) -> None:
+        """Order other models. What was taken back stays so unless its entry is another one now.
+
+        Args:
+            serial: of the order; a later one is not replaced by it.
+        """
+        if serial < self._serial:
+            return
+        self._serial = serial
+        before, after = ({model.name: model for model in each} for each in (self._models, models))
         self._models = tuple(models)
-        for model in models:
-            if before.get(model.name) != model:
-                self._rolled_back.pop(model.name, None)
+        for name in [name for name in before if after.get(name) != before[name]]:
+            self._rolled_back.pop(name, None)
+            self._forget(name)
         self._reorder()
         self._note("models ordered: " + ", ".join(model.name for model in models))
 
     def beat(self, beat: Beat) -> ModelOrder:
         """Take a replica's word in, and say which models it should have."""
         now = time.time()
+        if beat.order.serial > self._serial:
+            # This monitor began anew; the replicas remember what they were told.
+            self.set_models(beat.order.models, beat.order.serial)
         if beat.replica not in self._replicas:
             self._note(f"replica {beat.replica} began to serve")
         self._replicas[beat.replica] = (now, beat)
@@ -130,7 +121,7 @@ class ServiceMonitor:
             "replicas": [
                 {
                     "id": name,
-                    "order": beat.table,
+                    "order": beat.order.digest,
                     "models": [model.info.version for model in beat.models],
                     "queued": beat.queued,
                     "age_s": beat.age_s,
@@ -194,28 +185,38 @@ class ServiceMonitor:
         main = max(live, key=lambda known: known.model.info.share)
         main_version = main.model.info.version
         for version, known in self._known.items():
-            if known is main:
+            pace = known.model.pace
+            if known is main or pace is None:
                 continue
+            main_work = replace(main.work, compute_s=pace.main_s, tokens=1)
+            own_work = replace(known.work, compute_s=pace.candidate_s, tokens=1)
+            # Also where it has scored nothing yet: one that fails every text must be taken back too.
             if known.model.info.role == "shadow":
-                # Also where it has scored nothing yet: one that fails every text must be taken back too.
-                self._shadows.setdefault((main_version, version), ShadowComparison()).set_work(main.work, known.work)
+                self._shadows.setdefault((main_version, version), ShadowComparison()).set_work(main_work, own_work)
             elif known.model.info.share:
-                canary = self._canaries.setdefault((main_version, version), CanaryComparison())
-                canary.set_work(main.work, known.work)
+                self._canaries.setdefault((main_version, version), CanaryComparison()).set_work(main_work, own_work)
 
     def _reorder(self) -> None:
         """The configured models without those taken back; the others take over their shares."""
         share_of = shares(self._models)
         kept = [model for model in self._models if model.name not in self._rolled_back]
         total = sum(share_of[model.name] for model in kept)
-        self._order = ModelOrder.of(
-            [
+        models = self._models
+        if len(kept) < len(models) and total > 0:
+            models = tuple(
                 model if model.shadow else model.model_copy(update={"share": share_of[model.name] / total})
                 for model in kept
-            ]
-            if len(kept) < len(self._models) and total > 0
-            else self._models
-        )
+            )
+        self._order = ModelOrder.of(models, self._serial)
+
+    def _forget(self, name: str) -> None:
+        """Let go of what is known of a candidate: its entry is another one now."""
+        versions = {version for version, known in self._known.items() if known.model.info.name == name}
+        for comparisons in (self._shadows, self._canaries):
+            for pair in [pair for pair in comparisons if versions & set(pair)]:
+                del comparisons[pair]
+        for version in versions:
+            self._known[version].work = ModelWork()
 
     def _note(self, what: str) -> None:
         self._events.append((time.time(), what))
@@ -231,7 +232,7 @@ class ServiceMonitor:
             reason = None
             if model.name in self._rolled_back:
                 role, reason = "rolled_back", "; ".join(self._rolled_back[model.name])
-            elif any(beat.table != self._order.digest for _, beat in self._replicas.values()) or known is None:
+            elif any(beat.order.digest != self._order.digest for _, beat in self._replicas.values()) or known is None:
                 role = "failed" if failures else "loading"
                 reason = "; ".join(failures.values()) or None
             rows.append(

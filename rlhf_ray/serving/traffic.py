@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.config.serving import ServedModelSettings
 from rlhf_ray.models.reference_scores import ReferenceScores
 from rlhf_ray.serving.exchange import ModelInfo
 
@@ -78,12 +82,42 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long a candidate and the main model take for one and the same batch, seconds."""
+
+    candidate_s: float
+    main_s: float
+
+
+@dataclass(frozen=True)
 class ReplicaModel:
-    """A model that a replica has in memory."""
+    """A model that a replica has in memory; the main one has no pace."""
 
     info: ModelInfo
     path: str
     reference: ReferenceScores | None
+    pace: Pace | None
+
+
+@dataclass(frozen=True)
+class ModelOrder:
+    """The models that every replica should have.
+
+    Attributes:
+        models: as configured, without those taken back.
+        digest: names these models.
+        serial: when they were ordered, unix ns; 0 for those of the deployment's own configuration.
+    """
+
+    models: tuple[ServedModelSettings, ...]
+    digest: str
+    serial: int = 0
+
+    @classmethod
+    def of(cls, models: Sequence[ServedModelSettings], serial: int = 0) -> ModelOrder:
+        """An order of these models."""
+        content = json.dumps([model.model_dump() for model in models], sort_keys=True)
+        return cls(tuple(models), hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), serial)
 
 
 @dataclass(frozen=True)
@@ -92,7 +126,7 @@ class Beat:
 
     Attributes:
         replica: its id.
-        table: which table of models it has (`ModelOrder.digest`).
+        order: that its models follow.
         models: in its memory.
         load_failures: why it has another table than it was told to have.
         queued: requests not yet answered.
@@ -101,7 +135,7 @@ class Beat:
     """
 
     replica: str
-    table: str
+    order: ModelOrder
     models: tuple[ReplicaModel, ...]
     load_failures: dict[str, str]
     queued: int

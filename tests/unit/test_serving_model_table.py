@@ -58,11 +58,11 @@ def test_one_model_takes_what_the_others_leave():
 @pytest.mark.parametrize(
     ("models", "cause"),
     [
-        ("[{name: a, path: x, shadow: true}]", "all are shadows"),
-        ("[{name: a, path: x}, {name: b, path: y}]", "have no share"),
-        ("[{name: a, path: x, share: 0.7}, {name: b, path: y, share: 0.7}]", "add up to 1.4"),
-        ("[{name: a, path: x, share: 0.5}]", "add up to 0.5"),
-        ("[{name: a, path: x}, {name: a, path: y, shadow: true}]", "not different names"),
+        ("{a: {path: x, shadow: true}}", "all are shadows"),
+        ("{a: {path: x}, b: {path: y}}", "have no share"),
+        ("{a: {path: x, share: 0.7}, b: {path: y, share: 0.7}}", "add up to 1.4"),
+        ("{a: {path: x, share: 0.5}}", "add up to 0.5"),
+        ("{a.b: {path: x}}", "a.b"),
     ],
 )
 def test_models_that_do_not_share_the_traffic_are_refused(models, cause, tmp_path):

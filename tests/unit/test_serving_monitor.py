@@ -1,0 +1,152 @@
+"""What the service as a whole knows, and which models it orders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.config.serving import CandidateSettings, DriftSettings, ServedModelSettings
+from rlhf_ray.models.reference_scores import ReferenceScores
+from rlhf_ray.randomness import keyed_generator
+from rlhf_ray.serving.exchange import ModelInfo
+from rlhf_ray.serving.exposition import merge_expositions
+from rlhf_ray.serving.monitor import ServiceMonitor
+from rlhf_ray.serving.timeline import Timeline, quantile_ms
+from rlhf_ray.serving.traffic import (
+    LATENCY_EDGES_S,
+    Beat,
+    ModelOrder,
+    ModelWork,
+    Pace,
+    ReplicaModel,
+    ShadowSample,
+    TextSample,
+    Traffic,
+)
+
+MAIN = ServedModelSettings(name="main", path="/main")
+NEXT = ServedModelSettings(name="next", path="/next", shadow=True)
+CANARY = ServedModelSettings(name="canary", path="/canary", share=0.2)
+SCORES = keyed_generator(0, "monitor").normal(size=4000)
+LENGTHS = keyed_generator(1, "monitor").integers(5, 60, size=4000)
+
+
+def held(settings: ServedModelSettings, share: float, reference: bool = False) -> ReplicaModel:
+    version = f"{settings.name}-v"
+    role: Any = "shadow" if settings.shadow else "live"
+    info = ModelInfo(settings.name, version, 1.0, ("preference",), 1, 64, "float32", role, share)
+    scores = ReferenceScores.of(SCORES, LENGTHS, version) if reference else None
+    return ReplicaModel(info, settings.path, scores, None if share > 0.5 else Pace(1.0, 1.0))
+
+
+def beat(order: ModelOrder, models: tuple[ReplicaModel, ...], replica: str = "a", **traffic: Any) -> Beat:
+    return Beat(replica, order, models, {}, 3, 1.0, Traffic(**traffic), b"")
+
+
+def monitor(*models: ServedModelSettings, **candidates: Any) -> ServiceMonitor:
+    made = ServiceMonitor(CandidateSettings(min_texts=50, **candidates), DriftSettings(window_texts=500, min_texts=100))
+    made.set_models(models, 0)
+    return made
+
+
+def shadow_traffic(factor: float, count: int = 300) -> dict[str, Any]:
+    live = SCORES[:count]
+    sample = ShadowSample(live, live * factor, np.arange(count).astype(np.uint64))
+    return {
+        "shadows": {("main-v", "next-v"): sample},
+        "work": {"main-v": ModelWork(texts=count, tokens=1), "next-v": ModelWork(texts=count, tokens=1)},
+    }
+
+
+def test_a_shadow_that_agrees_stays_and_one_that_does_not_leaves_the_order():
+    for factor, stays in ((1.5, True), (-1.0, False)):
+        service = monitor(MAIN, NEXT)
+        models = (held(MAIN, 1.0), held(NEXT, 0.0))
+        order = service.beat(beat(service.order, models, **shadow_traffic(factor)))
+        assert (NEXT in order.models) == stays
+        [row] = [row for row in service.status()["models"] if row["name"] == "next"]
+        assert (row["role"] == "rolled_back") == (not stays)
+        assert ("sign flips" in (row["reason"] or "")) == (not stays)
+
+
+def test_a_candidate_taken_back_returns_only_as_another_entry():
+    service = monitor(MAIN, NEXT)
+    models = (held(MAIN, 1.0), held(NEXT, 0.0))
+    service.beat(beat(service.order, models, **shadow_traffic(-1.0)))
+    service.set_models((MAIN, NEXT), 5)
+    assert NEXT not in service.order.models
+    other = NEXT.model_copy(update={"path": "/other"})
+    service.set_models((MAIN, other), 6)
+    assert other in service.order.models
+
+
+def test_a_canary_that_fails_gives_its_share_back():
+    service = monitor(MAIN, CANARY)
+    models = (held(MAIN, 0.8), held(CANARY, 0.2))
+    work = {"main-v": ModelWork(texts=200, tokens=1), "canary-v": ModelWork(texts=200, tokens=1, failures=50)}
+    order = service.beat(beat(service.order, models, work=work))
+    assert [(model.name, model.share) for model in order.models] == [("main", 1.0)]
+
+
+def test_a_monitor_that_began_anew_learns_the_later_order_from_the_replicas():
+    service = monitor(MAIN)
+    later = ModelOrder.of((MAIN, CANARY), serial=7)
+    assert service.beat(beat(later, (held(MAIN, 0.8),))).models == (MAIN, CANARY)
+    service.set_models((MAIN,), 3)
+    assert service.order.models == (MAIN, CANARY)
+
+
+def test_a_replica_with_other_models_shows():
+    service = monitor(MAIN)
+    behind = ModelOrder.of((NEXT,))
+    service.beat(beat(behind, (held(MAIN, 1.0),)))
+    assert service.status()["models"][0]["role"] == "loading"
+    service.beat(beat(service.order, (held(MAIN, 1.0),)))
+    assert service.status()["models"][0]["role"] == "live"
+
+
+@pytest.mark.parametrize(("shift", "alarm"), [(0.0, False), (1.0, True)])
+def test_drift_is_seen_against_the_models_own_reference(shift, alarm):
+    service = monitor(MAIN)
+    scores = SCORES[::4] + shift
+    sample = TextSample(scores, LENGTHS[::4], np.arange(len(scores)).astype(np.uint64))
+    service.beat(beat(service.order, (held(MAIN, 1.0, reference=True),), samples={"main-v": sample}))
+    score, length = service.status()["drift"]
+    assert (score["alarm"], length["alarm"], score["windows"]) == (alarm, False, 2)
+    assert sum(score["histogram"]["live"]) == pytest.approx(1)
+    assert sum(score["histogram"]["reference"]) == pytest.approx(1, abs=0.02)
+
+
+def test_what_the_page_reads_is_there():
+    service = monitor(MAIN, NEXT)
+    models = (held(MAIN, 1.0), held(NEXT, 0.0))
+    service.beat(beat(service.order, models, **shadow_traffic(1.0), outcomes={"answered": 4}, errors={"deadline": 2}))
+    status = service.status()
+    assert status["errors"] == {"deadline": 2}
+    assert status["replicas"][0]["queued"] == 3
+    assert {"sign_flip_rate", "kendall_tau", "score_shift", "latency_ratio", "failure_rate"} <= status["candidates"][
+        0
+    ].keys()
+
+
+def test_the_timeline_counts_in_steps():
+    timeline = Timeline()
+    latencies = np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
+    latencies[[10, 30]] = (98, 2)
+    timeline.add(100.0, "a", Traffic(outcomes={"answered": 6, "refused": 2}, texts=8, latencies=latencies), 3)
+    timeline.add(101.0, "b", Traffic(outcomes={"answered": 4}), 5)
+    series = timeline.series(104.5)
+    assert series["time"] == [100.0, 102.0]
+    assert (series["requests_per_s"], series["refused_per_s"], series["queued"]) == ([5.0, 0.0], [1.0, 0.0], [8.0, 0.0])
+    assert series["latency_p50_ms"] == [pytest.approx(LATENCY_EDGES_S[10] * 1000), None]
+    assert quantile_ms(latencies, 0.99) == pytest.approx(LATENCY_EDGES_S[30] * 1000)
+
+
+def test_metrics_of_replicas_are_one_text_with_a_label():
+    text = b'# HELP x Words.\n# TYPE x counter\nx_total{a="b"} 2.0\n'
+    merged = merge_expositions({"one": text, "two": text}).decode()
+    assert merged.count("# TYPE x_total counter") == 1
+    assert 'x_total{a="b",replica="one"} 2.0' in merged
+    assert 'x_total{a="b",replica="two"} 2.0' in merged
