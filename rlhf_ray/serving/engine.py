@@ -251,7 +251,7 @@ class RewardEngine:
             on_too_long = self._scorer.on_too_long if each.on_too_long == "default" else each.on_too_long
             if was_cut and on_too_long == "fail":
                 limit = min(each.max_tokens or model.info.max_length, model.info.max_length)
-                raise ApiError(ErrorType.UNSCORABLE, f"text {index} is longer than {limit} tokens", index=index)
+                raise ApiError(ErrorType.TOO_LARGE, f"text {index} is longer than {limit} tokens", index=index)
             if not token_ids:
                 raise ApiError(ErrorType.UNSCORABLE, f"text {index} has no tokens", index=index)
             total += len(token_ids)

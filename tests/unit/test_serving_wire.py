@@ -203,10 +203,50 @@ def test_teis_rerank_has_its_own_form():
 
 def test_vllm_says_what_becomes_of_a_long_text():
     service = StubService()
-    for extra in ({}, {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 9, "truncation_side": "right"}):
+    for extra in ({}, {"truncate_prompt_tokens": -1}, {"truncate_prompt_tokens": 9, "truncation_side": "left"}):
         post("/classify", {"input": A, **extra}, service)
     given = [(each.on_too_long, each.max_tokens, each.keep) for (each,), _, _ in service.calls]
-    assert given == [("fail", None, "end"), ("truncate", None, "end"), ("truncate", 9, "start")]
+    assert given == [("fail", None, "start"), ("truncate", None, "start"), ("truncate", 9, "end")]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/classify", 400), ("/predict", 413), ("/v1/reward", 413)])
+def test_a_text_that_is_too_long_is_refused_as_in_the_original(path, status):
+    error = ApiError(ErrorType.TOO_LARGE, "text 0 is longer than 32 tokens", index=0)
+    assert post(path, BODIES[path], StubService(error=error)).status_code == status
+
+
+def test_slime_without_a_key_takes_the_whole_answer():
+    answer = post("/slime?format=number", {"prompt": "What? ", "response": "It is good."})
+    assert answer.json() == score_of(A)
+
+
+def test_verls_older_word_for_the_activation_is_understood():
+    content = post("/classify", {"input": A, "activation": False}).json()
+    assert content["data"][-1]["probs"][-1] == score_of(A)
+
+
+@pytest.mark.parametrize("path", ["/get_reward", "/classify", "/v1/reward", "/predict"])
+def test_a_score_that_is_no_number_is_never_answered(path):
+    class Broken(StubService):
+        def _score(self, each: ScoreInput) -> Score:
+            return Score(math.nan, {"preference": math.nan}, 0.0, 1, False)
+
+    assert post(path, BODIES[path], Broken()).status_code == (
+        424 if path == "/predict" else 400 if path == "/classify" else 422
+    )
+
+
+def test_content_in_parts_is_text():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What? "}]}, TURNS[1]]
+    assert raw("/v1/chat/completions", {"messages": parts}) == [score_of(A)]
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TURNS[1]]
+    assert post("/v1/chat/completions", {"messages": image}).status_code == 400
+
+
+def test_a_preference_names_the_item_and_not_the_text():
+    error = ApiError(ErrorType.TOO_LARGE, "too long", index=5)
+    body = {"items": [{"prompt": "q", "response_a": "a", "response_b": "b"}] * 3}
+    assert post("/v1/preference", body, StubService(error=error)).json()["error"]["index"] == 2
 
 
 def test_a_probability_of_two_responses_is_calibrated():

@@ -99,8 +99,7 @@ def add_routes(
     @app.exception_handler(HTTPException)
     async def not_routed(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {'is not taken here' if error.status_code == 405 else 'leads nowhere'}"
-        response = error_response(request.url.path, ApiError(ErrorType.NOT_FOUND, message))
-        response.status_code = error.status_code
+        response = error_response(request.url.path, ApiError(ErrorType.NOT_FOUND, message), error.status_code)
         response.headers.update(error.headers or {})
         return response
 
@@ -123,14 +122,20 @@ def family_of(path: str) -> str:
     return _FAMILIES.get(path, "page" if path == "/" or path.startswith("/page/") else "other")
 
 
-def error_response(path: str, error: ApiError) -> Response:
-    """An error in the words of the clients of a path."""
-    status, family = error.status, family_now(path)
+def error_response(path: str, error: ApiError, status: int | None = None) -> Response:
+    """An error in the words of the clients of a path.
+
+    Args:
+        status: in place of the error's own.
+    """
+    status, family = status or error.status, family_now(path)
     content: dict[str, Any] = {"error": {"type": error.type.value, "message": error.message, "index": error.index}}
     if family == "tei":
         status = _TEI_STATUS.get(error.type, status)
         content = {"error": error.message, "error_type": _TEI_TYPES.get(error.type, "Backend")}
     elif family in ("vllm", "sglang", "openai"):
+        # There a text that is too long is a bad request, as everything else about a single text.
+        status = 400 if error.index is not None and status in (413, 422) else status
         content["error"] |= {"param": None, "code": status}
     headers: Mapping[str, str] | None = None
     if error.retry_after_s is not None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic_core
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer
 
 Body = TypeVar("Body", bound=BaseModel)
+Entry = TypeVar("Entry")
+# The first wrong entry refuses a list: one message for each of a hundred thousand holds up everybody for seconds.
+Several = Annotated[list[Entry], Field(fail_fast=True)]
 
 
 class Lenient(BaseModel):
@@ -51,8 +54,11 @@ def checked(model: type[Body], value: Any) -> Body:
         return model.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise ApiError(ErrorType.BAD_REQUEST, f"{place}: {first['msg']}") from None
+        # A field that nobody knows is named by the client, who may have put a text there.
+        known = first["loc"][:-1] if first["type"] == "extra_forbidden" else first["loc"]
+        place = ".".join(str(part) for part in known) or "the body"
+        index = first["loc"][1] if len(first["loc"]) > 1 and isinstance(first["loc"][1], int) else None
+        raise ApiError(ErrorType.BAD_REQUEST, f"{place}: {first['msg']}", index=index) from None
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
@@ -61,7 +67,14 @@ async def read_body(request: Request, model: type[Body]) -> Body:
 
 
 def scored(content: Any, answer: Answer, scale: str = "raw", tei: bool = False) -> Response:
-    """An answer with its model, its scale and its times."""
+    """An answer with its model, its scale and its times.
+
+    Raises:
+        ApiError: a score is no number; a failure is never null, which clients would train on.
+    """
+    for index, score in enumerate(answer.scores):
+        if not all(map(math.isfinite, (score.score, score.disagreement, *score.attributes.values()))):
+            raise ApiError(ErrorType.UNSCORABLE, f"text {index}: no finite score", index=index)
     times = answer.timings
     headers = {
         "X-Model-Name": answer.model.name,

@@ -32,6 +32,8 @@ def routes(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """`reward:-25.625`, or every attribute; `logprobs.content` has the same as numbers, asked for or not."""
         body = await read_body(request, ChatRequest)
+        if body.n not in (None, 1):
+            raise ApiError(ErrorType.BAD_REQUEST, "n: a conversation has one score")
         if body.stream:
             raise ApiError(ErrorType.BAD_REQUEST, "stream: a score comes whole")
         given = conversation(body.messages)

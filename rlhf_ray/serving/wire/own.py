@@ -7,8 +7,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import StrictBool, StrictInt
 
+from rlhf_ray.serving.errors import ApiError
 from rlhf_ray.serving.exchange import ModelInfo, ScoreInput, Service
-from rlhf_ray.serving.wire.bodies import Strict, read_body, scored, sigmoid
+from rlhf_ray.serving.wire.bodies import Several, Strict, read_body, scored, sigmoid
 from rlhf_ray.serving.wire.rollouts import Message, conversation, sticky_key, turn
 
 OnTooLong = Literal["default", "fail", "truncate"]
@@ -41,13 +42,13 @@ class Text(Strict):
 class Tokens(Strict):
     """Token ids as the model is to be given them."""
 
-    token_ids: list[StrictInt]
+    token_ids: Several[StrictInt]
 
 
 class RewardRequest(Strict):
     """`/v1/reward`."""
 
-    items: list[Turn | Conversation | Text | Tokens]
+    items: Several[Turn | Conversation | Text | Tokens]
     model: str | None = None
     on_too_long: OnTooLong = "default"
 
@@ -63,7 +64,7 @@ class ResponsePair(Strict):
 class PreferenceRequest(Strict):
     """`/v1/preference`."""
 
-    items: list[ResponsePair]
+    items: Several[ResponsePair]
     model: str | None = None
     on_too_long: OnTooLong = "default"
 
@@ -102,7 +103,12 @@ def routes(service: Service) -> APIRouter:
             for response in (item.response_a, item.response_b)
         ]
         sticky = sticky_key(body.items[0].prompt) if body.items else None
-        answer = await service.score(inputs, model=body.model, sticky=sticky)
+        try:
+            answer = await service.score(inputs, model=body.model, sticky=sticky)
+        except ApiError as error:
+            # The service counts texts, and an item has two.
+            index = None if error.index is None else error.index // 2
+            raise ApiError(error.type, error.message, index=index, retry_after_s=error.retry_after_s) from None
         items = []
         for a, b in zip(answer.scores[::2], answer.scores[1::2], strict=True):
             items.append(

@@ -6,11 +6,10 @@ import hashlib
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
 
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer, ScoreInput, Service
-from rlhf_ray.serving.wire.bodies import Lenient, plain, read_body, scored
+from rlhf_ray.serving.wire.bodies import Lenient, Several, plain, read_body, scored
 
 Message = dict[str, Any]
 
@@ -24,9 +23,9 @@ class OpenRLHFRequest(Lenient):
         labels: not read.
     """
 
-    query: list[str]
-    prompts: list[Any] = Field(default_factory=list)
-    labels: list[Any] = Field(default_factory=list)
+    query: Several[str]
+    prompts: list[Any] | None = None
+    labels: list[Any] | None = None
 
 
 class SlimeRequest(Lenient):
@@ -59,10 +58,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/slime", summary="slime")
     async def slime(request: Request) -> Response:
-        """The reward of one sample; `--reward-key score` (or `reward`) reads it."""
+        """The reward of one sample; `--reward-key score` (or `reward`) reads it. A run without that key takes the whole
+        answer for the reward: its URL ends in `?format=number`."""
         body = await read_body(request, SlimeRequest)
         answer = await service.score([turn(body.prompt, body.response)], sticky=sticky_key(body.prompt))
         score = answer.scores[0]
+        if request.query_params.get("format") == "number":
+            return scored(score.score, answer)
         content = {"score": score.score, "reward": score.score, "disagreement": score.disagreement}
         return scored(content | {"truncated": int(score.truncated)}, answer)
 
@@ -96,13 +98,21 @@ def conversation(messages: list[Message]) -> ScoreInput:
     Raises:
         ApiError: they do not, or a message is none.
     """
-    for place, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise ApiError(ErrorType.BAD_REQUEST, f"message {place}: role and content must be strings")
+    plain_messages = tuple(_plain(message, place) for place, message in enumerate(messages))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ApiError(ErrorType.BAD_REQUEST, "messages: the last must be the assistant's, after the prompt's")
-    plain_messages = tuple({"role": each["role"], "content": each["content"]} for each in messages)
     return ScoreInput(messages=plain_messages)
+
+
+def _plain(message: Message, place: int) -> Message:
+    """Role and text of a message; its content may come in parts."""
+    role, content = message.get("role"), message.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ApiError(ErrorType.BAD_REQUEST, f"message {place}: role and content must be text")
+    return {"role": role, "content": content}
 
 
 def sticky_key(prompt: Any) -> str:

@@ -14,7 +14,7 @@ from pydantic import StrictBool
 from rlhf_ray.config.serving import BatchingSettings, LimitSettings
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Score, ScoreInput, Service
-from rlhf_ray.serving.wire.bodies import Lenient, checked, plain, read_body, scored, sigmoid
+from rlhf_ray.serving.wire.bodies import Lenient, Several, checked, plain, read_body, scored, sigmoid
 
 try:
     _VERSION = version("rlhf-ray")
@@ -31,14 +31,14 @@ class _Cut(Lenient):
 class PredictRequest(_Cut):
     """`/predict`: a text, a pair of texts, or a batch of either."""
 
-    inputs: str | list[str] | list[list[str]]
+    inputs: str | Several[str] | Several[Several[str]]
 
 
 class TEIRerankRequest(_Cut):
     """`/rerank` with `texts`."""
 
     query: str
-    texts: list[str]
+    texts: Several[str]
     return_text: StrictBool = False
 
 

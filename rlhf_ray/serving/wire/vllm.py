@@ -18,10 +18,10 @@ from rlhf_ray.serving.context import speaks
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer, ScoreInput, Service
 from rlhf_ray.serving.wire import tei
-from rlhf_ray.serving.wire.bodies import Lenient, checked, read_body, read_json, scored, sigmoid
+from rlhf_ray.serving.wire.bodies import Lenient, Several, checked, read_body, read_json, scored, sigmoid
 from rlhf_ray.serving.wire.rollouts import Message, conversation
 
-TokenIds = list[StrictInt]
+TokenIds = Several[StrictInt]
 
 
 class Common(Lenient):
@@ -29,52 +29,56 @@ class Common(Lenient):
 
     model: str | None = None
     use_activation: StrictBool | None = None
+    activation: StrictBool | None = None
     truncate_prompt_tokens: StrictInt | None = Field(None, ge=-1)
     truncation_side: Literal["left", "right"] | None = None
     request_id: str | None = None
     priority: int = 0
     user: str | None = None
 
+    chat_template: None = Field(None, description="Not taken: the model's own is part of what it was trained with.")
+
     @property
     def activated(self) -> bool:
-        return self.use_activation is not False
+        # Older servers called it `activation`, and verl still does where it finds one.
+        return self.use_activation is not False and self.activation is not False
 
 
 class PoolingRequest(Common):
     """`/classify`, `/pooling` and `/v1/embeddings`: texts, tokens, or a conversation."""
 
-    input: str | list[str] | TokenIds | list[TokenIds] | None = None
+    input: str | Several[str] | TokenIds | Several[TokenIds] | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = False
-    task: str | None = None
+    task: Literal["classify", "score", "reward"] | None = None
     encoding_format: Literal["float"] = "float"
 
 
 class SGLangRequest(Lenient):
     """SGLang's `/classify`."""
 
-    text: str | list[str]
+    text: str | Several[str]
     model: str | None = None
 
 
 class ScoreRequest(Common):
     """`/score`: 1:1, 1:N or N:N under any of vLLM's names."""
 
-    queries: str | list[str] | None = None
-    documents: str | list[str] | None = None
-    items: str | list[str] | None = None
-    data_1: str | list[str] | None = None
-    data_2: str | list[str] | None = None
-    text_1: str | list[str] | None = None
-    text_2: str | list[str] | None = None
+    queries: str | Several[str] | None = None
+    documents: str | Several[str] | None = None
+    items: str | Several[str] | None = None
+    data_1: str | Several[str] | None = None
+    data_2: str | Several[str] | None = None
+    text_1: str | Several[str] | None = None
+    text_2: str | Several[str] | None = None
 
 
 class RerankRequest(Common):
     """`/rerank` in Jina's and Cohere's form."""
 
     query: str
-    documents: list[str]
+    documents: str | Several[str]
     top_n: StrictInt = Field(0, ge=0)
 
 
@@ -137,13 +141,14 @@ def routes(service: Service) -> APIRouter:
             speaks("tei")
             return await tei.rerank(service, value)
         body = checked(RerankRequest, value)
-        if not body.documents:
+        documents = [body.documents] if isinstance(body.documents, str) else body.documents
+        if not documents:
             raise ApiError(ErrorType.BAD_REQUEST, "documents: at least one")
-        answer = await service.score([_input(body.query + each, body) for each in body.documents], model=body.model)
+        answer = await service.score([_input(body.query + each, body) for each in documents], model=body.model)
         values = _values(answer, body.activated)
         order = sorted(range(len(values)), key=lambda index: -values[index])
         results = [
-            {"index": index, "document": {"text": body.documents[index]}, "relevance_score": values[index]}
+            {"index": index, "document": {"text": documents[index]}, "relevance_score": values[index]}
             for index in order[: body.top_n or None]
         ]
         content = {"id": f"rerank-{uuid.uuid4().hex}", "model": answer.model.name, "results": results}
@@ -201,7 +206,8 @@ def _limited(given: ScoreInput, body: Common) -> ScoreInput:
         messages=given.messages,
         templated=given.templated,
         max_tokens=limit if limit is not None and limit > 0 else None,
-        keep="start" if body.truncation_side == "right" else "end",
+        # Cutting the right end is the default of vLLM's pooling models.
+        keep="end" if body.truncation_side == "left" else "start",
         on_too_long="fail" if limit is None else "truncate",
     )
 
