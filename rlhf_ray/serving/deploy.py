@@ -377,6 +377,8 @@ def _environment(local: bool) -> Iterator[None]:
                 "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
                 # Scoring changes nothing: what a dying replica left unanswered is asked again elsewhere.
                 "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
+                # How long a replica waits for balancers to forget it; there is one, here, and it knows at once.
+                "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
                 "RAY_SERVE_LOG_TO_STDERR": "0",
             }
         )

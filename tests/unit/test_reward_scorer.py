@@ -14,6 +14,7 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
 from tests.making import rollout_of
+from tests.planting import write_encoder
 
 PROMPTS = [f"I think the {noun} was" for noun in ("movie", "story", "music", "actor", "ending", "book")]
 RESPONSES = [
@@ -277,3 +278,12 @@ def test_the_cards_temperature_is_applied_on_request(altered: Path, scorer: Rewa
     np.testing.assert_allclose(raw, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
     scaled = RewardScorer(RewardSettings(model=str(altered), apply_temperature=True)).score_texts(texts()).scores
     np.testing.assert_allclose(scaled, raw / 2.5, rtol=1e-12)
+
+
+def test_an_encoder_is_read_at_its_first_token(tmp_path: Path):
+    texts = ["one short text", "a text of some more words than that one has", "words"] * 3
+    model = str(write_encoder(tmp_path / "encoder", texts, num_labels=1))
+    found = RewardScorer(RewardSettings(model=model)).score_texts(texts).scores
+    padded = RewardScorer(RewardSettings(model=model, batch_invariant=True)).score_texts(texts).scores
+    assert len(np.unique(found.round(4))) == 3
+    np.testing.assert_allclose(found, padded, atol=1e-6)
