@@ -92,7 +92,7 @@ def replica_memory(server: RunningServer) -> dict[int, int]:
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::ServeReplica") and "monitor" not in title.lower():
+            if title.startswith(("ray::ServeReplica", "ray::ScorerHost")) and "monitor" not in title.lower():
                 found[process.pid] = process.memory_info().rss
     return found
 
@@ -122,7 +122,7 @@ def overload_results(plan: Plan, server: RunningServer, seconds: float) -> list[
         # What the queue holds, scored at the speed of saturation; twice that, for the cores also refuse the rest.
         Result("overload: p99 latency of the accepted", summary.p99_s, "s", f"<= {2 * queue_s:.2f} s"),
     ]
-    results.append(Result("overload: replicas that were replaced", len(memory) - plan.replicas, target="<= 0"))
+    results.append(Result("overload: replicas that were replaced", len(memory) / 2 - plan.replicas, target="<= 0"))
     growth = [memory_growth(sizes) for sizes in memory.values()]
     largest = max(memory.values(), key=max)
     for place, size in (("start", largest[0]), ("middle", largest[len(largest) // 2]), ("end", largest[-1])):

@@ -12,6 +12,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings
@@ -71,6 +73,7 @@ class Replica:
         await self._engine.load(order.models)
         self._followed = order
         self._wanted = order
+        self._failures: dict[str, str] = {}
         self._loading: asyncio.Task[None] | None = None
         self._beats = asyncio.get_running_loop().create_task(self._beat())
 
@@ -110,9 +113,13 @@ class Replica:
 
         @router.get("/metrics", tags=["operations"])
         async def metrics() -> Response:
-            """Metrics of all replicas for Prometheus."""
-            own = self._observer.exposition(self._engine.queued_requests, self._process.restarts)
-            merged = merge_expositions({**await self._ask(self._monitor.expositions.remote()), self._id: own})
+            """Metrics of all replicas for Prometheus; of this one alone while the monitor does not answer."""
+            own = {self._id: self._observer.exposition(self._engine.queued_requests, self._process.restarts)}
+            try:
+                own = {**await self._ask(self._monitor.expositions.remote()), **own}
+            except ApiError:
+                logger.warning("metrics of the other replicas are missing")
+            merged = merge_expositions(own)
             return Response(merged, media_type="text/plain; version=0.0.4; charset=utf-8")
 
         @router.get("/v1/service", tags=["operations"])
@@ -123,9 +130,15 @@ class Replica:
         return router
 
     async def _ask(self, call: Any) -> Any:
+        """An answer of the monitor.
+
+        Raises:
+            ApiError: there is none in time.
+        """
         try:
             return await asyncio.wait_for(call, _MONITOR_TIMEOUT_S)
-        except TimeoutError:
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning("the monitor does not answer (%s)", type(error).__name__)
             raise ApiError(ErrorType.UNAVAILABLE, "the monitor does not answer", retry_after_s=1) from None
 
     async def _beat(self) -> None:
@@ -140,7 +153,7 @@ class Replica:
                     ReplicaModel(model.info, model.path, model.reference, self._engine.paces.get(model.info.version))
                     for model in table.models
                 ),
-                load_failures=dict(self._engine.load_failures),
+                load_failures=self._failures,
                 queued=self._engine.queued_requests,
                 age_s=time.time() - self._began,
                 traffic=self._observer.take(),
@@ -158,11 +171,13 @@ class Replica:
                 self._loading = asyncio.get_running_loop().create_task(self._follow(order))
 
     async def _follow(self, order: ModelOrder) -> None:
+        self._failures = {}
         try:
             await self._engine.load(order.models)
         except Exception as error:
             # Whatever is wrong with the new models, the present ones go on; the monitor is told with the next beat.
             logger.error("the ordered models cannot be served, the present ones stay: %s", error)
+            self._failures = {order.digest: str(error)}
             return
         self._followed = order
 

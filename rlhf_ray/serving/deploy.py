@@ -7,6 +7,7 @@ asks for a token, and Serve that HAProxy is in front and where its files are.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -46,6 +47,7 @@ class ServiceState:
         ray_address: of its cluster.
         ray_auth_mode: `token` where that cluster asks for one.
         pid: of the command that holds it; None where it was detached from it.
+        started: when that process began, as the kernel counts: a later process may have its id.
         hostname: where that command runs.
     """
 
@@ -53,6 +55,7 @@ class ServiceState:
     ray_address: str
     ray_auth_mode: str | None
     pid: int | None
+    started: int | None
     hostname: str
 
     def save(self, folder: Path) -> None:
@@ -60,6 +63,16 @@ class ServiceState:
         temporary = folder / f".{STATE_NAME}"
         temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         temporary.replace(folder / STATE_NAME)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a process of this machine holds it."""
+        return self.pid is not None and self.hostname == socket.gethostname()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether that process is still there."""
+        return self.pid is not None and _start_of(self.pid) == self.started
 
     @classmethod
     def load(cls, folder: Path) -> ServiceState | None:
@@ -75,7 +88,7 @@ class ServiceState:
             state = cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise BadInput(str(path), f"cannot be read ({error})", "the file that serve-rm wrote") from None
-        if state.pid is not None and state.hostname == socket.gethostname() and not _is_alive(state.pid):
+        if state.is_local and not state.is_alive:
             # Its command was killed, and took its cluster along.
             path.unlink()
             return None
@@ -131,6 +144,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
 
         started = time.monotonic()
         connect(config.cluster)
+        _quiet()
         try:
             serve.start(http_options={"host": config.endpoint.host, "port": config.endpoint.port})
             # Here, and not before: Ray has put a handler of its own in place.
@@ -160,9 +174,10 @@ def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bo
     service = application(absolute_service(config), absolute_models(config))
     serve.run(service, name=config.run.name, route_prefix="/", blocking=False)
     _wait_until_it_scores(config, _url(config), token)
-    hold = None if detach else os.getpid()
+    pid = None if detach else os.getpid()
+    began = None if pid is None else _start_of(pid)
     address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH_MODE)
-    ServiceState(_url(config), address, mode, hold, socket.gethostname()).save(folder)
+    ServiceState(_url(config), address, mode, pid, began, socket.gethostname()).save(folder)
 
 
 def stop_service(config: ServingConfig) -> None:
@@ -176,10 +191,10 @@ def stop_service(config: ServingConfig) -> None:
     running = ServiceState.load(folder)
     if running is None:
         raise BadInput("run.name", f"no service of '{folder}' is running", "a run whose service is up")
-    if running.pid is not None and running.hostname == socket.gethostname():
+    if running.is_local and running.pid is not None:
         os.kill(running.pid, signal.SIGTERM)
         limit = config.endpoint.drain_timeout_s + _STOP_GRACE_S
-        if not _wait_until(lambda: not _is_alive(running.pid or 0), limit):
+        if not _wait_until(lambda: not running.is_alive, limit):
             raise _failure(config, f"process {running.pid} did not stop within {limit:g} s")
     else:
         with _joined(running):
@@ -264,7 +279,6 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         from ray import serve
 
         from rlhf_ray.serving.application import application
-        from rlhf_ray.serving.traffic import ModelOrder
 
         monitor = serve.get_deployment_handle("monitor", config.run.name)
         if monitor.settings.remote().result(timeout_s=_MONITOR_TIMEOUT_S) == service.model_dump(mode="json"):
@@ -272,19 +286,25 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         else:
             print("other settings than the models have changed: the replicas are replaced", flush=True)
             serve.run(application(service, models), name=config.run.name, route_prefix="/", blocking=False)
-    digest = ModelOrder.of(models).digest
+    ordered = {model.name for model in models}
     last: dict[str, Any] = {}
 
     def followed() -> bool:
         last.update(_status(config, running.url, token))
         replicas = last["replicas"]
-        if failures := {why for replica in replicas for why in replica["load_failures"].values()}:
+        if {row["name"] for row in last["models"]} != ordered:
+            return False
+        told = [replica["load_failures"].get(last["order"]) for replica in replicas]
+        if failures := {why for why in told if why is not None}:
             raise _failure(config, f"the models that are served stay: {'; '.join(sorted(failures))}")
-        return bool(replicas) and all(replica["order"] == digest for replica in replicas)
+        return bool(replicas) and all(replica["order"] == last["order"] for replica in replicas)
 
     if not _wait_until(followed, config.endpoint.start_timeout_s):
         raise _failure(config, f"not every replica has the new models after {config.endpoint.start_timeout_s:g} s")
-    print(f"{config.run.name} at {running.url} serves {', '.join(config.models)}", flush=True)
+    for row in last["models"]:
+        state = f"taken back earlier ({row['reason']})" if row["role"] == "rolled_back" else row["role"]
+        print(f"{row['name']} {row['version']}: {state}", flush=True)
+    print(f"{config.run.name} at {running.url} has the models", flush=True)
 
 
 def _hold(name: str, stopping: list[int]) -> None:
@@ -349,10 +369,16 @@ def _joined(running: ServiceState) -> Iterator[None]:
     from rlhf_ray.runtime.cluster import connect
 
     connect(ClusterSettings(address=running.ray_address))
+    _quiet()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet() -> None:
+    """Serve's own notes stay off the terminal; its logs are in Ray's session folder."""
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
 @contextmanager
@@ -423,14 +449,13 @@ def _run_folder(config: ServingConfig) -> Path:
     return Path(config.paths.runs) / config.run.name
 
 
-def _is_alive(pid: int) -> bool:
+def _start_of(pid: int) -> int | None:
+    """When a process of this machine began, in the kernel's ticks; None where there is none, or only its remains."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
 
 def _failure(config: ServingConfig, cause: str) -> RoleFailure:

@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ray.exceptions import RayError
-
 from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedScorerSettings
 from rlhf_ray.data.rows import RowError
-from rlhf_ray.failures import BadInput, Refused
+from rlhf_ray.failures import BadInput
 from rlhf_ray.models.reward_texts import Encoded
 from rlhf_ray.roles.reward_scorer import ScoredTexts
 from rlhf_ray.serving.batcher import MicroBatcher, gather_rows
@@ -27,6 +25,7 @@ from rlhf_ray.serving.scorer_process import ScorerProcess
 from rlhf_ray.serving.traffic import Pace
 
 _LET_GO_POLL_S = 0.1
+_PROBE_HOLDS_S = 1.0
 _TIMING_ROUNDS, _TIMING_TEXTS = 5, 16
 _TEXTS_BETWEEN_PAUSES = 8
 """Tokenizing takes turns with other requests after so many texts."""
@@ -62,8 +61,9 @@ class RewardEngine:
         self._using: Counter[str] = Counter()
         self._requests = 0
         self._shadow_tasks: set[asyncio.Task[None]] = set()
-        self.load_failures: dict[str, str] = {}
         self.paces: dict[str, Pace] = {}
+        self._probing = asyncio.Lock()
+        self._probed_at = -math.inf
 
     @property
     def table(self) -> ModelTable:
@@ -81,18 +81,12 @@ class RewardEngine:
         Raises:
             BadInput, Refused: a model cannot be served; the present table stays.
         """
-        names = ", ".join(model.name for model in models)
-        try:
-            loop = asyncio.get_running_loop()
-            table = await loop.run_in_executor(None, read_table, models, self._scorer, self._table)
-            for model in table.models:
-                await self._process.load(model.key, model.path)
-                await self._try(model)
-            paces = await self._time(table)
-        except (BadInput, Refused, ApiError, RayError, OSError, RuntimeError, ValueError, KeyError) as error:
-            self.load_failures = {names: str(error)}
-            raise
-        self.load_failures = {}
+        loop = asyncio.get_running_loop()
+        table = await loop.run_in_executor(None, read_table, models, self._scorer, self._table)
+        for model in table.models:
+            await self._process.load(model.key, model.path)
+            await self._try(model)
+        paces = await self._time(table)
         before, self._table, self.paces = self._table, table, paces
         kept = {model.key for model in table.models}
         if any(model.key not in kept for model in before.models):
@@ -148,13 +142,18 @@ class RewardEngine:
         return str(self.tokenizer(model).decode(list(token_ids)))
 
     async def probe(self, timeout_s: float) -> None:
-        """Score a sentence with every model, before all who wait.
+        """Score a sentence with every model, before all who wait; not more than once a second, whoever asks.
 
         Raises:
             ApiError: a model did not score it within the time.
         """
-        if not self._table.models:
-            raise ApiError(ErrorType.UNAVAILABLE, "no model is loaded yet", retry_after_s=self._limits.retry_after_s)
+        async with self._probing:
+            if time.monotonic() - self._probed_at > _PROBE_HOLDS_S:
+                await self._probe(timeout_s)
+                self._probed_at = time.monotonic()
+
+    async def _probe(self, timeout_s: float) -> None:
+        self._find(None)
         for model in self._table.models:
             try:
                 async with asyncio.timeout(timeout_s):
@@ -302,6 +301,8 @@ def _tokens_of(each: ScoreInput, index: int, model: LoadedModel) -> Encoded:
             each.text.encode("utf-8")
             return reader.encode(each.text, templated=each.templated, max_tokens=each.max_tokens, keep=each.keep)
         if each.messages is not None:
+            for message in each.messages:
+                str(message["content"]).encode("utf-8")
             return reader.encode_messages(each.messages, max_tokens=each.max_tokens, keep=each.keep)
     except RowError as error:
         raise ApiError(ErrorType.BAD_REQUEST, f"text {index}: {error}", index=index) from None

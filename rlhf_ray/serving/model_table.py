@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings
-from rlhf_ray.failures import Refused
+from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.models.loading import read_model_facts, resolve_dtype
 from rlhf_ray.models.reference_scores import ReferenceScores
 from rlhf_ray.models.reward_card import RewardModelCard
@@ -130,6 +130,10 @@ def read_table(models: Sequence[ServedModelSettings], scorer: ServedScorerSettin
     Raises:
         BadInput, Refused: a model cannot be served.
     """
+    if not models:
+        raise BadInput(
+            "models", "there is none", "the `user_config` of the deployment `monitor` in the Serve config file"
+        )
     share_of = shares(models)
     return ModelTable(tuple(_read(model, scorer, share_of[model.name], current.models) for model in models))
 

@@ -224,17 +224,19 @@ class ServiceMonitor:
     def _model_rows(self) -> list[dict[str, Any]]:
         """A row for each configured model, whatever has become of it."""
         share_of = shares(self._order.models)
-        failures = {name: why for _, beat in self._replicas.values() for name, why in beat.load_failures.items()}
+        digest = self._order.digest
+        beats = [beat for _, beat in self._replicas.values()]
+        failures = {beat.load_failures[digest] for beat in beats if digest in beat.load_failures}
         rows = []
         for model in self._models:
             known = self._newest(model)
             role = "shadow" if model.shadow else "live"
-            reason = None
+            reason: str | None = None
             if model.name in self._rolled_back:
                 role, reason = "rolled_back", "; ".join(self._rolled_back[model.name])
             elif any(beat.order.digest != self._order.digest for _, beat in self._replicas.values()) or known is None:
                 role = "failed" if failures else "loading"
-                reason = "; ".join(failures.values()) or None
+                reason = "; ".join(sorted(failures)) or None
             rows.append(
                 {
                     "name": model.name,

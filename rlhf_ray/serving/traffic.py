@@ -128,7 +128,7 @@ class Beat:
         replica: its id.
         order: that its models follow.
         models: in its memory.
-        load_failures: why it has another table than it was told to have.
+        load_failures: why it could not follow an order, by the order's digest.
         queued: requests not yet answered.
         age_s: since it began to serve.
         exposition: its metrics, in Prometheus' text format.

@@ -286,4 +286,4 @@ def test_an_encoder_is_read_at_its_first_token(tmp_path: Path):
     found = RewardScorer(RewardSettings(model=model)).score_texts(texts).scores
     padded = RewardScorer(RewardSettings(model=model, batch_invariant=True)).score_texts(texts).scores
     assert len(np.unique(found.round(4))) == 3
-    np.testing.assert_allclose(found, padded, atol=1e-6)
+    np.testing.assert_allclose(found, padded, atol=5e-6)
