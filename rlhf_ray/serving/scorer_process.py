@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.reward_texts import Encoded
 from rlhf_ray.roles.reward_scorer import RewardScorer, ScoredTexts
 from rlhf_ray.runtime.actor_group import environment
+
+_NICENESS = 10
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class ScorerHost:
     def __init__(self, settings: ServedScorerSettings) -> None:
         self._settings = settings
         self._scorers: dict[str, RewardScorer] = {}
+        # Where cores are short, the replica comes first: it must refuse at once what cannot be scored in time.
+        os.nice(_NICENESS)
 
     def load(self, key: str, path: str) -> None:
         """Bring a model into memory, if it is not there.
