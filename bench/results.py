@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import operator
 import os
 import platform
@@ -37,6 +38,9 @@ class Result:
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise ValueError(f"{self.name} is {self.value}: nothing was measured")
+        # NumPy's numbers too, which JSON does not know.
+        plain = int(self.value) if isinstance(self.value, numbers.Integral) else float(self.value)
+        object.__setattr__(self, "value", plain)
         if self.target is not None:
             _parse(self.target, self.unit)
 
@@ -79,26 +83,48 @@ def this_machine() -> Machine:
     )
 
 
+class Report:
+    """The results of one benchmark, kept as they come: what was measured outlives a part that fails.
+
+    Args:
+        name: of the benchmark; its file is `<folder>/<name>.json`. The first results replace those of another run.
+    """
+
+    def __init__(self, name: str, folder: Path = FOLDER) -> None:
+        self._name, self.path = name, folder / f"{name}.json"
+        self._results: list[Result] = []
+        self._machine = this_machine()
+
+    def add(self, results: Sequence[Result], part: str | None = None) -> None:
+        """Write the file with these results too, whole or not at all, and print them as a table.
+
+        Args:
+            part: heading of the table; the benchmark's name when left out.
+
+        Raises:
+            ValueError: two results have one name.
+        """
+        together = [*self._results, *results]
+        names = [result.name for result in together]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(f"measured twice: {', '.join(sorted(twice))}")
+        self._results = together
+        rows = [asdict(result) | {"holds": result.holds, "machine": asdict(self._machine)} for result in together]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        _print(f"{self._name}: {part}" if part else self._name, results, self._machine)
+
+
 def publish(name: str, results: Sequence[Result], folder: Path = FOLDER) -> Path:
-    """Write `<folder>/<name>.json`, whole or not at all, and print the same as a table.
+    """A benchmark's results at once; see `Report`.
 
     Returns:
         The file.
-
-    Raises:
-        ValueError: two results have one name.
     """
-    names = [result.name for result in results]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"measured twice: {', '.join(sorted(twice))}")
-    machine = this_machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    rows = [asdict(result) | {"holds": result.holds, "machine": asdict(machine)} for result in results]
-    write_atomic(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    _print(name, results, machine)
-    return path
+    report = Report(name, folder)
+    report.add(results)
+    return report.path
 
 
 def _print(name: str, results: Sequence[Result], machine: Machine) -> None:

@@ -29,8 +29,16 @@ import torch
 from numpy.typing import NDArray
 
 from bench.load import Load, read_texts, start_load
-from bench.results import Result, publish
-from bench.service import RunningServer, free_port, new_reward_model, running_server, serve_command, write_config
+from bench.results import Report, Result
+from bench.service import (
+    RunningServer,
+    free_port,
+    new_reward_model,
+    quiet_transformers,
+    running_server,
+    serve_command,
+    write_config,
+)
 from rlhf_ray.config.serving import BatchingSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.roles.reward_scorer import RewardScorer
@@ -172,7 +180,8 @@ def speed_results(case: Case, texts: Path, folder: Path, rounds: int, seconds: f
             plain.append(load(plain_server, seconds).summary)
             print(
                 f"{case.name}, round {number}: offline {offline[-1].texts_per_s:.1f}, served "
-                f"{served[-1].throughput:.1f}, plain {plain[-1].throughput:.1f} texts/s"
+                f"{served[-1].throughput:.1f}, plain {plain[-1].throughput:.1f} texts/s",
+                flush=True,
             )
         cold_start_s = service.first_score_s
     over_offline = [one.throughput / other.texts_per_s for one, other in zip(served, offline, strict=True)]
@@ -270,8 +279,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    quiet_transformers()
     texts = arguments.data / "hutto-movie" / "snippets_test.jsonl"
-    results: list[Result] = []
+    report = Report("serve")
     with TemporaryDirectory() as name:
         folder = Path(name)
         for backbone in arguments.models:
@@ -280,11 +290,10 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 target = ">= 2.5" if (backbone, dtype) == ("minilm", "bfloat16") else None
                 case = Case(f"{backbone} {dtype}", model, dtype, target, equal_texts)
-                results += speed_results(case, texts, folder, arguments.rounds, arguments.seconds)
+                report.add(speed_results(case, texts, folder, arguments.rounds, arguments.seconds), case.name)
                 if dtype == "float32":
                     for invariant in (False, True):
-                        results += equality_results(case, texts, folder, invariant=invariant)
-    publish("serve", results)
+                        report.add(equality_results(case, texts, folder, invariant=invariant), f"{case.name}, equality")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 - *Death*: a replica is killed (SIGKILL) under load. No client that tries again as OpenRLHF's does loses an answer.
 - *Hot swap*: the model is exchanged twenty times under load. Every answer has the score of the version that it names.
 - *Canary and shadow*: the share of the traffic that a canary gets, and what the service says of a shadow.
+- *Scaling*: a second replica is started when requests pile up, and no request is lost over it.
 
 MiniLM in float32 with new heads: the versions differ in every score.
 """
@@ -16,6 +17,7 @@ import os
 import signal
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,12 +30,13 @@ import torch
 from numpy.typing import NDArray
 
 from bench.load import Load, LoadProcess, Outcome, Summary, read_texts, start_load
-from bench.results import Result, publish
+from bench.results import Report, Result
 from bench.service import (
     RunningServer,
     free_port,
     get_json,
     new_reward_model,
+    quiet_transformers,
     running_server,
     serve_command,
     wait_for,
@@ -51,6 +54,7 @@ SWAP_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0
 SAMPLE_S = 2.0
 SAME_SCORE = 1e-5
+PARTS = ("overload", "death", "swap", "candidates", "scaling")
 _ANSWERS = ("200", "503:overloaded")
 
 
@@ -63,17 +67,19 @@ class Plan:
         texts: JSONL with a text each.
         models: two versions.
         replicas: of the service.
+        max_replicas: under load; 0 for no more than those.
     """
 
     folder: Path
     texts: Path
     models: tuple[Path, Path]
     replicas: int
+    max_replicas: int = 0
 
     def service(self, models: Sequence[Mapping[str, object]], name: str) -> tuple[Path, int]:
         """Configuration and port of a service."""
         port = free_port()
-        scaling = {"min_replicas": self.replicas, "max_replicas": self.replicas}
+        scaling = {"min_replicas": self.replicas, "max_replicas": max(self.replicas, self.max_replicas)}
         scorer = {"dtype": "float32", "threads": 1}
         return write_config(self.folder / f"{name}.yaml", models, port, scorer=scorer, scaling=scaling), port
 
@@ -159,8 +165,12 @@ def swap_results(plan: Plan, config: Path, server: RunningServer) -> list[Result
     expected = dict(version_scores(path, plan.texts) for path in plan.models)
     versions = list(expected)
     load = plan.load(server, LOAD_TIMEOUT_S)
+    seconds: list[float] = []
     for number in range(SWAPS):
+        started = time.perf_counter()
         swap_model(config, server, plan.models[(number + 1) % 2], versions[(number + 1) % 2])
+        seconds.append(time.perf_counter() - started)
+        print(f"swap {number + 1} of {SWAPS}: {seconds[-1]:.1f} s", flush=True)
     outcome: Load = load.stop()
     named = {each.version for each in outcome.outcomes if each.score is not None}
     return [
@@ -171,6 +181,7 @@ def swap_results(plan: Plan, config: Path, server: RunningServer) -> list[Result
         Result("hot swap: requests sent again", outcome.summary.tries - len(outcome.outcomes), target="<= 0"),
         Result("hot swap: answers with a score of another version", mixed(outcome.outcomes, expected), target="<= 0"),
         Result("hot swap: p99 latency", outcome.summary.p99_s, "s"),
+        Result("hot swap: from the command to every replica, median", statistics.median(seconds), "s"),
     ]
 
 
@@ -200,7 +211,8 @@ def version_scores(model: Path, texts: Path) -> tuple[str, NDArray[Any]]:
 def mixed(outcomes: Sequence[Outcome], expected: Mapping[str, NDArray[Any]]) -> int:
     """Answers whose score is not that of the version they name."""
     return sum(
-        outcome.version not in expected or abs(expected[outcome.version][outcome.text] - outcome.score) > SAME_SCORE
+        outcome.version not in expected
+        or bool(abs(expected[outcome.version][outcome.text] - outcome.score) > SAME_SCORE)
         for outcome in outcomes
         if outcome.score is not None
     )
@@ -239,37 +251,66 @@ def candidate_results(plan: Plan, seconds: float) -> list[Result]:
     ]
 
 
+def scaling_results(plan: Plan, seconds: float) -> list[Result]:
+    """From one replica to two, by load alone."""
+    growing = replace(plan, replicas=1, max_replicas=2)
+    config, port = growing.service([growing.version(0)], "scaling")
+    with running_server(serve_command(config), port) as server:
+        before = num_replicas(server)
+        load = growing.load(server, seconds)
+        started, grown_s = time.perf_counter(), 0.0
+        while not wait_for(load.process, SAMPLE_S):
+            if not grown_s and num_replicas(server) > before:
+                grown_s = time.perf_counter() - started
+        outcome: Load = load.result()
+        after = num_replicas(server)
+    return [
+        Result("scaling: replicas at rest", before, target="<= 1"),
+        Result("scaling: replicas under load", after, target=">= 2"),
+        Result("scaling: from the first request to the second replica", grown_s, "s"),
+        Result("scaling: answers", outcome.summary.accepted),
+        Result("scaling: answers lost", outcome.summary.failed, target="<= 0"),
+    ]
+
+
+def num_replicas(server: RunningServer) -> int:
+    """Replicas that the service knows of."""
+    return len(get_json(f"{server.url}/v1/service")["replicas"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The reward service under overload, death and exchange of models.")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with hutto-movie and minilm")
     parser.add_argument("--seconds", type=float, default=300.0, help="of the overload")
     parser.add_argument("--replicas", type=int, default=2, help="of the service; with one, nobody stands in for it")
-    parser.add_argument("--parts", nargs="+", choices=("overload", "death", "swap", "candidates"))
+    parser.add_argument("--overload-replicas", type=int, default=1, help="the web server and the clients need a core")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    parts = arguments.parts or ("overload", "death", "swap", "candidates")
+    parts = arguments.parts
     torch.set_num_threads(1)
-    results: list[Result] = []
+    quiet_transformers()
+    report = Report("serve_stress")
     with TemporaryDirectory() as name:
         folder = Path(name)
         first, second = (new_reward_model(arguments.data / "minilm", folder / f"v{seed}", seed) for seed in (0, 1))
         texts = arguments.data / "hutto-movie" / "snippets_test.jsonl"
         plan = Plan(folder, texts, (first, second), arguments.replicas)
         if "overload" in parts:
-            # One replica: the web server and the clients need the other core.
-            alone = replace(plan, replicas=1)
-            config, port = alone.service([alone.version(0)], "overload")
+            crowded = replace(plan, replicas=arguments.overload_replicas)
+            config, port = crowded.service([crowded.version(0)], "overload")
             with running_server(serve_command(config), port) as server:
-                results += overload_results(alone, server, arguments.seconds)
+                report.add(overload_results(crowded, server, arguments.seconds), "overload")
         config, port = plan.service([plan.version(0)], "service")
         if {"death", "swap"} & set(parts):
             with running_server(serve_command(config), port) as server:
                 if "death" in parts:
-                    results += death_results(plan, server, 60.0)
+                    report.add(death_results(plan, server, 60.0), "death")
                 if "swap" in parts:
-                    results += swap_results(plan, config, server)
+                    report.add(swap_results(plan, config, server), "hot swap")
         if "candidates" in parts:
-            results += candidate_results(plan, 30.0)
-    publish("serve_stress", results)
+            report.add(candidate_results(plan, 30.0), "canary and shadow")
+        if "scaling" in parts:
+            report.add(scaling_results(plan, 120.0), "scaling")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,14 @@ def get_json(url: str, token: str = "") -> Any:
         return json.load(response)
 
 
+def quiet_transformers() -> None:
+    """No bars and no word of heads that are new, which here they are on purpose."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def new_reward_model(backbone: Path, folder: Path, seed: int = 0) -> Path:
     """A reward model with a head at random, for what does not depend on what it has learnt."""
     import torch

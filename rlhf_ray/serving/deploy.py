@@ -157,7 +157,8 @@ def run_service(config: ServingConfig, detach: bool) -> None:
                     print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
                     _hold(config.run.name, stopping)
                     print("stopping: requests under way are answered first", flush=True)
-                    serve.shutdown()
+                    # The application and no more: a cluster may have others, and one of this command ends below.
+                    serve.delete(config.run.name)
         finally:
             if not detach:
                 (folder / STATE_NAME).unlink(missing_ok=True)

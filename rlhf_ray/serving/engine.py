@@ -180,6 +180,7 @@ class RewardEngine:
         try:
             began = time.perf_counter()
             async with asyncio.timeout(context.started + self._limits.deadline_s - began):
+                _check_cuts(inputs, chosen)
                 encoded = await self._encode(inputs, chosen)
                 tokenized = time.perf_counter()
                 batched = await self._batcher.score(chosen, encoded)
@@ -291,6 +292,22 @@ class RewardEngine:
             self._observer.shadow_failed(shadow, len(inputs), error)
         finally:
             self._using[shadow.key] -= 1
+
+
+def _check_cuts(inputs: Sequence[ScoreInput], model: LoadedModel) -> None:
+    """A request that asks for more tokens than its model takes expects another model than it got; vLLM refuses it too.
+
+    Raises:
+        ApiError: naming the first such input.
+    """
+    for index, each in enumerate(inputs):
+        if each.max_tokens is not None and each.max_tokens > model.info.max_length:
+            raise ApiError(
+                ErrorType.BAD_REQUEST,
+                f"text {index} is to be cut to {each.max_tokens} tokens; the model takes at most "
+                f"{model.info.max_length}",
+                index=index,
+            )
 
 
 def _tokens_of(each: ScoreInput, index: int, model: LoadedModel) -> Encoded:

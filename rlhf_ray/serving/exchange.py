@@ -20,7 +20,7 @@ class ScoreInput:
         token_ids: as the model is to be given them, special ones included.
         messages: a conversation, rendered with the reward model's own chat template.
         templated: `text` has its special tokens already.
-        max_tokens: longest that is scored; None and anything above the model's limit is the model's limit.
+        max_tokens: longest that is scored; None for the model's limit. More than that is refused.
         keep: which end of a longer text is scored.
         on_too_long: `default` is what the service is set to.
     """

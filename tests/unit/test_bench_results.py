@@ -4,9 +4,10 @@ import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench.results import Result, publish
+from bench.results import Report, Result, publish
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,17 @@ def test_a_target_that_compares_nothing_is_refused(target: str) -> None:
 def test_what_is_no_number_is_no_measurement() -> None:
     with pytest.raises(ValueError, match="speed is nan"):
         Result("speed", float("nan"))
+
+
+def test_a_part_that_fails_leaves_what_was_measured_before(tmp_path: Path) -> None:
+    publish("some", [Result("of an earlier run", 1)], tmp_path)
+    report = Report("some", tmp_path)
+    report.add([Result("first", np.int64(3))], "part one")
+    report.add([Result("second", np.float32(0.5))], "part two")
+    with pytest.raises(ValueError, match="measured twice: first"):
+        report.add([Result("first", 4)])
+    rows = json.loads(report.path.read_text(encoding="utf-8"))
+    assert [(row["name"], row["value"]) for row in rows] == [("first", 3), ("second", 0.5)]
 
 
 def test_the_file_and_the_table_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

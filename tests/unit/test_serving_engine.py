@@ -118,6 +118,9 @@ def test_a_long_text_is_cut_and_said_or_refused(tiny):
         assert (error.type, error.index) == (ErrorType.TOO_LARGE, 1)
         fewer = (await engine.score(texts(LONG, max_tokens=5))).scores[0]
         assert (fewer.num_tokens, fewer.truncated) == (5, True)
+        # Not quietly cut to the model's 16: whoever asks for more believes to talk to another model.
+        more = await refused(engine.score(texts("short", "short", max_tokens=17)))
+        assert (more.type, more.index) == (ErrorType.BAD_REQUEST, 0)
 
     run(tiny, test)
 

@@ -7,9 +7,11 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from fastapi import FastAPI
@@ -74,8 +76,33 @@ def client(service: StubService | None = None, token: str | None = None) -> Test
 
 
 def post(path: str, body: Any, service: StubService | None = None) -> httpx.Response:
+    """An answer, which the description must have field by field."""
     response: httpx.Response = client(service).post(path, json=body)
+    described = description()["paths"][path.partition("?")[0]]["post"]["responses"][str(response.status_code)]
+    schema = described["content"]["application/json"]["schema"]
+    jsonschema.validate(response.json(), {**schema, "components": description()["components"]})
+    if "x-model-name" in response.headers:  # something was scored; the request's id is put there by Serve's own layer
+        assert {name.lower() for name in described["headers"]} <= response.headers.keys() | {"x-request-id"}
     return response
+
+
+@cache
+def description() -> dict[str, Any]:
+    """The OpenAPI document; an object has no other fields than those that it names."""
+
+    def close(schema: Any) -> None:
+        if isinstance(schema, dict):
+            if "properties" in schema:
+                schema.setdefault("additionalProperties", False)
+            for each in schema.values():
+                close(each)
+        elif isinstance(schema, list):
+            for each in schema:
+                close(each)
+
+    document: dict[str, Any] = client().get("/openapi.json").json()
+    close(document["components"]["schemas"])
+    return document
 
 
 def sigmoid(value: float) -> float:
@@ -379,7 +406,7 @@ def test_the_description_names_every_body_and_error():
     for path in BODIES:
         operation = document["paths"][path]["post"]
         assert operation["requestBody"]["content"]["application/json"]["schema"]
-        assert {"400", "401", "413", "422", "503"} <= operation["responses"].keys()
+        assert {"200", "400", "401", "413", "422", "503"} <= operation["responses"].keys()
     assert (
         len(document["paths"]["/classify"]["post"]["requestBody"]["content"]["application/json"]["schema"]["anyOf"])
         == 2

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Required
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
 from rlhf_ray.config.serving import BatchingSettings, LimitSettings
 from rlhf_ray.serving.context import REQUEST
@@ -55,7 +56,40 @@ _TEI_TYPES = {
     ErrorType.OVERLOADED: "Overloaded",
     ErrorType.UNAVAILABLE: "Unhealthy",
 }
-_ERROR_STATUSES = (400, 401, 404, 413, 422, 503, 504)
+_ERROR_STATUSES = (400, 401, 404, 413, 422, 424, 429, 500, 503, 504)
+_SCORED_HEADERS = {
+    "X-Model-Name": "model that scored",
+    "X-Model-Version": "version of it",
+    "X-Score-Scale": "`raw` or `probability`",
+    "X-Tokenize-Time": "milliseconds",
+    "X-Queue-Time": "milliseconds",
+    "X-Compute-Time": "milliseconds",
+    "X-Total-Time": "milliseconds",
+    "X-Request-Id": "the request's own, or a new one",
+}
+
+
+class ErrorCause(TypedDict, total=False):
+    """Why there are no scores; `param` and `code` for clients that read OpenAI's errors."""
+
+    type: Required[ErrorType]
+    message: Required[str]
+    index: Required[int | None]
+    param: None
+    code: int
+
+
+class ErrorAnswer(TypedDict):
+    """An error of every family but TEI's."""
+
+    error: ErrorCause
+
+
+class TEIErrorAnswer(TypedDict):
+    """An error in TEI's words."""
+
+    error: str
+    error_type: str
 
 
 def add_routes(
@@ -144,19 +178,27 @@ def error_response(path: str, error: ApiError, status: int | None = None) -> Res
 
 
 def _description(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI with the bodies, which are read by the routes themselves."""
+    """OpenAPI with the bodies, which are read by the routes themselves, and with errors and headers, which every route
+    has."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
     models = sorted({model for bodies in _BODIES.values() for model in bodies}, key=lambda model: model.__name__)
     references, definitions = models_json_schema(
         [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
     )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-    errors = {str(status): {"description": "see the documentation's table of errors"} for status in _ERROR_STATUSES}
+    error_schema = TypeAdapter(ErrorAnswer | TEIErrorAnswer).json_schema(ref_template="#/components/schemas/{model}")
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas |= definitions["$defs"] | error_schema.pop("$defs")
+    error = {
+        "description": "see the documentation's table of errors",
+        "content": {"application/json": {"schema": error_schema}},
+    }
+    headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in _SCORED_HEADERS.items()}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            operation["responses"] = errors | ({"429": errors["503"], "424": errors["422"]}) | operation["responses"]
+            operation["responses"] |= {str(status): error for status in _ERROR_STATUSES}
         if path in _BODIES:
-            schemas = [references[(model, "validation")] for model in _BODIES[path]]
-            schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-            operations["post"]["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+            operations["post"]["responses"]["200"]["headers"] = headers
+            bodies = [references[(model, "validation")] for model in _BODIES[path]]
+            body = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
+            operations["post"]["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     return document

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
+from typing_extensions import TypedDict
 
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ModelInfo, Service
@@ -23,12 +24,85 @@ class ChatRequest(Lenient):
     n: int | None = None
 
 
+class ChatMessage(TypedDict):
+    """`reward:-25.625`, or `name:score` of every attribute between commas."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatLogprob(TypedDict):
+    """An attribute in place of a token, and its score in place of a log-prob."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[str]
+
+
+class ChatLogprobs(TypedDict):
+    """The same scores as in the message, as numbers."""
+
+    content: list[ChatLogprob]
+
+
+class ChatChoice(TypedDict):
+    """The only one."""
+
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop"]
+    logprobs: ChatLogprobs
+
+
+class ChatUsage(TypedDict):
+    """Tokens that were scored; none is made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatAnswer(TypedDict):
+    """A completion whose message is the reward."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: ChatUsage
+
+
+class ListedModel(TypedDict):
+    """A model of the service: OpenAI's fields, then ours (`ModelInfo`)."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    version: str
+    role: Literal["live", "shadow"]
+    share: float
+    temperature: float
+    attributes: list[str]
+    num_members: int
+    max_length: int
+
+
+class ModelsAnswer(TypedDict):
+    """All models, the one with the largest share first."""
+
+    object: Literal["list"]
+    data: list[ListedModel]
+
+
 def routes(service: Service) -> APIRouter:
     """`/v1/chat/completions` and `/v1/models`."""
     router = APIRouter(tags=["OpenAI"])
     started = int(time.time())
 
-    @router.post("/v1/chat/completions", summary="OpenAI chat, as reward NIMs")
+    @router.post("/v1/chat/completions", summary="OpenAI chat, as reward NIMs", response_model=ChatAnswer)
     async def completions(request: Request) -> Response:
         """`reward:-25.625`, or every attribute; `logprobs.content` has the same as numbers, asked for or not."""
         body = await read_body(request, ChatRequest)
@@ -42,34 +116,37 @@ def routes(service: Service) -> APIRouter:
         score = answer.scores[0]
         several = len(answer.model.attributes) > 1
         values = score.attributes if several else {"reward": score.score}
-        message = {"role": "assistant", "content": ",".join(f"{name}:{value!r}" for name, value in values.items())}
-        logprobs: list[dict[str, Any]] = [
-            {"token": name, "logprob": value, "bytes": None, "top_logprobs": []} for name, value in values.items()
-        ]
-        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": {"content": logprobs}}
-        content = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": answer.model.name,
-            "choices": [choice],
-            "usage": {
-                "prompt_tokens": score.num_tokens,
-                "completion_tokens": 0,
-                "total_tokens": score.num_tokens,
+        tokens = score.num_tokens
+        choice = ChatChoice(
+            index=0,
+            message={"role": "assistant", "content": ",".join(f"{name}:{value!r}" for name, value in values.items())},
+            finish_reason="stop",
+            logprobs={
+                "content": [
+                    {"token": name, "logprob": value, "bytes": None, "top_logprobs": []}
+                    for name, value in values.items()
+                ]
             },
-        }
+        )
+        content = ChatAnswer(
+            id=f"chatcmpl-{uuid.uuid4().hex}",
+            object="chat.completion",
+            created=int(time.time()),
+            model=answer.model.name,
+            choices=[choice],
+            usage={"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        )
         return scored(content, answer)
 
-    @router.get("/v1/models", summary="OpenAI")
+    @router.get("/v1/models", summary="OpenAI", response_model=ModelsAnswer)
     async def models() -> Response:
         """The models of the service."""
-        return plain({"object": "list", "data": [_listed(model, started) for model in service.models()]})
+        return plain(ModelsAnswer(object="list", data=[_listed(model, started) for model in service.models()]))
 
     return router
 
 
-def _listed(model: ModelInfo, started: int) -> dict[str, Any]:
+def _listed(model: ModelInfo, started: int) -> ListedModel:
     return {
         "id": model.name,
         "object": "model",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import StrictBool, StrictInt
+from typing_extensions import TypedDict
 
 from rlhf_ray.serving.errors import ApiError
 from rlhf_ray.serving.exchange import ModelInfo, ScoreInput, Service
@@ -69,11 +70,59 @@ class PreferenceRequest(Strict):
     on_too_long: OnTooLong = "default"
 
 
+class AnsweringModel(TypedDict):
+    """The model that scored all items; σ(Δ / `temperature`) of two scores is a calibrated probability."""
+
+    name: str
+    version: str
+    temperature: float
+    attributes: list[str]
+
+
+class RewardRow(TypedDict):
+    """What the model says of an item (`Score`)."""
+
+    score: float
+    attributes: dict[str, float]
+    disagreement: float
+    num_tokens: int
+    truncated: bool
+
+
+class RewardAnswer(TypedDict):
+    """Scores in the order of the items."""
+
+    model: AnsweringModel
+    items: list[RewardRow]
+
+
+class PreferenceRow(TypedDict):
+    """`probability` that people prefer response a, and what the model says of both."""
+
+    probability: float
+    score_a: float
+    score_b: float
+    attributes_a: dict[str, float]
+    attributes_b: dict[str, float]
+    disagreement_a: float
+    disagreement_b: float
+    num_tokens_a: int
+    num_tokens_b: int
+    truncated: bool
+
+
+class PreferenceAnswer(TypedDict):
+    """Preferences in the order of the items."""
+
+    model: AnsweringModel
+    items: list[PreferenceRow]
+
+
 def routes(service: Service) -> APIRouter:
     """`/v1/reward` and `/v1/preference`."""
     router = APIRouter(tags=["rlhf_ray"])
 
-    @router.post("/v1/reward")
+    @router.post("/v1/reward", response_model=RewardAnswer)
     async def reward(request: Request) -> Response:
         """Score, attributes, disagreement, tokens and whether a text was cut, for each item."""
         body = await read_body(request, RewardRequest)
@@ -82,18 +131,18 @@ def routes(service: Service) -> APIRouter:
         sticky = sticky_key(first.prompt) if isinstance(first, Turn) else None
         answer = await service.score(inputs, model=body.model, sticky=sticky)
         items = [
-            {
-                "score": score.score,
-                "attributes": score.attributes,
-                "disagreement": score.disagreement,
-                "num_tokens": score.num_tokens,
-                "truncated": score.truncated,
-            }
+            RewardRow(
+                score=score.score,
+                attributes=score.attributes,
+                disagreement=score.disagreement,
+                num_tokens=score.num_tokens,
+                truncated=score.truncated,
+            )
             for score in answer.scores
         ]
-        return scored({"model": _model(answer.model), "items": items}, answer)
+        return scored(RewardAnswer(model=_model(answer.model), items=items), answer)
 
-    @router.post("/v1/preference")
+    @router.post("/v1/preference", response_model=PreferenceAnswer)
     async def preference(request: Request) -> Response:
         """The calibrated probability σ((a − b) / temperature) that people prefer response a, and both scores."""
         body = await read_body(request, PreferenceRequest)
@@ -109,23 +158,22 @@ def routes(service: Service) -> APIRouter:
             # The service counts texts, and an item has two.
             index = None if error.index is None else error.index // 2
             raise ApiError(error.type, error.message, index=index, retry_after_s=error.retry_after_s) from None
-        items = []
-        for a, b in zip(answer.scores[::2], answer.scores[1::2], strict=True):
-            items.append(
-                {
-                    "probability": sigmoid((a.score - b.score) / answer.model.temperature),
-                    "score_a": a.score,
-                    "score_b": b.score,
-                    "attributes_a": a.attributes,
-                    "attributes_b": b.attributes,
-                    "disagreement_a": a.disagreement,
-                    "disagreement_b": b.disagreement,
-                    "num_tokens_a": a.num_tokens,
-                    "num_tokens_b": b.num_tokens,
-                    "truncated": a.truncated or b.truncated,
-                }
+        items = [
+            PreferenceRow(
+                probability=sigmoid((a.score - b.score) / answer.model.temperature),
+                score_a=a.score,
+                score_b=b.score,
+                attributes_a=a.attributes,
+                attributes_b=b.attributes,
+                disagreement_a=a.disagreement,
+                disagreement_b=b.disagreement,
+                num_tokens_a=a.num_tokens,
+                num_tokens_b=b.num_tokens,
+                truncated=a.truncated or b.truncated,
             )
-        return scored({"model": _model(answer.model), "items": items}, answer)
+            for a, b in zip(answer.scores[::2], answer.scores[1::2], strict=True)
+        ]
+        return scored(PreferenceAnswer(model=_model(answer.model), items=items), answer)
 
     return router
 
@@ -144,10 +192,7 @@ def _with(given: ScoreInput, on_too_long: OnTooLong) -> ScoreInput:
     return ScoreInput(text=given.text, messages=given.messages, on_too_long=on_too_long)
 
 
-def _model(model: ModelInfo) -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "version": model.version,
-        "temperature": model.temperature,
-        "attributes": list(model.attributes),
-    }
+def _model(model: ModelInfo) -> AnsweringModel:
+    return AnsweringModel(
+        name=model.name, version=model.version, temperature=model.temperature, attributes=list(model.attributes)
+    )

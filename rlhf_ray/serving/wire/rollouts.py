@@ -6,6 +6,7 @@ import hashlib
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from typing_extensions import TypedDict
 
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer, ScoreInput, Service
@@ -41,22 +42,39 @@ class SlimeRequest(Lenient):
     label: Any = None
 
 
+class OpenRLHFAnswer(TypedDict):
+    """Rewards of the texts, in their order; `scores` is the same, and `extra_logs` what OpenRLHF logs beside them."""
+
+    rewards: list[float]
+    scores: list[float]
+    extra_logs: dict[str, list[float]]
+
+
+class SlimeAnswer(TypedDict):
+    """The reward of one sample, under both names that runs read."""
+
+    score: float
+    reward: float
+    disagreement: float
+    truncated: int
+
+
 def routes(service: Service) -> APIRouter:
     """`/get_reward` and `/slime`."""
     router = APIRouter(tags=["trainers"])
 
-    @router.post("/get_reward", summary="OpenRLHF")
+    @router.post("/get_reward", summary="OpenRLHF", response_model=OpenRLHFAnswer)
     async def get_reward(request: Request) -> Response:
         """Rewards of whole texts. Empty lists, which OpenRLHF sends to servers it does not need, get empty lists."""
         body = await read_body(request, OpenRLHFRequest)
         if not body.query:
-            return plain({"rewards": [], "scores": [], "extra_logs": {}})
+            return plain(OpenRLHFAnswer(rewards=[], scores=[], extra_logs={}))
         sticky = sticky_key(body.prompts[0]) if body.prompts and body.prompts[0] else None
         answer = await service.score([ScoreInput(text=text) for text in body.query], sticky=sticky)
         rewards = [score.score for score in answer.scores]
-        return scored({"rewards": rewards, "scores": rewards, "extra_logs": extra_logs(answer)}, answer)
+        return scored(OpenRLHFAnswer(rewards=rewards, scores=rewards, extra_logs=extra_logs(answer)), answer)
 
-    @router.post("/slime", summary="slime")
+    @router.post("/slime", summary="slime", response_model=SlimeAnswer | float)
     async def slime(request: Request) -> Response:
         """The reward of one sample; `--reward-key score` (or `reward`) reads it. A run without that key takes the whole
         answer for the reward: its URL ends in `?format=number`."""
@@ -65,8 +83,10 @@ def routes(service: Service) -> APIRouter:
         score = answer.scores[0]
         if request.query_params.get("format") == "number":
             return scored(score.score, answer)
-        content = {"score": score.score, "reward": score.score, "disagreement": score.disagreement}
-        return scored(content | {"truncated": int(score.truncated)}, answer)
+        content = SlimeAnswer(
+            score=score.score, reward=score.score, disagreement=score.disagreement, truncated=int(score.truncated)
+        )
+        return scored(content, answer)
 
     return router
 

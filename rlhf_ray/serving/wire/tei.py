@@ -6,10 +6,11 @@ A trap of its protocol: `["a", "b"]` is one pair of texts; a batch of two is `[[
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from fastapi import APIRouter, Request, Response
 from pydantic import StrictBool
+from typing_extensions import TypedDict
 
 from rlhf_ray.config.serving import BatchingSettings, LimitSettings
 from rlhf_ray.serving.errors import ApiError, ErrorType
@@ -42,11 +43,49 @@ class TEIRerankRequest(_Cut):
     return_text: StrictBool = False
 
 
+class Prediction(TypedDict):
+    """The only label and its score."""
+
+    score: float
+    label: str
+
+
+class TEIRank(TypedDict):
+    """A text's place in the request, and its score; the text itself where it was asked for."""
+
+    index: int
+    score: float
+    text: NotRequired[str]
+
+
+class Info(TypedDict):
+    """The model with the largest share, and the limits, in TEI's words."""
+
+    model_id: str
+    model_sha: str
+    model_dtype: str
+    model_type: dict[str, dict[str, dict[str, str | int]]]
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+
 def routes(service: Service, limits: LimitSettings, batching: BatchingSettings) -> APIRouter:
     """`/predict` and `/info`."""
     router = APIRouter(tags=["Text Embeddings Inference"])
 
-    @router.post("/predict", summary="Text Embeddings Inference")
+    @router.post(
+        "/predict",
+        summary="Text Embeddings Inference",
+        response_model=list[Prediction] | list[list[Prediction]],
+    )
     async def predict(request: Request) -> Response:
         """One label, the score."""
         body = await read_body(request, PredictRequest)
@@ -56,30 +95,30 @@ def routes(service: Service, limits: LimitSettings, batching: BatchingSettings) 
             if len(group) not in (1, 2):
                 raise ApiError(ErrorType.BAD_REQUEST, "inputs: a text or a pair of texts; a batch is a list of lists")
         answer = await service.score([_input("".join(group), body) for group in groups])
-        rows = [[{"score": _value(score, body), "label": "LABEL_0"}] for score in answer.scores]
+        rows = [[Prediction(score=_value(score, body), label="LABEL_0")] for score in answer.scores]
         return scored(rows if batch else rows[0], answer, "raw" if body.raw_scores else "probability", tei=True)
 
-    @router.get("/info", summary="Text Embeddings Inference")
+    @router.get("/info", summary="Text Embeddings Inference", response_model=Info)
     async def info() -> Response:
         """The model with the largest share, and the limits."""
         model = service.models()[0]
         return plain(
-            {
-                "model_id": model.name,
-                "model_sha": model.version,
-                "model_dtype": model.dtype,
-                "model_type": {"classifier": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
-                "max_concurrent_requests": limits.max_queued_requests,
-                "max_input_length": model.max_length,
-                "max_batch_tokens": batching.max_tokens,
-                "max_batch_requests": batching.max_texts,
-                "max_client_batch_size": limits.max_texts,
-                "auto_truncate": False,
-                "tokenization_workers": 1,
-                "version": _VERSION,
-                "sha": None,
-                "docker_label": None,
-            }
+            Info(
+                model_id=model.name,
+                model_sha=model.version,
+                model_dtype=model.dtype,
+                model_type={"classifier": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}},
+                max_concurrent_requests=limits.max_queued_requests,
+                max_input_length=model.max_length,
+                max_batch_tokens=batching.max_tokens,
+                max_batch_requests=batching.max_texts,
+                max_client_batch_size=limits.max_texts,
+                auto_truncate=False,
+                tokenization_workers=1,
+                version=_VERSION,
+                sha=None,
+                docker_label=None,
+            )
         )
 
     return router
@@ -92,11 +131,10 @@ async def rerank(service: Service, value: Any) -> Response:
         raise ApiError(ErrorType.BAD_REQUEST, "texts: at least one")
     answer = await service.score([_input(body.query + text, body) for text in body.texts])
     order = sorted(range(len(body.texts)), key=lambda index: -answer.scores[index].score)
-    ranks = [
-        {"index": index, "score": _value(answer.scores[index], body)}
-        | ({"text": body.texts[index]} if body.return_text else {})
-        for index in order
-    ]
+    ranks = [TEIRank(index=index, score=_value(answer.scores[index], body)) for index in order]
+    if body.return_text:
+        for rank in ranks:
+            rank["text"] = body.texts[rank["index"]]
     return scored(ranks, answer, "raw" if body.raw_scores else "probability", tei=True)
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field, StrictBool, StrictInt
+from typing_extensions import TypedDict
 
 from rlhf_ray.serving.context import speaks
 from rlhf_ray.serving.errors import ApiError, ErrorType
@@ -82,11 +83,107 @@ class RerankRequest(Common):
     top_n: StrictInt = Field(0, ge=0)
 
 
+class Usage(TypedDict):
+    """Tokens that were scored; none is made."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: None
+
+
+class Classification(TypedDict):
+    """The only label's score of one input."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Pooled(TypedDict):
+    """The score of one input."""
+
+    index: int
+    object: Literal["pooling"]
+    data: list[float]
+
+
+class Embedded(TypedDict):
+    """The raw score of one input."""
+
+    index: int
+    object: Literal["embedding"]
+    embedding: list[float]
+
+
+class PairScore(TypedDict):
+    """The score of one pair."""
+
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+Row = TypeVar("Row")
+
+
+class Listed(TypedDict, Generic[Row]):
+    """vLLM's envelope of a list."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Row]
+    usage: Usage
+
+
+class RankedDocument(TypedDict):
+    """A document as it was sent."""
+
+    text: str
+
+
+class Rank(TypedDict):
+    """A document, its place in the request, and its score."""
+
+    index: int
+    document: RankedDocument
+    relevance_score: float
+
+
+class RerankAnswer(TypedDict):
+    """Documents, the best first."""
+
+    id: str
+    model: str
+    usage: Usage
+    results: list[Rank]
+
+
+class SGLangMeta(TypedDict):
+    """What was scored."""
+
+    prompt_tokens: int
+
+
+class SGLangRow(TypedDict):
+    """The raw score of one text."""
+
+    embedding: list[float]
+    meta_info: SGLangMeta
+
+
 def routes(service: Service) -> APIRouter:
     """All paths of vLLM; `/classify` and `/rerank` belong to others too, and the body decides."""
     router = APIRouter(tags=["vLLM, verl, SGLang"])
 
-    @router.post("/classify", summary="vLLM, verl (`input`, `messages`) and SGLang (`text`)")
+    @router.post(
+        "/classify",
+        summary="vLLM, verl (`input`, `messages`) and SGLang (`text`)",
+        response_model=Listed[Classification] | list[SGLangRow] | SGLangRow,
+    )
     async def classify(request: Request) -> Response:
         """One label, the score: `data[].probs[0]`; SGLang's form gets `[{"embedding": [score]}]`."""
         value = await read_json(request)
@@ -96,29 +193,29 @@ def routes(service: Service) -> APIRouter:
         body = checked(PoolingRequest, value)
         answer = await service.score(_inputs(body), model=body.model)
         data = [
-            {"index": index, "label": "LABEL_0", "probs": [value], "num_classes": 1}
+            Classification(index=index, label="LABEL_0", probs=[value], num_classes=1)
             for index, value in enumerate(_values(answer, body.activated))
         ]
         return _listed("classify", data, answer, body)
 
-    @router.post("/pooling", summary="vLLM")
+    @router.post("/pooling", summary="vLLM", response_model=Listed[Pooled])
     async def pooling(request: Request) -> Response:
         """The score of each input as `data[].data[0]`."""
         body = await read_body(request, PoolingRequest)
         answer = await service.score(_inputs(body), model=body.model)
         data = [
-            {"index": index, "object": "pooling", "data": [value]}
+            Pooled(index=index, object="pooling", data=[value])
             for index, value in enumerate(_values(answer, body.activated))
         ]
         return _listed("pool", data, answer, body)
 
-    @router.post("/v1/embeddings", summary="verl's other mode")
+    @router.post("/v1/embeddings", summary="verl's other mode", response_model=Listed[Embedded])
     async def embeddings(request: Request) -> Response:
         """The raw score of each input as `data[].embedding[0]`; an embedding has no activation."""
         body = (await read_body(request, PoolingRequest)).model_copy(update={"use_activation": False})
         answer = await service.score(_inputs(body), model=body.model)
         data = [
-            {"index": index, "object": "embedding", "embedding": [value]}
+            Embedded(index=index, object="embedding", embedding=[value])
             for index, value in enumerate(_values(answer, False))
         ]
         return _listed("embd", data, answer, body)
@@ -129,7 +226,7 @@ def routes(service: Service) -> APIRouter:
         pairs = _pairs(body)
         answer = await service.score([_input(a + b, body) for a, b in pairs], model=body.model)
         data = [
-            {"index": index, "object": "score", "score": value}
+            PairScore(index=index, object="score", score=value)
             for index, value in enumerate(_values(answer, body.activated))
         ]
         return _listed("score", data, answer, body)
@@ -148,17 +245,23 @@ def routes(service: Service) -> APIRouter:
         values = _values(answer, body.activated)
         order = sorted(range(len(values)), key=lambda index: -values[index])
         results = [
-            {"index": index, "document": {"text": documents[index]}, "relevance_score": values[index]}
+            Rank(index=index, document={"text": documents[index]}, relevance_score=values[index])
             for index in order[: body.top_n or None]
         ]
-        content = {"id": f"rerank-{uuid.uuid4().hex}", "model": answer.model.name, "results": results}
-        return scored(content | {"usage": _usage(answer)}, answer, _scale(body.activated))
+        content = RerankAnswer(
+            id=f"rerank-{uuid.uuid4().hex}", model=answer.model.name, usage=_usage(answer), results=results
+        )
+        return scored(content, answer, _scale(body.activated))
 
     for path in ("/score", "/v1/score"):
-        router.post(path, summary="vLLM")(score)
-    router.post("/rerank", summary="vLLM (`documents`) and Text Embeddings Inference (`texts`)")(rerank)
+        router.post(path, summary="vLLM", response_model=Listed[PairScore])(score)
+    router.post(
+        "/rerank",
+        summary="vLLM (`documents`) and Text Embeddings Inference (`texts`)",
+        response_model=RerankAnswer | list[tei.TEIRank],
+    )(rerank)
     for path in ("/v1/rerank", "/v2/rerank"):
-        router.post(path, summary="vLLM")(rerank)
+        router.post(path, summary="vLLM", response_model=RerankAnswer)(rerank)
     return router
 
 
@@ -166,7 +269,7 @@ async def _sglang(service: Service, body: SGLangRequest) -> Response:
     texts = [body.text] if isinstance(body.text, str) else body.text
     answer = await service.score([ScoreInput(text=text) for text in texts], model=body.model)
     content = [
-        {"embedding": [score.score], "meta_info": {"prompt_tokens": score.num_tokens}} for score in answer.scores
+        SGLangRow(embedding=[score.score], meta_info={"prompt_tokens": score.num_tokens}) for score in answer.scores
     ]
     return scored(content if isinstance(body.text, list) else content[0], answer)
 
@@ -241,13 +344,13 @@ def _scale(activated: bool) -> str:
     return "probability" if activated else "raw"
 
 
-def _usage(answer: Answer) -> dict[str, Any]:
+def _usage(answer: Answer) -> Usage:
     tokens = sum(score.num_tokens for score in answer.scores)
-    return {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0, "prompt_tokens_details": None}
+    return Usage(prompt_tokens=tokens, total_tokens=tokens, completion_tokens=0, prompt_tokens_details=None)
 
 
-def _listed(kind: str, data: list[dict[str, Any]], answer: Answer, body: Common) -> Response:
-    content = {
+def _listed(kind: str, data: list[Row], answer: Answer, body: Common) -> Response:
+    content: Listed[Row] = {
         "id": f"{kind}-{body.request_id or uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
