@@ -38,7 +38,7 @@ demo: $(READY)  ## SmolLM2 gets better by human preferences, about a quarter of 
 	@$(BIN)/rlhf-ray ppo configs/demo/ppo.yaml
 
 test: $(READY)  ## Unit tests in seconds, system tests with the real engines in minutes
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
 bench: bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-fuzz  ## All benchmarks, into bench/results; hours

@@ -98,7 +98,7 @@ class RewardEngine:
         Raises:
             BadInput: it does not.
         """
-        scored = await self._process.score(model.key, [model.texts.encode(PROBE)])
+        scored = (await self._process.score(model.key, [model.texts.encode(PROBE)])).scored
         if scored.failures[0]:
             raise BadInput(
                 f"models.{model.info.name}",
@@ -116,9 +116,7 @@ class RewardEngine:
             for _ in range(_TIMING_ROUNDS):
                 for each in (main, model):
                     texts = [each.texts.encode(PROBE)] * _TIMING_TEXTS
-                    started = time.perf_counter()
-                    await self._process.score(each.key, texts)
-                    seconds[each.key].append(time.perf_counter() - started)
+                    seconds[each.key].append((await self._process.score(each.key, texts)).compute_s)
             paces[model.info.version] = Pace(min(seconds[model.key]), min(seconds[main.key]))
         return paces
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +23,9 @@ from ray.exceptions import RayActorError
 from rlhf_ray.config.serving import ServedScorerSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.reward_texts import Encoded
-from rlhf_ray.roles.reward_scorer import RewardScorer, ScoredTexts
+from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import environment
+from rlhf_ray.serving.batcher import ScoredBatch
 
 _NICENESS = 10
 
@@ -39,6 +42,7 @@ class ScorerHost:
     def __init__(self, settings: ServedScorerSettings) -> None:
         self._settings = settings
         self._scorers: dict[str, RewardScorer] = {}
+        self._computing = threading.Lock()
         # Where cores are short, the replica comes first: it must refuse at once what cannot be scored in time.
         os.nice(_NICENESS)
 
@@ -55,9 +59,12 @@ class ScorerHost:
         """Let go of all other models."""
         self._scorers = {key: scorer for key, scorer in self._scorers.items() if key in keys}
 
-    def score(self, key: str, texts: Sequence[Encoded]) -> ScoredTexts:
-        """One forward pass."""
-        return self._scorers[key].score_encoded(texts)
+    def score(self, key: str, texts: Sequence[Encoded]) -> ScoredBatch:
+        """One forward pass, once the one before is done."""
+        with self._computing:
+            started = time.perf_counter()
+            scored = self._scorers[key].score_encoded(texts)
+            return ScoredBatch(scored, time.perf_counter() - started)
 
 
 def reward_settings(settings: ServedScorerSettings, path: str) -> RewardSettings:
@@ -109,9 +116,9 @@ class ScorerProcess:
         self._paths = {key: path for key, path in self._paths.items() if key in keys}
         await self._call("keep_only", list(keys))
 
-    async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredTexts:
+    async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredBatch:
         """One forward pass; where the process dies of it, one more in a new one."""
-        scored: ScoredTexts = await self._call("score", key, texts)
+        scored: ScoredBatch = await self._call("score", key, texts)
         return scored
 
     async def _call(self, method: str, *arguments: Any) -> Any:
@@ -135,11 +142,11 @@ class ScorerProcess:
         settings = self._settings
         host = (
             ray.remote(ScorerHost)
-            # A second thread, so that a new model is loaded while the present one scores.
+            # One thread scores, one has the next batch in hand, and one loads a new model meanwhile.
             .options(
                 num_cpus=settings.cpus,
                 num_gpus=settings.gpus,
-                max_concurrency=2,
+                max_concurrency=3,
                 runtime_env={"env_vars": environment(settings)},
             )
             .remote(settings)

@@ -14,7 +14,7 @@ import pytest
 from rlhf_ray.config.serving import BatchingSettings
 from rlhf_ray.models.reward_texts import Encoded
 from rlhf_ray.roles.reward_scorer import ScoredTexts
-from rlhf_ray.serving.batcher import BatchRecord, MicroBatcher, gather_rows
+from rlhf_ray.serving.batcher import BatchRecord, MicroBatcher, ScoredBatch, gather_rows
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ModelInfo
 from rlhf_ray.serving.model_table import LoadedModel
@@ -27,10 +27,16 @@ class StubScorer:
     """Stands in for the model: a text's score is the sum of its tokens. The queue is what is tested."""
 
     batches: list[list[int]] = field(default_factory=list)
+    handed_over: int = 0
+    computing: threading.Lock = field(default_factory=threading.Lock)
     gate: threading.Event = field(default_factory=threading.Event)
     entered: threading.Event = field(default_factory=threading.Event)
 
-    def score_encoded(self, encoded: Sequence[Encoded]) -> ScoredTexts:
+    def score_encoded(self, encoded: Sequence[Encoded]) -> ScoredBatch:
+        with self.computing:
+            return ScoredBatch(self._score(encoded), 0.001)
+
+    def _score(self, encoded: Sequence[Encoded]) -> ScoredTexts:
         self.entered.set()
         assert self.gate.wait(20)
         sums = [sum(token_ids) for token_ids, _ in encoded]
@@ -56,8 +62,9 @@ def stub_model(name: str = "stub") -> tuple[LoadedModel, StubScorer]:
     return LoadedModel(info, "", cast(Any, scorer), None), scorer
 
 
-async def forward(model: LoadedModel, encoded: Sequence[Encoded]) -> ScoredTexts:
+async def forward(model: LoadedModel, encoded: Sequence[Encoded]) -> ScoredBatch:
     scorer = cast(StubScorer, model.texts)
+    scorer.handed_over += 1
     return await asyncio.get_running_loop().run_in_executor(None, scorer.score_encoded, encoded)
 
 
@@ -108,6 +115,28 @@ def test_what_arrives_while_the_model_computes_shares_the_next_batch():
 
     run(test, wait_ms=0)
     assert scorer.batches == [[0], [1, 101, 2, 102, 3, 103]]
+
+
+def test_the_next_batch_is_in_hand_before_the_present_one_is_done_and_no_other():
+    model, scorer = stub_model()
+
+    async def test(batcher: MicroBatcher, _: list[BatchRecord]) -> None:
+        scorer.gate.set()
+        await batcher.score(model, texts(5))  # how long a token takes
+        scorer.gate.clear()
+        scorer.entered.clear()
+        first = await occupied(batcher, model, scorer)
+        second = asyncio.ensure_future(batcher.score(model, texts(1)))
+        while scorer.handed_over < 3:
+            await asyncio.sleep(0.001)
+        rest = [asyncio.ensure_future(batcher.score(model, texts(value))) for value in (2, 3)]
+        await asyncio.sleep(0.1)  # far beyond the time that a batch is expected to take
+        assert scorer.handed_over == 3
+        scorer.gate.set()
+        assert [scores(await each) for each in (first, second, *rest)] == [[0], [1], [2], [3]]
+
+    run(test, wait_ms=0)
+    assert scorer.batches == [[5], [0], [1], [2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -250,9 +279,9 @@ def test_those_who_wait_when_it_closes_are_told():
         waits = asyncio.ensure_future(batcher.score(model, texts(1)))
         await asyncio.sleep(0)
         await batcher.close()
-        with pytest.raises(ApiError, match="stopping"):
-            await waits
+        for each in (waits, first):
+            with pytest.raises(ApiError, match="stopping"):
+                await each
         scorer.gate.set()
-        first.cancel()
 
     asyncio.run(main())

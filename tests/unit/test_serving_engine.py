@@ -22,7 +22,7 @@ from rlhf_ray.data.presets import prepare
 from rlhf_ray.models.reward_texts import Encoded
 from rlhf_ray.roles.reward_scorer import ScoredTexts
 from rlhf_ray.serving.audit import AuditRecord
-from rlhf_ray.serving.batcher import MicroBatcher
+from rlhf_ray.serving.batcher import MicroBatcher, ScoredBatch
 from rlhf_ray.serving.context import REQUEST, RequestContext
 from rlhf_ray.serving.engine import RewardEngine
 from rlhf_ray.serving.errors import ApiError, ErrorType
@@ -46,7 +46,7 @@ class StubProcess:
     async def keep_only(self, keys: Sequence[str]) -> None:
         self.loaded = [key for key in self.loaded if key in keys]
 
-    async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredTexts:
+    async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredBatch:
         await self.open.wait()
         sums = np.array([float(sum(token_ids)) for token_ids, _ in texts])
         if any(name in key for name in self.broken):
@@ -54,7 +54,8 @@ class StubProcess:
         failures = tuple("" if np.isfinite(value) else "not a number" for value in sums)
         lengths = np.array([len(token_ids) for token_ids, _ in texts])
         cut = np.array([was_cut for _, was_cut in texts])
-        return ScoredTexts(sums[:, None, None], sums, np.zeros(len(sums)), failures, lengths, cut, key)
+        scored = ScoredTexts(sums[:, None, None], sums, np.zeros(len(sums)), failures, lengths, cut, key)
+        return ScoredBatch(scored, 0.01)
 
 
 @pytest.fixture(scope="module")
