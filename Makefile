@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-fuzz
+.PHONY: help env demo test lint docs lock clean bench bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -41,7 +41,7 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
-bench: bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-fuzz  ## All benchmarks, into bench/results; hours
+bench: bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 
@@ -73,6 +73,10 @@ bench-serve: $(READY)  ## The reward service against the offline scorer and a pl
 bench-serve-stress: $(READY)  ## The reward service under overload, death and exchange of models
 	@$(BENCH_DATA)
 	@$(BIN)/python -m bench.serve_stress
+
+bench-serve-cluster: $(READY)  ## The reward service on a running Ray cluster, by command and by serve deploy
+	@$(BENCH_DATA)
+	@$(BIN)/python -m bench.serve_cluster
 
 bench-serve-fuzz: $(READY)  ## 200,000 requests that no client should send
 	@$(BIN)/rlhf-ray prepare tiny

@@ -7,14 +7,13 @@ not, so a comparison made there has no error of interpolation.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.models.beside_weights import BesideWeights
 
 REFERENCE_NAME = "reference_scores.json"
 _QUANTILES = 201
@@ -69,7 +68,7 @@ class Distribution(BaseModel):
         return self
 
 
-class ReferenceScores(BaseModel):
+class ReferenceScores(BesideWeights):
     """Scores and lengths of the texts that a reward model was judged on.
 
     Attributes:
@@ -81,6 +80,8 @@ class ReferenceScores(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    FILE_NAME = REFERENCE_NAME
+    MEANING = "a file of reference scores"
 
     version: str
     texts: int = Field(gt=0)
@@ -112,28 +113,3 @@ class ReferenceScores(BaseModel):
             score=Distribution.of(values[good]),
             length=Distribution.of(lengths[good]),
         )
-
-    def save(self, folder: Path) -> None:
-        """Write it beside the weights; a reader meets the old or the new file, never a part."""
-        temporary = folder / f".{REFERENCE_NAME}"
-        temporary.write_text(self.model_dump_json() + "\n", encoding="utf-8")
-        temporary.replace(folder / REFERENCE_NAME)
-
-    @classmethod
-    def load(cls, model: str, key: str) -> ReferenceScores | None:
-        """The reference in a model's directory; none for a model that was trained elsewhere.
-
-        Raises:
-            BadInput: there is a file that cannot be read.
-        """
-        path = Path(model) / REFERENCE_NAME
-        if not path.is_file():
-            return None
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            cause = str(error)
-        except ValidationError as error:
-            first = error.errors()[0]
-            cause = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
-        raise BadInput(key, f"'{path}' does not hold reference scores ({cause})", "the file that train-rm wrote")

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from rlhf_ray.algorithms.ensemble import (
     MemberScale,
@@ -23,7 +23,7 @@ from rlhf_ray.algorithms.ensemble import (
     standardise,
 )
 from rlhf_ray.config.reward_model import PREFERENCE
-from rlhf_ray.failures import BadInput
+from rlhf_ray.models.beside_weights import BesideWeights
 
 CARD_NAME = "reward_model.json"
 _FIXED_AFTER_SCORING = {"version", "evaluation", "released", "refusals", "temperature"}
@@ -127,7 +127,7 @@ class Probe(_Part):
     logits: tuple[float, ...]
 
 
-class RewardModelCard(_Part):
+class RewardModelCard(BesideWeights, _Part):
     """What a reward model needs to be used as it was trained, and what is known of it.
 
     Attributes:
@@ -147,6 +147,10 @@ class RewardModelCard(_Part):
         refusals: its reasons.
     """
 
+    FILE_NAME = CARD_NAME
+    MEANING = "a reward model's card"
+    INDENT = 2
+
     version: str
     base_model: str
     max_length: int
@@ -161,31 +165,6 @@ class RewardModelCard(_Part):
     evaluation: dict[str, float | int | str | None] = {}
     released: bool | None = None
     refusals: tuple[str, ...] = ()
-
-    def save(self, folder: Path) -> None:
-        """Write it beside the weights."""
-        temporary = folder / f".{CARD_NAME}"
-        temporary.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(folder / CARD_NAME)
-
-    @classmethod
-    def load(cls, model: str, key: str) -> RewardModelCard | None:
-        """The card of a directory; none for a model that was trained elsewhere.
-
-        Raises:
-            BadInput: there is a card that cannot be read.
-        """
-        path = Path(model) / CARD_NAME
-        if not path.is_file():
-            return None
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            cause = str(error)
-        except ValidationError as error:
-            first = error.errors()[0]
-            cause = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}".removeprefix(": ")
-        raise BadInput(key, f"'{path}' is not a reward model's card ({cause})", "the card that train-rm wrote")
 
     def version_of(self, folder: Path) -> str:
         """The version that the weights in a folder have together with this card."""

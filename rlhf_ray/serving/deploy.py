@@ -32,6 +32,8 @@ from rlhf_ray.serving.report import show_status
 
 STATE_NAME = "service.json"
 _AUTH_MODE = "RAY_AUTH_MODE"
+_SILENT = {"RAY_SERVE_LOG_TO_STDERR": "0"}
+"""What Serve says in this process stays off the terminal; it reads that when it is imported."""
 _POLL_S = 0.2
 _MONITOR_TIMEOUT_S = 30.0
 _STATUS_POLL_S = 5.0
@@ -135,7 +137,8 @@ def run_service(config: ServingConfig, detach: bool) -> None:
     local = not (config.cluster.address or os.environ.get("RAY_ADDRESS"))
     if detach and local:
         raise BadInput("--detach", "the cluster of this command ends with it", "cluster.address of a running cluster")
-    _check_port(config)
+    if local:
+        _check_port(config)
     with _environment(local):
         import ray
         from ray import serve
@@ -146,6 +149,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
         connect(config.cluster)
         _quiet()
         try:
+            _check_address(config)
             serve.start(http_options={"host": config.endpoint.host, "port": config.endpoint.port})
             # Here, and not before: Ray has put a handler of its own in place.
             with stop_signals() as stopping:
@@ -365,6 +369,7 @@ def _joined(running: ServiceState) -> Iterator[None]:
     """In the cluster of a running service."""
     if running.ray_auth_mode:
         os.environ.setdefault(_AUTH_MODE, running.ray_auth_mode)
+    os.environ.update(_SILENT)
     import ray
 
     from rlhf_ray.runtime.cluster import connect
@@ -388,6 +393,7 @@ def _environment(local: bool) -> Iterator[None]:
 
     On a cluster that was there before, its own environment decides (see docs/serving.md).
     """
+    os.environ.update(_SILENT)
     if not local:
         yield
         return
@@ -406,7 +412,6 @@ def _environment(local: bool) -> Iterator[None]:
                 "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
                 # How long a replica waits for balancers to forget it; there is one, here, and it knows at once.
                 "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-                "RAY_SERVE_LOG_TO_STDERR": "0",
             }
         )
         yield
@@ -428,6 +433,27 @@ def _check_port(config: ServingConfig) -> None:
             raise BadInput(
                 "endpoint.port", f"{endpoint.host}:{endpoint.port} cannot be used ({error.strerror})", "a free port"
             ) from None
+
+
+def _check_address(config: ServingConfig) -> None:
+    """See that a Serve which runs on the cluster already listens where this service is to: it would keep its own
+    address, which may be open to everybody, and say so in a log only.
+
+    Raises:
+        BadInput: it listens elsewhere.
+    """
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    there, wanted = client.http_config, config.endpoint
+    if (there.host, there.port) != (wanted.host, wanted.port):
+        raise BadInput(
+            "endpoint",
+            f"the cluster's Serve listens at {there.host}:{there.port}, not at {wanted.host}:{wanted.port}",
+            "where it listens, or a cluster on which `serve shutdown` was called",
+        )
 
 
 def _free_port() -> int:

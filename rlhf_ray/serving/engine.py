@@ -117,7 +117,8 @@ class RewardEngine:
                 for each in (main, model):
                     texts = [each.texts.encode(PROBE)] * _TIMING_TEXTS
                     seconds[each.key].append((await self._process.score(each.key, texts)).compute_s)
-            paces[model.info.version] = Pace(min(seconds[model.key]), min(seconds[main.key]))
+            tokens = _TIMING_TEXTS * len(main.texts.encode(PROBE)[0])
+            paces[model.info.version] = Pace(min(seconds[model.key]), min(seconds[main.key]), tokens)
         return paces
 
     async def _let_go(self) -> None:

@@ -188,8 +188,8 @@ class ServiceMonitor:
             pace = known.model.pace
             if known is main or pace is None:
                 continue
-            main_work = replace(main.work, compute_s=pace.main_s, tokens=1)
-            own_work = replace(known.work, compute_s=pace.candidate_s, tokens=1)
+            main_work = replace(main.work, compute_s=pace.main_s, tokens=pace.tokens)
+            own_work = replace(known.work, compute_s=pace.candidate_s, tokens=pace.tokens)
             # Also where it has scored nothing yet: one that fails every text must be taken back too.
             if known.model.info.role == "shadow":
                 self._shadows.setdefault((main_version, version), ShadowComparison()).set_work(main_work, own_work)

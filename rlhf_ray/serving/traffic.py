@@ -83,10 +83,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a candidate and the main model take for one and the same batch, seconds."""
+    """How long a candidate and the main model take for one and the same batch.
+
+    Attributes:
+        candidate_s, main_s: seconds.
+        tokens: of the batch, as the main model reads it.
+    """
 
     candidate_s: float
     main_s: float
+    tokens: int
 
 
 @dataclass(frozen=True)

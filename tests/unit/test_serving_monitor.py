@@ -38,7 +38,7 @@ def held(settings: ServedModelSettings, share: float, reference: bool = False) -
     role: Any = "shadow" if settings.shadow else "live"
     info = ModelInfo(settings.name, version, 1.0, ("preference",), 1, 64, "float32", role, share)
     scores = ReferenceScores.of(SCORES, LENGTHS, version) if reference else None
-    return ReplicaModel(info, settings.path, scores, None if share > 0.5 else Pace(1.0, 1.0))
+    return ReplicaModel(info, settings.path, scores, None if share > 0.5 else Pace(1.0, 1.0, 10))
 
 
 def beat(order: ModelOrder, models: tuple[ReplicaModel, ...], replica: str = "a", **traffic: Any) -> Beat:
@@ -126,9 +126,9 @@ def test_what_the_page_reads_is_there():
     status = service.status()
     assert status["errors"] == {"deadline": 2}
     assert status["replicas"][0]["queued"] == 3
-    assert {"sign_flip_rate", "kendall_tau", "score_shift", "latency_ratio", "failure_rate"} <= status["candidates"][
-        0
-    ].keys()
+    shadow = status["candidates"][0]
+    assert {"sign_flip_rate", "kendall_tau", "score_shift", "latency_ratio", "failure_rate"} <= shadow.keys()
+    assert shadow["compute_s_per_token"] == pytest.approx(0.1)
 
 
 def test_the_timeline_counts_in_steps():
