@@ -197,7 +197,8 @@ def _description(app: FastAPI) -> dict[str, Any]:
         for operation in operations.values():
             operation["responses"] |= {str(status): error for status in _ERROR_STATUSES}
         if path in _BODIES:
-            operations["post"]["responses"]["200"]["headers"] = headers
+            if family_of(path) != "explain":
+                operations["post"]["responses"]["200"]["headers"] = headers
             bodies = [references[(model, "validation")] for model in _BODIES[path]]
             body = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
             operations["post"]["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
