@@ -68,7 +68,8 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, change: dict[str, object
     reference = ReferenceScores.of([1.0, 2.0], [4, 6], "v").model_dump()
     reference["score"] |= change
     (tmp_path / REFERENCE_NAME).write_text(json.dumps(reference))
-    with pytest.raises(BadInput, match=rf"models\.0\.path: '.*{REFERENCE_NAME}' is not a file of reference scores .*{cause}"):
+    found = rf"models\.0\.path: '.*{REFERENCE_NAME}' is not a file of reference scores .*{cause}"
+    with pytest.raises(BadInput, match=found):
         ReferenceScores.load(str(tmp_path), "models.0.path")
 
 
