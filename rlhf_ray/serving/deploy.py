@@ -32,8 +32,6 @@ from rlhf_ray.serving.report import show_status
 
 STATE_NAME = "service.json"
 _AUTH_MODE = "RAY_AUTH_MODE"
-_SILENT = {"RAY_SERVE_LOG_TO_STDERR": "0"}
-"""What Serve says in this process stays off the terminal; it reads that when it is imported."""
 _POLL_S = 0.2
 _MONITOR_TIMEOUT_S = 30.0
 _STATUS_POLL_S = 5.0
@@ -369,7 +367,6 @@ def _joined(running: ServiceState) -> Iterator[None]:
     """In the cluster of a running service."""
     if running.ray_auth_mode:
         os.environ.setdefault(_AUTH_MODE, running.ray_auth_mode)
-    os.environ.update(_SILENT)
     import ray
 
     from rlhf_ray.runtime.cluster import connect
@@ -384,6 +381,9 @@ def _joined(running: ServiceState) -> Iterator[None]:
 
 def _quiet() -> None:
     """Serve's own notes stay off the terminal; its logs are in Ray's session folder."""
+    # Its import sets the level that is set here.
+    import ray.serve  # noqa: F401
+
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
@@ -393,7 +393,6 @@ def _environment(local: bool) -> Iterator[None]:
 
     On a cluster that was there before, its own environment decides (see docs/serving.md).
     """
-    os.environ.update(_SILENT)
     if not local:
         yield
         return
@@ -412,6 +411,7 @@ def _environment(local: bool) -> Iterator[None]:
                 "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
                 # How long a replica waits for balancers to forget it; there is one, here, and it knows at once.
                 "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+                "RAY_SERVE_LOG_TO_STDERR": "0",
             }
         )
         yield

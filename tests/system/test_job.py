@@ -1,4 +1,4 @@
-"""The command as a job on a Ray cluster with token authentication, submitted the way the README says."""
+"""The commands on a Ray cluster with token authentication that was there before: submitted, or joining it."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.system.commands import PPO, REPOSITORY, Command, start_program, user_environment, wait_until
 
@@ -155,3 +156,44 @@ def test_a_job_runs_to_its_end(cluster: Cluster, data_root: Path, tmp_path: Path
     assert sum(path.stat().st_size for path in files) < MAX_UPLOAD_BYTES
     assert (uploaded / "rlhf_ray" / "cli.py").exists()
     assert not {path.relative_to(uploaded).parts[0] for path in files} & {".git", ".venv", "data", "runs", "build"}
+
+
+def test_a_service_outlives_its_command_and_leaves_serve_to_others(
+    cluster: Cluster, data_root: Path, tmp_path: Path
+) -> None:
+    def serve_rm(name: str, *arguments: str) -> Command:
+        command = start_program(
+            [sys.executable, "-m", "rlhf_ray", "serve-rm", str(config), *arguments],
+            tmp_path / name,
+            cluster.environment,
+            REPOSITORY,
+        )
+        command.wait(120)
+        return command
+
+    model, port, config = str(data_root / "tiny" / "reward_model"), free_ports(1)[0], tmp_path / "serve.yaml"
+    settings = {
+        "run": {"name": "service"},
+        "paths": {"runs": str(tmp_path / "runs")},
+        "models": {"main": {"path": model}},
+        "endpoint": {"port": port},
+        "cluster": {"address": cluster.address},
+    }
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    health = f"http://127.0.0.1:{port}/health"
+
+    detached = serve_rm("detached", "--detach")
+    assert (detached.process.returncode, detached.stderr) == (0, "")
+    assert http_status(health) == 200
+    changed = serve_rm("changed", f"models.next={{path: {model}, shadow: true}}")
+    assert (changed.process.returncode, changed.stderr) == (0, "")
+    assert "next" in changed.stdout
+
+    # The cluster's Serve would keep its address, which may be open to everybody, and say so in a log only.
+    elsewhere = serve_rm("elsewhere", "run.name=other", f"endpoint.port={free_ports(1)[0]}", "--detach")
+    assert elsewhere.process.returncode == 2
+    assert f"bad input: endpoint: the cluster's Serve listens at 127.0.0.1:{port}, not at" in elsewhere.stderr
+
+    stopped = serve_rm("stopped", "--stop")
+    assert (stopped.process.returncode, stopped.stderr) == (0, "")
+    assert http_status(health) == 404  # Serve is there for others, the service is not
