@@ -125,6 +125,9 @@ def serve_rm(
     replay: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Score an audit log again, and compare to the bit.")
     ] = None,
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --replay: the texts, where the log keeps hashes.")
+    ] = None,
 ) -> None:
     """Serve reward models with Ray Serve, for every family of reward clients.
 
@@ -135,6 +138,8 @@ def serve_rm(
     from rlhf_ray.config.serving import ServingConfig
     from rlhf_ray.serving import deploy
 
+    if texts is not None and replay is None:
+        raise BadInput("--texts", "given without --replay", "together with --replay")
     settings = load_config(ServingConfig, config, overrides or ())
     if stop:
         deploy.stop_service(settings)
@@ -143,7 +148,7 @@ def serve_rm(
     elif write is not None:
         deploy.write_serve_config(settings, write)
     elif replay is not None:
-        deploy.replay_audit(settings, replay)
+        deploy.replay_audit(settings, replay, texts)
     else:
         deploy.run_service(settings, detach)
 

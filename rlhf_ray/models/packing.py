@@ -7,7 +7,7 @@ of the row's length; `packed_sdpa` pays only for each sequence by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from rlhf_ray.rollout import Rollout, offsets
+
+_WIDTH_STEP = 16
+"""Sequences are padded to multiples of so many tokens."""
 
 
 class RowBounds:
@@ -204,34 +207,72 @@ def packed_sdpa(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     rate = dropout if module.training else 0.0
     starts = cu_seq_lens_q.to(torch.int64)
-    lengths = starts[1:] - starts[:-1]
     if not causal and query.device.type == "cpu" and query.shape[1] == key.shape[1]:
-        return _plain_attention(query, key, value, lengths.tolist(), scaling, rate), None
-    num_sequences, longest = len(lengths), max_length_q
-    slots = torch.arange(query.shape[2], device=query.device)
-    slots += torch.repeat_interleave(torch.arange(num_sequences, device=query.device) * longest - starts[:-1], lengths)
+        return _plain_attention(query, key, value, starts.diff().tolist(), scaling, rate), None
+    groups = list(_groups_of_like_width(starts))
+    heads = [each[0].transpose(0, 1) for each in (query, key, value)]
+    attended = torch.cat([_padded_attention(heads, group, scaling, rate, causal) for group in groups])
+    places = torch.cat([group.tokens for group in groups]).argsort()
+    return attended.index_select(0, places)[None], None
+
+
+@dataclass(frozen=True)
+class _WidthGroup:
+    """Sequences of a packed row that are padded to the same width.
+
+    Attributes:
+        lengths: `[S]` of the sequences.
+        width: they are padded to.
+        tokens: `[N]` where their tokens are in the row.
+        slots: `[N]` where those are in the flattened `[S, width]`.
+    """
+
+    lengths: torch.Tensor
+    width: int
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
+
+def _groups_of_like_width(starts: torch.Tensor) -> Iterator[_WidthGroup]:
+    """The kernel of attention sums in an order that depends on the padded width. The width is therefore one of the
+    sequence itself, not of its longest neighbour: then what else is in the row changes no bit."""
+    lengths = starts.diff()
+    widths = -(-lengths // _WIDTH_STEP) * _WIDTH_STEP
+    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
+    offset = torch.arange(len(sequence), device=starts.device) - starts[sequence]
+    for width in widths.unique().tolist():
+        chosen = widths == width
+        tokens = chosen[sequence].nonzero()[:, 0]
+        slots = (chosen.cumsum(0) - 1)[sequence[tokens]] * width + offset[tokens]
+        yield _WidthGroup(lengths[chosen], width, tokens, slots)
+
+
+def _padded_attention(
+    heads: Sequence[torch.Tensor], group: _WidthGroup, scaling: float | None, dropout: float, causal: bool
+) -> torch.Tensor:
+    """`[N, heads, head_size]` of a group's tokens, from query, key and value as `[T, heads, head_size]`."""
+    num_sequences, width = len(group.lengths), group.width
 
     def spread(packed: torch.Tensor) -> torch.Tensor:
-        heads, size = packed.shape[1], packed.shape[3]
-        padded = packed.new_zeros(num_sequences * longest, heads, size)
-        padded = padded.index_copy(0, slots, packed[0].transpose(0, 1))
-        return padded.view(num_sequences, longest, heads, size).transpose(1, 2)
+        padded = packed.new_zeros(num_sequences * width, *packed.shape[1:])
+        padded = padded.index_copy(0, group.slots, packed.index_select(0, group.tokens))
+        return padded.unflatten(0, (num_sequences, width)).transpose(1, 2)
 
+    query, key, value = (spread(each) for each in heads)
     mask = None
     if not causal:
-        mask = (torch.arange(longest, device=query.device) < lengths[:, None])[:, None, None, :]
+        mask = (torch.arange(width, device=query.device) < group.lengths[:, None])[:, None, None, :]
     attended = F.scaled_dot_product_attention(
-        spread(query),
-        spread(key),
-        spread(value),
+        query,
+        key,
+        value,
         attn_mask=mask,
-        dropout_p=rate,
+        dropout_p=dropout,
         is_causal=causal,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    flat = attended.transpose(1, 2).reshape(num_sequences * longest, query.shape[1], query.shape[3])
-    return flat.index_select(0, slots)[None], None
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, group.slots)
 
 
 def _plain_attention(

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from rlhf_ray.models.packing import RowBounds
 from rlhf_ray.models.reward_models import pad_texts
 
 _ROW_STEP = 64
+_READ_STEP = 16
+"""On a CPU, tokens of a packed row and texts read from it come in multiples of these: matrix products of few rows take
+other kernels, which sum in another order, and a score would depend on how many texts share the row."""
 _PADDED_PARTS = 4
 """Passes that a padded micro-batch is cut into by length, so that a short text is not padded to the longest."""
 
@@ -58,22 +62,24 @@ class RewardNetwork(nn.Module):
         classifier = self.classifier
         device = classifier.device
         num_tokens = sum(len(text) for text in texts)
-        # On a CPU the row is filled up by a text of padding, which nobody reads: kernels are compiled for each shape.
+        # Filled up by a text of padding, which nobody reads; bfloat16 kernels are compiled for each shape besides.
         filling = -num_tokens % _ROW_STEP if device.type == "cpu" else 0
         row_texts = [*texts, [self._pad_token_id] * filling] if filling else texts
         bounds = RowBounds([len(text) for text in row_texts])
+        read = list(range(len(texts)))
+        read += [0] * (-len(texts) % _READ_STEP if device.type == "cpu" else 0)
         row = torch.tensor([token for text in row_texts for token in text], device=device)[None]
         inputs = {"input_ids": row, "position_ids": bounds.position_ids().to(device), **bounds.model_inputs(device)}
         if hasattr(classifier, "score"):
             hidden = classifier.base_model(**inputs, use_cache=False).last_hidden_state[0]
-            return classifier.score(hidden[bounds.starts[1 : len(texts) + 1] - 1]).float(), row.numel()
+            return classifier.score(hidden[bounds.starts[1:][read] - 1])[: len(texts)].float(), row.numel()
         inputs["token_type_ids"] = torch.zeros_like(row)
         if torch.is_grad_enabled():
-            first = classifier.bert(**inputs).last_hidden_state[0, bounds.starts[: len(texts)]]
+            first = classifier.bert(**inputs).last_hidden_state[0, bounds.starts[read]]
         else:
-            first = _first_hidden_states(classifier.bert, inputs, [len(text) for text in row_texts])[: len(texts)]
+            first = _first_hidden_states(classifier.bert, inputs, bounds.starts, read)
         pooled = classifier.bert.pooler(first[:, None])
-        return classifier.classifier(classifier.dropout(pooled)).float(), row.numel()
+        return classifier.classifier(classifier.dropout(pooled))[: len(texts)].float(), row.numel()
 
     def _from_batches(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
@@ -90,15 +96,18 @@ class RewardNetwork(nn.Module):
         return self.network(**inputs).logits.float(), batch["input_ids"].numel()
 
 
-def _first_hidden_states(bert: Any, inputs: dict[str, Any], lengths: list[int]) -> torch.Tensor:
-    """`[S, hidden]` the last hidden state of each sequence's first token, which alone is read.
+def _first_hidden_states(
+    bert: Any, inputs: dict[str, Any], starts: NDArray[np.int64], read: Sequence[int]
+) -> torch.Tensor:
+    """`[n, hidden]` the last hidden state of the first token of the n sequences that are read.
 
     Of the last layer only keys and values are computed for the other tokens: a seventh of the work of six layers.
 
     Args:
         bert: without dropout, with the attention of packed rows.
         inputs: of the row, as the model takes them.
-        lengths: of the sequences of the row.
+        starts: of all sequences of the row, with the total at the end.
+        read: numbers of those that are read.
     """
     bounds = {name: value for name, value in inputs.items() if name.startswith(("cu_seq", "max_length"))}
     names = ("input_ids", "position_ids", "token_type_ids")
@@ -107,19 +116,18 @@ def _first_hidden_states(bert: Any, inputs: dict[str, Any], lengths: list[int]) 
     for layer in layers:
         hidden = layer(hidden, **bounds)
     attention = last.attention.self
-    starts = torch.tensor([0, *lengths[:-1]], device=hidden.device).cumsum(0)
-    first = hidden[:, starts]
+    first = hidden[:, starts[read]]
 
-    def parts(projection: Any, states: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
-        heads = projection(states)[0].float().unflatten(-1, (-1, attention.attention_head_size))
-        return heads.transpose(0, 1).split(sizes, dim=1)
+    def heads(projection: Any, states: torch.Tensor) -> torch.Tensor:
+        return projection(states)[0].float().unflatten(-1, (-1, attention.attention_head_size)).transpose(0, 1)
 
-    queries = parts(attention.query, first, [1] * len(lengths))
-    keys, values = (parts(each, hidden, lengths) for each in (attention.key, attention.value))
-    attended = [
-        (query @ key.transpose(-1, -2) * attention.scaling).softmax(-1) @ value
-        for query, key, value in zip(queries, keys, values, strict=True)
-    ]
+    queries = heads(attention.query, first).split(1, dim=1)
+    keys, values = (heads(each, hidden) for each in (attention.key, attention.value))
+    attended = []
+    for query, number in zip(queries, read, strict=True):
+        own = slice(starts[number], starts[number + 1])
+        weights = (query @ keys[:, own].transpose(-1, -2) * attention.scaling).softmax(-1)
+        attended.append(weights @ values[:, own])
     joined = torch.cat(attended, dim=1).transpose(0, 1).flatten(1).to(hidden.dtype)[None]
     states: torch.Tensor = last.feed_forward_chunk(last.attention.output(joined, first))[0]
     return states

@@ -82,6 +82,7 @@ class RewardScorer:
     def __init__(self, settings: RewardSettings, policy_model: str | None = None) -> None:
         on_gpu = settings.gpus > 0
         self._settings = settings
+        self.batch_invariant = settings.batch_invariant
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.texts = RewardTexts(settings.model, settings.max_length)
         self._policy_tokenizer = load_tokenizer(policy_model, "policy.model") if policy_model else None
@@ -98,7 +99,7 @@ class RewardScorer:
 
     def _load(self, model: str) -> RewardNetwork:
         """One model of the ensemble. On a CPU texts are packed, which computes no padding; the fixed shapes of the
-        batch-invariant mode need padded rows, and on GPUs plain batches are what the engines are made for."""
+        batch-invariant mode are of padded rows, and on GPUs plain batches are what the engines are made for."""
         on_gpu = self._settings.gpus > 0
         classifier = load_reward_network(
             model,

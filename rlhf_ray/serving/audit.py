@@ -8,8 +8,7 @@ The chain does not show records taken from its very end, nor that it was written
 has the folder. Whoever fears that notes `VerifiedWriter.last_hash` elsewhere from time to time.
 
 A text is kept as the SHA-256 of the token ids that were scored, each as four bytes, little endian; with `texts: full`
-as the ids themselves too. In the batch-invariant mode, in float32 on a CPU, a score depends on those ids alone, and a
-replay must find it to the bit.
+as the ids themselves too. On a CPU a score depends on those ids alone, and a replay must find it to the bit.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class AuditRecord:
         token_ids: as scored, special ones included.
         truncated: whether the text was cut to these.
         score: on the raw scale.
-        batch_invariant: whether the score is free of its batch, so that it can be found again to the bit.
+        batch_invariant: the mode it was scored in; the other one rounds otherwise.
     """
 
     request_id: str

@@ -24,14 +24,12 @@ class Difference:
     Attributes:
         place: `file:line` of the record.
         replayed: NaN where the text has no score now.
-        batch_invariant: whether the logged score was free of its batch; if not, a difference by rounding is no fault.
     """
 
     place: str
     request_id: str
     logged: float
     replayed: float
-    batch_invariant: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def replay(
     """Verify the log and score its records again.
 
     Args:
-        scorers: by version, in the batch-invariant mode.
+        scorers: by version, in the mode that the service scored in.
         request_id: only the records of this request.
         texts: file of rows with `text` (and `templated`, where a chat template has written the special tokens), or
             `messages`; needed where the log keeps texts as hashes. A text that a request had cut to fewer tokens than
@@ -90,7 +88,7 @@ def replay(
             if record.score.hex() == found.hex():
                 equal += 1
             else:
-                differences.append(Difference(place, record.request_id, record.score, found, record.batch_invariant))
+                differences.append(Difference(place, record.request_id, record.score, found))
 
     for place, record in verified_records(folder):
         if request_id is not None and record.request_id != request_id:
@@ -98,6 +96,9 @@ def replay(
         token_ids = record.token_ids or known.get(record.version, {}).get(record.text_sha256)
         if record.version not in scorers:
             not_replayed.append(NotReplayed(place, record.request_id, f"no model of version {record.version}"))
+        elif record.batch_invariant != scorers[record.version].batch_invariant:
+            cause = f"scored with batch_invariant {str(record.batch_invariant).lower()}, unlike the configuration"
+            not_replayed.append(NotReplayed(place, record.request_id, cause))
         elif token_ids is None:
             not_replayed.append(NotReplayed(place, record.request_id, "the text is not known"))
         elif text_hash(token_ids) != record.text_sha256:

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -221,27 +222,30 @@ def report_service(config: ServingConfig) -> None:
     show_status(_status(config, running.url, read_token(config.endpoint)))
 
 
-def replay_audit(config: ServingConfig, folder: Path) -> None:
+def replay_audit(config: ServingConfig, folder: Path, texts: Path | None) -> None:
     """Verify an audit log and score its records again with the configured models.
 
+    Args:
+        texts: file with the texts, where the log keeps hashes only.
+
     Raises:
-        BadInput: the log is not intact, or keeps texts as hashes only.
-        RoleFailure: a score is another one now.
+        BadInput: the log is not intact, or the file of texts cannot be read.
+        RoleFailure: a score is another one now, or a record could not be scored again.
     """
     from rlhf_ray.roles.reward_scorer import RewardScorer
     from rlhf_ray.serving.audit_replay import replay
     from rlhf_ray.serving.scorer_process import reward_settings
 
-    invariant = config.scorer.model_copy(update={"batch_invariant": True})
-    scorers = [RewardScorer(reward_settings(invariant, model.path)) for model in config.served]
-    report = replay(folder, {scorer.version: scorer for scorer in scorers})
-    print(
-        f"{report.num_equal} scores are the same to the bit; not replayed: {report.not_replayed or 'none'}", flush=True
-    )
-    for difference in report.differences[:10]:
-        print(f"  {difference}", flush=True)
+    scorers = [RewardScorer(reward_settings(config.scorer, model.path)) for model in config.served]
+    report = replay(folder, {scorer.version: scorer for scorer in scorers}, texts=str(texts) if texts else None)
+    print(f"{report.num_equal} scores are the same to the bit", flush=True)
+    for each in report.differences[:10]:
+        print(f"{each.place}: request {each.request_id}: {each.logged!r}, now {each.replayed!r}", flush=True)
+    for cause, count in Counter(each.cause for each in report.not_replayed).items():
+        print(f"not replayed: {count}, {cause}", flush=True)
     if not report.exact:
-        raise _failure(config, f"{len(report.differences)} scores of '{folder}' are others now")
+        faults = f"{len(report.differences)} scores are others now, {len(report.not_replayed)} could not be replayed"
+        raise _failure(config, f"'{folder}': {faults}")
 
 
 def write_serve_config(config: ServingConfig, path: Path) -> None:

@@ -64,9 +64,9 @@ class Running:
         return httpx.get(f"{self.with_token}{path}", timeout=30).raise_for_status().json()
 
     def expected(self, model: str, texts: Sequence[str]) -> dict[str, float]:
-        """Scores of the offline scorer, in the batch-invariant mode."""
+        """Scores of the offline scorer."""
         path = str(self.models[model])
-        scorer = RewardScorer(RewardSettings(model=path, batch_invariant=True, on_too_long="truncate"))
+        scorer = RewardScorer(RewardSettings(model=path, on_too_long="truncate"))
         return dict(zip(texts, scorer.score_texts(texts).scores.tolist(), strict=True))
 
     def again(self, *overrides: str, status: int = 0, name: str = "again") -> Command:
@@ -97,7 +97,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "run": {"name": "tiny-service"},
         "paths": {"runs": str(folder / "runs")},
         "models": {"main": {"path": str(models["first"])}},
-        "scorer": {"batch_invariant": True},
         "endpoint": {"port": port},
         "limits": {"max_queued_requests": 48, "max_texts": 64, "max_body_bytes": 200000},
         "candidates": {"min_texts": 100},

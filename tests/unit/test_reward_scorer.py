@@ -245,11 +245,22 @@ def test_one_judge_does_not_disagree(scorer: RewardScorer):
     assert scored.column().disagreement is None
 
 
-def test_batch_invariant_scores_are_equal_to_the_bit(tiny: Path):
-    settings = RewardSettings(model=str(tiny / "reward_model"), batch_invariant=True)
-    scorer = RewardScorer(settings)
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ["one short text", "a text of some more words than that one has", "words"]
+    return write_encoder(tmp_path_factory.mktemp("bert") / "encoder", texts, num_labels=1)
+
+
+@pytest.mark.parametrize("batch_invariant", [True, False])
+@pytest.mark.parametrize("architecture", ["decoder", "bert"])
+def test_a_score_is_the_same_to_the_bit_in_any_company(
+    tiny: Path, bert: Path, architecture: str, batch_invariant: bool
+):
+    model = {"decoder": tiny / "reward_model", "bert": bert}[architecture]
+    scorer = RewardScorer(RewardSettings(model=str(model), batch_invariant=batch_invariant))
     random = np.random.default_rng(0)
-    tokens = [random.integers(3, 400, random.integers(1, 60)).tolist() for _ in range(64)]
+    vocabulary = len(scorer.texts.tokenizer)
+    tokens = [random.integers(3, vocabulary, random.integers(1, 60)).tolist() for _ in range(64)]
     expected = scorer.score_tokens(tokens).scores
     for size in (1, 2, 5, 16, 33, 64):
         order = random.permutation(64)
@@ -258,8 +269,16 @@ def test_batch_invariant_scores_are_equal_to_the_bit(tiny: Path):
             for start in range(0, 64, size)
         ]
         assert np.array_equal(np.concatenate(found), expected[order])
-    free = RewardScorer(RewardSettings(model=str(tiny / "reward_model"))).score_tokens(tokens).scores
-    np.testing.assert_allclose(free, expected, rtol=0, atol=5e-6)
+    assert len(np.unique(expected)) > 32
+
+
+def test_the_modes_agree(tiny: Path):
+    tokens = [list(range(3, 3 + length)) for length in range(1, 60)]
+    packed, fixed = (
+        RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_invariant=invariant)).score_tokens(tokens)
+        for invariant in (False, True)
+    )
+    np.testing.assert_allclose(packed.scores, fixed.scores, rtol=0, atol=5e-6)
 
 
 def test_a_head_that_was_not_saved_is_refused(altered: Path):

@@ -316,11 +316,14 @@ def test_a_score_that_differs_in_the_last_bit_is_reported(scorer: RewardScorer, 
     with AuditLog(tmp_path, AuditSettings(texts="full"), "replica") as log:
         log.append([AuditRecord("r0", "main", scorer.version, token_ids, False, other, True)])
         log.append([AuditRecord("r1", "main", "gone", token_ids, False, score, True)])
+        log.append([AuditRecord("r2", "main", scorer.version, token_ids, False, score, False)])
     report = replay(tmp_path, {scorer.version: scorer})
     [difference] = report.differences
     assert (difference.logged, difference.replayed, difference.request_id) == (other, score, "r0")
     assert difference.place.endswith(".jsonl:2")
-    assert [each.cause for each in report.not_replayed] == ["no model of version gone"]
+    gone, other_mode = (each.cause for each in report.not_replayed)
+    assert gone == "no model of version gone"
+    assert "batch_invariant false" in other_mode
 
 
 def test_the_hash_is_of_the_ids_and_not_of_their_type():
