@@ -46,8 +46,8 @@ def connect(settings: ClusterSettings) -> None:
             raise BadInput(
                 "cluster.address",
                 f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]})",
-                "the address of a running cluster, with its token in RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token where it "
-                "has one, or empty for a new cluster on this machine",
+                "the address of a running cluster (where it asks for a token: RAY_AUTH_MODE=token, and the token in "
+                "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), or empty for a new cluster on this machine",
             ) from None
         return
     ray.init(
