@@ -87,9 +87,15 @@ function showHeadline({ replicas, series, drift }) {
     figure("Texts", `${short(last("texts_per_s"))} /s`, `${short(last("tokens_per_s"))} tokens/s`),
     figure("Latency, 99th percentile", `${short(last("latency_p99_ms"))} ms`, `median ${short(last("latency_p50_ms"))} ms`),
     figure("Replicas", String(replicas.length), `${count(replicas.reduce((sum, replica) => sum + replica.queued, 0))} requests under way`, !replicas.length),
-    figure("Drift", drift.length ? (alarms.length ? `${alarms.length} alarm${alarms.length > 1 ? "s" : ""}` : "none") : "–",
-      drift.length ? (alarms.map((row) => `${row.quantity} of ${row.model}`).join(", ") || "like the training data") : "no reference to compare with", alarms.length > 0),
+    figure("Drift", ...driftInWords(drift, alarms), alarms.length > 0),
   );
+}
+
+function driftInWords(drift, alarms) {
+  if (alarms.length) return [`${alarms.length} alarm${alarms.length > 1 ? "s" : ""}`, alarms.map((row) => `${row.quantity} of ${row.model}`).join(", ")];
+  if (!drift.length) return ["–", "no reference to compare with"];
+  if (drift.some((row) => row.psi === null)) return ["–", "too few texts yet"];
+  return ["none", "like the training data"];
 }
 
 function showModels(models) {
