@@ -62,12 +62,12 @@ class RewardNetwork(nn.Module):
         classifier = self.classifier
         device = classifier.device
         num_tokens = sum(len(text) for text in texts)
+        row_step, read_step = (_ROW_STEP, _READ_STEP) if device.type == "cpu" else (1, 1)
         # Filled up by a text of padding, which nobody reads; bfloat16 kernels are compiled for each shape besides.
-        filling = -num_tokens % _ROW_STEP if device.type == "cpu" else 0
+        filling = -num_tokens % row_step
         row_texts = [*texts, [self._pad_token_id] * filling] if filling else texts
         bounds = RowBounds([len(text) for text in row_texts])
-        read = list(range(len(texts)))
-        read += [0] * (-len(texts) % _READ_STEP if device.type == "cpu" else 0)
+        read = [*range(len(texts)), *[0] * (-len(texts) % read_step)]
         row = torch.tensor([token for text in row_texts for token in text], device=device)[None]
         inputs = {"input_ids": row, "position_ids": bounds.position_ids().to(device), **bounds.model_inputs(device)}
         if hasattr(classifier, "score"):

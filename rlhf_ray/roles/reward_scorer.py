@@ -108,7 +108,7 @@ class RewardScorer:
             attention=resolve_padded_attention("auto", on_gpu),
             num_labels=self.texts.layout.num_labels,
         )
-        packed = takes_packed_rows(classifier) and not on_gpu and not self._settings.batch_invariant
+        packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
         return RewardNetwork(classifier.to(self._device).eval(), self.texts.tokenizer.pad_token_id, packed)
@@ -177,7 +177,7 @@ class RewardScorer:
         """Texts of like length together; in the batch-invariant mode of the same padded length only."""
         order = sorted(wanted, key=lambda index: -int(num_tokens[index]))
         size = self._settings.batch_size
-        if not self._settings.batch_invariant:
+        if not self.batch_invariant:
             while order:
                 ends = np.cumsum(num_tokens[order[:size]])
                 count = max(1, int(np.searchsorted(ends, _ROW_TOKENS, side="right")))
@@ -191,6 +191,6 @@ class RewardScorer:
     @torch.inference_mode()
     def _forward(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, A, K]` logits of one batch."""
-        num_rows = _FIXED_ROWS if self._settings.batch_invariant else len(texts)
+        num_rows = _FIXED_ROWS if self.batch_invariant else len(texts)
         logits = [network(texts, num_rows)[0][: len(texts)] for network in self._networks]
         return self.texts.layout.arrange([each.double().cpu().numpy() for each in logits])
