@@ -134,9 +134,11 @@ class ScorerProcess:
         async with self._restarting:
             if self._running is not dead:
                 return
-            self._running = self._start(dead.number + 1)
+            started = self._start(dead.number + 1)
             for key, path in self._paths.items():
-                await self._running.host.load.remote(key, path)
+                await started.host.load.remote(key, path)
+            # Not before its models are in memory: a batch that comes meanwhile finds the dead one, and waits here too.
+            self._running = started
 
     def _start(self, number: int) -> _Running:
         settings = self._settings
