@@ -376,13 +376,16 @@ class WeightSettings(Settings):
         description="`object_store` works everywhere; `nccl` is "
         "vLLM's own engine for learners and generators on separate GPUs.",
     )
-    bucket_mib: PositiveInt = Field(64, description="Size of one bucket in the object store.")
-    probe_prompts: PositiveInt = Field(4, description="Prompts of the parity check after every sync.")
-    probe_tokens: PositiveInt = Field(8, description="Tokens sampled for each of them.")
+    bucket_mib: PositiveInt = Field(64, description="Size of one bucket of weights.")
+    probe_tokens: PositiveInt = Field(
+        256,
+        description="Prompt tokens on which engine and learner are compared after every sync: they must agree, and "
+        "the engine's log-probs must have changed as the learner's have.",
+    )
     max_abs_dlogp_float32: PositiveFloat = Field(
         1e-4, description="Largest |Δ log-prob| allowed when engine and learner compute in float32."
     )
-    max_mean_ratio_bfloat16: PositiveFloat = Field(1.05, description="Largest mean exp|Δ log-prob| allowed otherwise.")
+    max_median_dlogp_bfloat16: PositiveFloat = Field(0.05, description="Largest median |Δ log-prob| allowed otherwise.")
 
 
 class EvaluationSettings(Settings):
@@ -395,7 +398,7 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """What survives a stop."""
+    """Checkpointing."""
 
     every_steps: PositiveInt = Field(10, description="A checkpoint every n steps (and at a stop).")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
@@ -415,6 +418,9 @@ class TrackingSettings(Settings):
 
     wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
     tensorboard: bool = Field(False, description="Write TensorBoard files into the run folder.")
+    trace_steps: NonNegativeInt = Field(
+        3, description="First steps of a PPO run whose timeline is written to `trace.json` (Chrome's trace format)."
+    )
     progress: Annotated[Literal["auto", "live", "lines", "off"], OffIsAWord] = Field(
         "auto", description="Display: `live` on a terminal, one line a step elsewhere."
     )
@@ -445,7 +451,7 @@ class PPOConfig(RunConfig):
     algorithm: AlgorithmSettings = Field(default_factory=AlgorithmSettings, description="The algorithm.")
     weights: WeightSettings = Field(default_factory=WeightSettings, description="How new weights reach the engine.")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Held-out judgement.")
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="What survives a stop.")
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Checkpointing.")
 
     @model_validator(mode="after")
     def _roles_fit_the_algorithm(self) -> PPOConfig:
@@ -513,6 +519,9 @@ class SFTConfig(RunConfig):
     steps: PositiveInt | None = Field(None, description="Optimizer steps; empty: `epochs` passes.")
     epochs: PositiveInt = Field(1, description="Passes over the text.")
     batch_size: PositiveInt = Field(32, description="Rows of one optimizer step, over all ranks.")
+    checkpoint: CheckpointSettings = Field(
+        default_factory=lambda: CheckpointSettings(every_steps=50, keep=1), description="Checkpointing."
+    )
 
 
 class PreferenceSettings(Settings):

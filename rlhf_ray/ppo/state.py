@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, write_atomic
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -25,10 +21,8 @@ class LoopState:
     tokens: int = 0
     kl_controller: dict[str, float] = field(default_factory=dict)
 
-    def save(self, checkpoint: Path) -> None:
-        """Written last: it makes the checkpoint a complete one."""
-        write_atomic(checkpoint / CHECKPOINT_STATE, json.dumps(asdict(self)) + "\n")
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> LoopState:
-        return cls(**json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8")))
+    def advance(self, samples: int, tokens: int) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.samples += samples
+        self.tokens += tokens

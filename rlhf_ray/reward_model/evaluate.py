@@ -47,6 +47,7 @@ from rlhf_ray.reward_model.policy_samples import (
 )
 from rlhf_ray.reward_model.report import headline
 from rlhf_ray.reward_model.scoring import score_all
+from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, role_group
@@ -183,14 +184,16 @@ def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
     return None if settings is None or settings.path is None else load_samples(settings.path, "best_of_n.path")
 
 
-def _score_benchmark(scorers: ActorGroup, benchmark: Benchmark, text: RewardText, tracker: Tracker) -> BenchmarkResult:
+def _score_benchmark(
+    scorers: ActorGroup[RewardScorer], benchmark: Benchmark, text: RewardText, tracker: Tracker
+) -> BenchmarkResult:
     tracker.phase(f"scoring {benchmark.name}")
     templated = text.tokenizer.chat_template is not None
     tokens = [text.tokens(item_text(item, text.tokenizer), templated) for item in benchmark.items]
     return score_benchmark(benchmark, _scores_of(scorers, tokens))
 
 
-def _scores_of(scorers: ActorGroup, tokens: Sequence[tuple[int, ...] | None]) -> NDArray[np.float64]:
+def _scores_of(scorers: ActorGroup[RewardScorer], tokens: Sequence[tuple[int, ...] | None]) -> NDArray[np.float64]:
     """`[n]`, NaN where there is no score; equal texts are scored once."""
     unique = list(dict.fromkeys(ids for ids in tokens if ids is not None))
     scores = score_all(scorers, unique).scores.tolist() if unique else []
@@ -199,7 +202,7 @@ def _scores_of(scorers: ActorGroup, tokens: Sequence[tuple[int, ...] | None]) ->
 
 
 def _best_of_n(
-    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup, text: RewardText
+    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup[RewardScorer], text: RewardText
 ) -> BestOfNReport:
     """Ranked by the reward model, judged by the second judge (for which a reward model takes its place for a while)."""
     settings = config.best_of_n
@@ -222,7 +225,7 @@ def _best_of_n(
     )
 
 
-def _text_scorer(scorers: ActorGroup, text: RewardText) -> TextScorer:
+def _text_scorer(scorers: ActorGroup[RewardScorer], text: RewardText) -> TextScorer:
     def score(texts: Sequence[str], templated: bool) -> NDArray[np.float64]:
         return _scores_of(scorers, [text.tokens(each, templated) for each in texts])
 

@@ -1,21 +1,22 @@
-"""Sampling responses with vLLM, and taking in new weights between shards."""
+"""Sampling responses with vLLM, and loading new weights between shards."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.settings import GeneratorSettings
+from rlhf_ray.algorithms.parity import Parity, ParityCheck
+from rlhf_ray.config.settings import GeneratorSettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.randomness import keyed_seed
-from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, ProbeColumn, Rollout
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,23 @@ class Generator:
         settings: the engine.
         context_tokens: longest prompt and response together.
         eos_token_id: ends a response.
-        transport: weight transfer engine, `object_store` or `nccl`.
+        weights: how new weights arrive, and what is allowed of them.
     """
 
     def __init__(
-        self, model: str, settings: GeneratorSettings, context_tokens: int, eos_token_id: int, transport: str
+        self,
+        model: str,
+        settings: GeneratorSettings,
+        context_tokens: int,
+        eos_token_id: int,
+        weights: WeightSettings,
     ) -> None:
         on_gpu = settings.gpus > 0
         self._eos_token_id = eos_token_id
+        self._dtype = resolve_dtype(settings.dtype, on_gpu)
         self._version = 0
+        self._calls = 0
+        self._parity = ParityCheck(weights)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -105,13 +114,13 @@ class Generator:
             memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30))}
         arguments: dict[str, Any] = {
             "model": model,
-            "dtype": resolve_dtype(settings.dtype, on_gpu),
+            "dtype": self._dtype,
             "max_model_len": context_tokens,
             "max_num_seqs": settings.max_concurrent_sequences,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": settings.enforce_eager,
             "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
-            "weight_transfer_config": WeightTransferConfig(backend=transport),
+            "weight_transfer_config": WeightTransferConfig(backend=weights.transport),
             # Log-probs at the sampling temperature, as the learner computes them.
             "logprobs_mode": "processed_logprobs",
             # Sampling settings come from the plan alone, never from a file beside the model.
@@ -122,10 +131,14 @@ class Generator:
             **settings.engine,
         }
         self._engine = LLM(**arguments)
-        self._engine.init_weight_transfer_engine({"init_info": {}}) if transport == "object_store" else None
+        if weights.transport == "object_store":
+            self._engine.init_weight_transfer_engine({"init_info": {}})
 
-    def generate(self, plan: ShardPlan) -> tuple[Rollout, RolloutHeader]:
+    def generate(self, plan: ShardPlan, snapshot: Snapshot) -> Rollout:
         """Sample one shard.
+
+        Args:
+            snapshot: the weights to sample with; loaded first where the engine has another version.
 
         Raises:
             RoleFailure: the engine gave back fewer tokens or log-probs than it says it sampled.
@@ -133,10 +146,16 @@ class Generator:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        # An empty prefix cache at the start: what was sampled before a shard leaves no trace in its arithmetic.
-        self._forget_prefixes()
+        if snapshot.version != self._version:
+            self._load(snapshot)
+        # Samples of a prompt share its keys and values, calls do not: what was sampled before a shard, or with other
+        # weights, leaves no trace in its arithmetic.
+        self._calls += 1
+        salt = f"{self._version}:{self._calls}"
         count = plan.samples_per_prompt
-        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in plan.prompts for _ in range(count)]
+        prompts = [
+            TokensPrompt(prompt_token_ids=ids.tolist(), cache_salt=salt) for ids in plan.prompts for _ in range(count)
+        ]
         sampling = [
             SamplingParams(
                 temperature=plan.temperature,
@@ -166,7 +185,7 @@ class Generator:
             logprobs += [entry[token].logprob for token, entry in zip(response.token_ids, sampled, strict=True)]
         finished = [output.outputs[0].finish_reason == "stop" for output in outputs]
         prompt_ids = np.repeat(np.array(plan.prompt_ids, dtype=np.int64), count)
-        rollout = Rollout(
+        return Rollout(
             tokens=np.concatenate(sequences),
             prompt_lengths=np.array([len(ids) for ids in plan.prompts for _ in range(count)], dtype=np.int32),
             response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
@@ -176,38 +195,66 @@ class Generator:
             sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
             prompt_ids=prompt_ids,
         )
-        return rollout, rollout.header()
 
-    def load_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Take in a full set of weights through vLLM's weight-transfer API.
+    def synchronize(self, snapshot: Snapshot, probe: tuple[NDArray[np.int32], ...], learner: ProbeColumn) -> Parity:
+        """Load new weights, and see that the engine computes with them.
 
-        The prefix cache is reset: keys and values in it were computed with the old weights.
+        Args:
+            snapshot: the weights; without tensors, they have arrived by `receive`.
+            probe: prompts, the same at every version.
+            learner: the learner's log-probs of the probe's tokens under these weights.
         """
+        if snapshot.names or snapshot.version != self._version:
+            self._load(snapshot)
+        exact = self._dtype == learner.dtype == "float32"
+        return self._parity.judge(snapshot.version, self._probe(probe), learner.data, exact=exact)
+
+    def _probe(self, probe: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
+        """`[N]` log-probs at temperature 1 of every token of the probe but each prompt's first, without sampling."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = self._engine.generate(
+            [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in probe],
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        logprobs = [
+            entry[int(token)].logprob
+            for ids, output in zip(probe, outputs, strict=True)
+            for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        return np.array(logprobs, dtype=np.float32)
+
+    def _load(self, snapshot: Snapshot) -> None:
+        if not snapshot.names:
+            raise RoleFailure(
+                FailureKind.INFRASTRUCTURE,
+                "generator",
+                "?",
+                f"the engine has weights of version {self._version}, and there is nothing to load version "
+                f"{snapshot.version} from",
+            )
         self._engine.start_weight_update()
-        for bucket in buckets:
-            self._engine.update_weights({"update_info": {"bucket": bucket}})
-        self.finish_weight_update(version)
+        self._engine.update_weights({"update_info": {"snapshot": snapshot}})
+        self._finish_update(snapshot.version)
 
-    def finish_weight_update(self, version: int) -> None:
-        """Weights are complete: name them and forget what was computed with the old ones."""
-        self._engine.finish_weight_update(weight_version=str(version))
-        self._forget_prefixes()
-        self._version = version
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the sender (called by vLLM's own trainer side of the `nccl` transport)."""
+    def join_senders(self, init_info: dict[str, Any]) -> None:
+        """Meet the policy learner in the group of the `nccl` transport."""
         self._engine.init_weight_transfer_engine({"init_info": init_info})
 
-    def start_weight_update(self) -> None:
-        """First call of an `nccl` transfer."""
+    def receive(self, update_info: dict[str, Any], version: int) -> None:
+        """Take part in the learner's broadcast (`nccl` transport).
+
+        Args:
+            update_info: what is sent, as vLLM's trainer side describes it.
+        """
         self._engine.start_weight_update()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive what the sender broadcasts."""
         self._engine.update_weights({"update_info": update_info})
+        self._finish_update(version)
 
-    def _forget_prefixes(self) -> None:
-        """Reset the prefix cache: keys and values in it may have been computed with old weights."""
+    def _finish_update(self, version: int) -> None:
+        self._engine.finish_weight_update(weight_version=str(version))
         if not self._engine.reset_prefix_cache():
             raise RoleFailure(
                 FailureKind.FATAL,
@@ -215,3 +262,4 @@ class Generator:
                 "?",
                 "the prefix cache could not be reset; stale keys and values would stay",
             )
+        self._version = version

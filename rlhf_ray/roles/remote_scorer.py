@@ -18,7 +18,7 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.reward_scorer import Conversation
-from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout
+from rlhf_ray.rollout import RewardColumn, Rollout
 from rlhf_ray.serving.client import PromptResponse, RewardClient
 from rlhf_ray.serving.client_calls import ServedModel
 from rlhf_ray.serving.client_errors import RewardServiceError, Unauthorized
@@ -57,7 +57,7 @@ class RemoteScorer:
         self._several_members = model.num_members > 1
         self.version = model.version
 
-    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> tuple[RewardColumn, RewardHeader]:
+    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
         Args:
@@ -82,10 +82,9 @@ class RemoteScorer:
             num_truncated += outcome.truncated
         if answer.model is not None and self._settings.apply_temperature:
             scores, disagreement = scores / answer.model.temperature, disagreement / answer.model.temperature
-        column = RewardColumn(
+        return RewardColumn(
             scores, tuple(failures), self.version, num_truncated, disagreement if self._several_members else None
         )
-        return column, column.header()
 
     def _item(self, rollout: Rollout, index: int, prompts: Mapping[int, Conversation]) -> PromptResponse:
         prompt = prompts[int(rollout.prompt_ids[index])]

@@ -18,7 +18,7 @@ from rlhf_ray.models.reward_card import ScoreAggregation
 from rlhf_ray.models.reward_models import load_reward_network, padded_width
 from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
 from rlhf_ray.models.reward_texts import Encoded, RewardTexts
-from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout
+from rlhf_ray.rollout import RewardColumn, Rollout
 
 _ROW_TOKENS = 4096
 """Most tokens of a packed row: longer ones are no faster and take more memory."""
@@ -113,15 +113,14 @@ class RewardScorer:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
         return RewardNetwork(classifier.to(self._device).eval(), self.texts.tokenizer.pad_token_id, packed)
 
-    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> tuple[RewardColumn, RewardHeader]:
+    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
         Args:
             prompts: of the shard, by prompt id.
         """
         encoded = [self._encode_sample(rollout, index, prompts) for index in range(rollout.num_samples)]
-        column = self.score_encoded(encoded).column()
-        return column, column.header()
+        return self.score_encoded(encoded).column()
 
     def score_texts(self, texts: Sequence[str], *, templated: bool = False) -> ScoredTexts:
         """A score, or the cause why there is none, for every whole text.
