@@ -40,7 +40,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(data_root: Path) -> Path:
-    """Folder of the tiny preset: `policy`, `reward_model` and JSONL files."""
+    """Folder of the tiny preset: `policy`, `policy_tied`, `reward_model` and JSONL files."""
     return data_root / "tiny"
 
 
@@ -48,6 +48,12 @@ def tiny(data_root: Path) -> Path:
 def policy_model(tiny: Path) -> str:
     """Directory of the tiny policy."""
     return str(tiny / "policy")
+
+
+@pytest.fixture(scope="session")
+def tied_policy_model(tiny: Path) -> str:
+    """Directory of the tiny policy whose output projection shares the embedding's weights."""
+    return str(tiny / "policy_tied")
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rlhf_ray.models.buckets import Snapshot
@@ -51,9 +53,26 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        _process_tied_layers(self.model)
 
     def shutdown(self) -> None:
         """There is no connection to close."""
+
+
+def _process_tied_layers(model: nn.Module) -> None:
+    """Pack again what layers have made of a parameter that belongs to another layer.
+
+    An output projection tied to the embedding shares its parameter but keeps a packed copy of its own. The weights
+    arrive under the embedding's name, so a layerwise reload (vLLM 0.32) processes the embedding alone, and the
+    projection would go on computing with its old copy.
+    """
+    owned: set[int] = set()
+    for layer in model.modules():
+        parameters = {id(parameter) for parameter in layer.parameters(recurse=False)}
+        method = getattr(layer, "quant_method", None)
+        if parameters & owned and isinstance(method, QuantizeMethodBase):
+            method.process_weights_after_loading(layer)
+        owned |= parameters
 
 
 def register_object_store_engine() -> None:

@@ -46,12 +46,12 @@ class ObservedGenerator(Generator):
 
 
 @pytest.fixture(scope="module")
-def groups(local_ray: Path, policy_model: str, policy_tokenizer: Any) -> Iterator[tuple[ActorGroup, ActorGroup]]:
+def groups(local_ray: Path, tied_policy_model: str, policy_tokenizer: Any) -> Iterator[tuple[ActorGroup, ActorGroup]]:
     """One generator and one policy learner, started together."""
-    settings = PolicySettings(model=policy_model, learner=learner_settings())
+    settings = PolicySettings(model=tied_policy_model, learner=learner_settings())
     with started(local_ray, {"generator": SETTINGS, "policy": ActorSettings()}) as [generators, policy]:
         pending = generators.build(
-            ObservedGenerator, [(policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
+            ObservedGenerator, [(tied_policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
         )
         pending += policy.build(PolicyLearner, [(settings, rank, 20) for rank in ranks(policy)])
         collect(pending, 280)
@@ -59,9 +59,9 @@ def groups(local_ray: Path, policy_model: str, policy_tokenizer: Any) -> Iterato
 
 
 @pytest.fixture
-def generators(groups: tuple[ActorGroup, ActorGroup], policy_model: str, single_rank: Rank) -> ActorGroup:
+def generators(groups: tuple[ActorGroup, ActorGroup], tied_policy_model: str, single_rank: Rank) -> ActorGroup:
     """The engine with the first weights."""
-    load(groups[0], learner(policy_model, single_rank), 0)
+    load(groups[0], learner(tied_policy_model, single_rank), 0)
     return groups[0]
 
 
@@ -124,9 +124,9 @@ def test_a_rollout_is_what_the_plan_asked_for(generators: ActorGroup, policy_tok
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_engine_and_learner_agree_before_and_after_every_sync(
-    generators: ActorGroup, policy_model: str, policy_tokenizer: Any, single_rank: Rank, temperature: float
+    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank, temperature: float
 ):
-    policy = learner(policy_model, single_rank, temperature)
+    policy = learner(tied_policy_model, single_rank, temperature)
     plan = plan_for(policy_tokenizer, temperature=temperature)
     rollout, _ = generate(generators, plan)
     assert policy.compare(rollout).max_abs <= PARITY
@@ -144,10 +144,10 @@ def test_engine_and_learner_agree_before_and_after_every_sync(
 
 
 def test_a_learner_at_another_temperature_disagrees(
-    generators: ActorGroup, policy_model: str, policy_tokenizer: Any, single_rank: Rank
+    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
 ):
     rollout, _ = generate(generators, plan_for(policy_tokenizer, temperature=0.7))
-    assert learner(policy_model, single_rank).compare(rollout).max_abs > 100 * PARITY
+    assert learner(tied_policy_model, single_rank).compare(rollout).max_abs > 100 * PARITY
 
 
 def long_prompts(count: int) -> tuple[np.ndarray, ...]:
@@ -192,12 +192,12 @@ def test_halves_of_a_shard_are_parts_of_the_whole(generators: ActorGroup, policy
 
 
 def test_nothing_computed_with_old_weights_survives_a_sync(
-    generators: ActorGroup, policy_model: str, policy_tokenizer: Any, single_rank: Rank
+    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
 ):
     [prompt] = long_prompts(1)
     generators.call(0, "cached_tokens", prompt.tolist())
     assert generators.call(0, "cached_tokens", prompt.tolist()) > 0, "the cache is not in use; this proves nothing"
-    policy = learner(policy_model, single_rank)
+    policy = learner(tied_policy_model, single_rank)
     train(policy, random_rollout(0), 0)
     load(generators, policy, 1)
     assert generators.call(0, "cached_tokens", prompt.tolist()) == 0

@@ -78,9 +78,9 @@ def tensors_of(folder: Path, critic: list[WeightBucket]) -> dict[str, torch.Tens
 
 
 @pytest.fixture(scope="module")
-def expected(policy_model: str, single_rank: Rank, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def expected(tied_policy_model: str, single_rank: Rank, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Reports and weights of two steps in one process."""
-    learners = Learners(policy_model, single_rank, zero_stage=1)
+    learners = Learners(tied_policy_model, single_rank, zero_stage=1)
     reports = [learners.train(step) for step in range(2)]
     folder = tmp_path_factory.mktemp("single")
     return reports, tensors_of(folder, learners.export(str(folder)))
@@ -95,12 +95,12 @@ def pair(local_ray: Path) -> Iterator[ActorGroup]:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_ranks_equal_one_process(
-    pair: ActorGroup, policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
+    pair: ActorGroup, tied_policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
 ):
     places = ranks(pair)
 
     def build() -> None:
-        pair.wait(pair.build(Learners, [(policy_model, place, zero_stage) for place in places]))
+        pair.wait(pair.build(Learners, [(tied_policy_model, place, zero_stage) for place in places]))
 
     build()
     assert pair.call_all("values_are_zero") == [True, True]

@@ -17,7 +17,7 @@ from rlhf_ray.randomness import keyed_generator
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SEED = 135
 VOCABULARY = 512
 """At most; the small corpus gives fewer merges."""
@@ -46,7 +46,7 @@ def build(archive: Path, target: Path, report: Callable[[str], None]) -> dict[st
     for name, content in rows.items():
         lines = "".join(json.dumps(row) + "\n" for row in content)
         (target / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
-    report("making a tokenizer and two random models")
+    report("making a tokenizer and three random models")
     tokenizer = _tokenizer(
         [str(row["text"]) for row in rows["sft_train"]]
         + [_sentence(*words, good=good) for words in _all_words() for good in (0, 5)]
@@ -132,15 +132,18 @@ def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
 def _save_models(tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
-    policy = LlamaForCausalLM(_config(tokenizer))
-    reward_model = LlamaForSequenceClassification(_config(tokenizer, num_labels=1))
-    for name, model in (("policy", policy), ("reward_model", reward_model)):
+    models = {
+        "policy": LlamaForCausalLM(_config(tokenizer)),
+        "policy_tied": LlamaForCausalLM(_config(tokenizer, tied=True)),
+        "reward_model": LlamaForSequenceClassification(_config(tokenizer, num_labels=1)),
+    }
+    for name, model in models.items():
         _draw_weights(model, name)
         model.save_pretrained(target / name)
         tokenizer.save_pretrained(target / name)
 
 
-def _config(tokenizer: PreTrainedTokenizerFast, **more: int) -> LlamaConfig:
+def _config(tokenizer: PreTrainedTokenizerFast, tied: bool = False, **more: int) -> LlamaConfig:
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -151,7 +154,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, **more: int) -> LlamaConfig:
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
