@@ -87,7 +87,7 @@ def plan_shards(
 
 def generate(cast: Cast, plans: Sequence[ShardPlan], drawn: Sequence[tuple[int, Prompt]]) -> list[Shard]:
     """Ask the generators for all shards, shard i of generator i mod n."""
-    conversations = {number: Conversation(prompt.text, prompt.messages) for number, prompt in drawn}
+    conversations = {number: Conversation(prompt.text, prompt.messages, prompt.label) for number, prompt in drawn}
     shards = []
     for plan in plans:
         rows, header = cast.generators.submit(plan.index % len(cast.generators), "generate", plan, num_returns=2)

@@ -253,7 +253,7 @@ def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, l
     texts = [text for rollout in rollouts for text in _decoded(rollout, tokenizer)]
     count = settings.samples_per_prompt
     return PolicySamples(
-        prompts=tuple(Conversation(prompt.text, prompt.messages) for prompt in prompts),
+        prompts=tuple(Conversation(prompt.text, prompt.messages, prompt.label) for prompt in prompts),
         responses=tuple(tuple(texts[start : start + count]) for start in range(0, len(texts), count)),
         places=tuple(f"{policy.path}: prompt {prompt.index + 1}" for prompt in prompts),
         truncated_share=float(np.mean(np.concatenate([each.finish_reasons for each in rollouts]) == FINISH_LENGTH)),

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,22 @@ def test_what_cannot_be_scored_is_a_failure_in_its_place(url: str, policy_model:
     assert column.failures == ("", "the text is longer than 64 tokens", "")
     assert np.isnan(column.scores[1])
     assert header.num_scored == 2
+
+
+def test_a_response_that_nobody_can_read_is_not_sent(
+    service: StubService, local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
+):
+    whole = sampled(policy_tokenizer)
+    expected, _ = local.score(whole, TEXTS)
+    unreadable = whole.tokens.copy()
+    unreadable[int(whole.prompt_lengths[0])] = len(policy_tokenizer)
+    column, header = remote(url, policy_model).score(replace(whole, tokens=unreadable), TEXTS)
+    assert header.failure_causes == {"the response has a token id that the policy's tokenizer does not know": 1}
+    assert column.ok.tolist() == [False, True, True]
+    np.testing.assert_allclose(column.scores[1:], expected.scores[1:], rtol=0, atol=1e-6)
+    every = np.full_like(whole.tokens, len(policy_tokenizer))
+    column, _ = remote(url, policy_model).score(replace(whole, tokens=every), TEXTS)
+    assert not column.ok.any()
 
 
 def test_a_pause_is_waited_out_and_a_longer_one_is_the_fleets(
