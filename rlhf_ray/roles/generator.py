@@ -99,10 +99,9 @@ class Generator:
         from rlhf_ray.roles.weight_receiver import register_object_store_engine
 
         register_object_store_engine()
-        # Without a KV size, an engine on a CPU claims nearly all memory and dies beside the other roles.
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if settings.kv_cache_gib is not None:
-            memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30))}
+        if settings.kv_cache_bytes is not None:
+            memory = {"kv_cache_memory_bytes": settings.kv_cache_bytes}
         arguments: dict[str, Any] = {
             "model": model,
             "dtype": resolve_dtype(settings.dtype, on_gpu),
@@ -123,6 +122,10 @@ class Generator:
         }
         self._engine = LLM(**arguments)
         self._engine.init_weight_transfer_engine({"init_info": {}}) if transport == "object_store" else None
+
+    def dtype(self) -> str:
+        """The type that the engine computes in, by torch's name: what `auto` became here, or `engine` asked for."""
+        return str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
 
     def generate(self, plan: ShardPlan) -> tuple[Rollout, RolloutHeader]:
         """Sample one shard.

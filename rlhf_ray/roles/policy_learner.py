@@ -113,6 +113,10 @@ class PolicyLearner:
 
         self._engine = DeepSpeedEngine(build, learner, rank, self._dtype, total_steps)
 
+    def dtype(self) -> str:
+        """The type that this rank computes in, by torch's name: what `auto` became on its node."""
+        return self._dtype
+
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
         """The policy's log-probs of every response token, as the learner computes them now."""
         return token_columns(
