@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -14,6 +15,7 @@ from rlhf_ray.config.settings import AlgorithmSettings, PPOConfig
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
 from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
 from rlhf_ray.ppo.evaluation import (
+    before_file,
     evaluate,
     held_out_kl,
     held_out_line,
@@ -24,7 +26,7 @@ from rlhf_ray.ppo.evaluation import (
 )
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row
-from rlhf_ray.ppo.state import LoopState
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import Columns, Shard, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
 from rlhf_ray.roles.critic_learner import CriticReport
 from rlhf_ray.roles.evaluator import EvaluatedSample
@@ -37,9 +39,8 @@ from rlhf_ray.runtime.waiting import collect
 from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
 from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
-from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder
+from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder, run_folder_path
 
-BEFORE = "held_out_before.jsonl"
 AFTER = "held_out_after.jsonl"
 
 
@@ -52,6 +53,8 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
     check_folder(config, resume)
+    if resume:
+        check_resumable(config, RunFolder(Path(run_folder_path(config))))
     inputs = read_inputs(config)
     connect(config.cluster)
     try:
@@ -100,17 +103,24 @@ class PPO:
         self._tracker, self._folder, self._stop = tracker, folder, stop
         kl = config.algorithm.kl
         self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
-        self._state = LoopState()
+        self._state = LoopState(learners=learner_shapes(config))
+        self._before = folder.path / before_file(config, inputs) if inputs.held_out is not None else None
         self._experience = experience_spec(config.algorithm)
         self._transport = open_transport(config.weights, cast.policy, cast.generators, config.generator.tensor_parallel)
 
     def run(self, resume: bool) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
-        if resume:
+        judged = self._before is None or self._before.exists()
+        if resume and judged:
             self._load_checkpoint()
         self._tracker.phase("first sync of the weights")
         self._sync(StepClock())
-        self._evaluate_before()
+        if not judged:
+            # Also in a resumed run whose evaluation has changed, so its checkpoint is loaded only afterwards.
+            self._evaluate_before()
+            if resume:
+                self._load_checkpoint()
+                self._sync(StepClock())
         while self._state.step < self._config.steps:
             if self._stop:
                 self._stop_here()
@@ -268,7 +278,7 @@ class PPO:
             )
         step, path = latest
         self._tracker.phase(f"loading the checkpoint of step {step}")
-        self._state = LoopState.load(path)
+        self._state = replace(LoopState.load(path), learners=self._state.learners)
         self._kl.load_state_dict(self._state.kl_controller)
         self._ask_learners("load_checkpoint", path)
         dropped = self._tracker.metrics.truncate_after(step)
@@ -286,11 +296,9 @@ class PPO:
         collect(pending, self._config.cluster.call_timeout_s)
 
     def _evaluate_before(self) -> None:
-        path = self._folder.path / BEFORE
-        if self._inputs.held_out is None or path.exists():
-            return
+        assert self._before is not None, "called with held-out prompts only"
         self._tracker.phase("judging the policy before training")
-        save_samples(path, self._evaluate(with_kl=False))
+        save_samples(self._before, self._evaluate(with_kl=False))
 
     def _evaluate(self, with_kl: bool) -> list[EvaluatedSample]:
         assert self._inputs.held_out is not None, "called with held-out prompts only"
@@ -315,9 +323,9 @@ class PPO:
         if card is not None:
             summary["reward_model"] = card.evaluation
         pairs = []
-        if self._inputs.held_out is not None:
+        if self._before is not None:
             self._tracker.phase("judging the policy after training")
-            before, after = load_samples(folder.path / BEFORE), self._evaluate(with_kl=True)
+            before, after = load_samples(self._before), self._evaluate(with_kl=True)
             save_samples(folder.path / AFTER, after)
             summary["held_out"] = held_out_summary(before, after)
             summary["kl/reference"] = held_out_kl(after) if self._cast.references is not None else None

@@ -85,13 +85,18 @@ def plan_shards(
     )
 
 
+def conversations(drawn: Sequence[tuple[int, Prompt]]) -> dict[int, Conversation]:
+    """What the scorers are told of each prompt, by its draw id."""
+    return {number: Conversation(prompt.text, prompt.messages, prompt.label) for number, prompt in drawn}
+
+
 def generate(cast: Cast, plans: Sequence[ShardPlan], drawn: Sequence[tuple[int, Prompt]]) -> list[Shard]:
     """Ask the generators for all shards, shard i of generator i mod n."""
-    conversations = {number: Conversation(prompt.text, prompt.messages, prompt.label) for number, prompt in drawn}
+    asked = conversations(drawn)
     shards = []
     for plan in plans:
         rows, header = cast.generators.submit(plan.index % len(cast.generators), "generate", plan, num_returns=2)
-        prompts = {number: conversations[number] for number in plan.prompt_ids}
+        prompts = {number: asked[number] for number in plan.prompt_ids}
         shards.append(Shard(plan, prompts, rows.reference, header))
     return shards
 
