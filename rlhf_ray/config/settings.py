@@ -245,14 +245,35 @@ class GeneratorSettings(ActorSettings):
     dtype: DType = Field("auto", description="Compute type, as for the learner.")
     tensor_parallel: PositiveInt = Field(1, description="GPUs over which one engine is spread.")
     kv_cache_gib: PositiveFloat | None = Field(
-        0.5,
-        description="KV cache in GiB. Always given on a CPU: without it the engine claims nearly all memory. Empty on "
-        "a GPU: `gpu_memory_utilization` decides.",
+        None,
+        description="KV cache in GiB. Empty: 0.5 on a CPU, where an engine that chooses would claim nearly all memory; "
+        "on a GPU `gpu_memory_utilization` decides.",
     )
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of a GPU's memory the engine may use.")
     max_concurrent_sequences: PositiveInt = Field(256, description="Most responses in flight in one engine.")
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
     engine: dict[str, object] = Field(default_factory=dict, description="Further vLLM engine arguments, as they are.")
+
+    @model_validator(mode="after")
+    def _has_the_gpus_it_is_spread_over(self) -> GeneratorSettings:
+        shares_one = 0 < self.gpus < 1 and self.tensor_parallel == 1
+        if self.gpus and self.gpus != self.tensor_parallel and not shares_one:
+            raise ValueError(
+                f"gpus: {self.gpus:g} for an engine spread over {self.tensor_parallel} (tensor_parallel); the two must "
+                "be equal (an engine on one GPU may also share it: gpus below 1)"
+            )
+        if not self.gpus and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} needs as many gpus, but gpus is 0; an engine on a CPU is not "
+                "spread"
+            )
+        return self
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Size of the KV cache, or None where the share of the GPU's memory decides."""
+        gib = 0.5 if self.kv_cache_gib is None and not self.gpus else self.kv_cache_gib
+        return None if gib is None else int(gib * (1 << 30))
 
 
 class SamplingSettings(Settings):

@@ -91,6 +91,10 @@ class Snapshot:
             raise WeightsDamaged(f"version {self.version} lacks the weights of {', '.join(sorted(missing)[:3])}")
 
 
+UNTRAINED = Snapshot(version=0, names=frozenset(), buckets=())
+"""The weights in the model's directory."""
+
+
 def bucket_names(sizes: Sequence[tuple[str, int]], max_bytes: int) -> list[tuple[str, ...]]:
     """Group named tensors, in their order, into buckets of at most `max_bytes`; a larger tensor is alone.
 

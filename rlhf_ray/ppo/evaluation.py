@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_ray.config.settings import EvaluationSettings, SamplingSettings
+from rlhf_ray.config.settings import ActorSettings, EvaluationSettings, PPOConfig, SamplingSettings
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
 from rlhf_ray.ppo.step import generate, plan_shards, refer, score
 from rlhf_ray.roles.evaluator import EvaluatedSample, Evaluator
@@ -26,7 +28,7 @@ def evaluate(
     settings: EvaluationSettings,
     sampling: SamplingSettings,
     seed: int,
-    snapshot: Deferred[Snapshot],
+    snapshot: Snapshot | Deferred[Snapshot],
     with_kl: bool,
 ) -> list[EvaluatedSample]:
     """Sample, score and judge every held-out prompt.
@@ -107,6 +109,29 @@ def pair_samples(before: Sequence[EvaluatedSample], after: Sequence[EvaluatedSam
         for sample in before
         if sample.sample_id in later
     ]
+
+
+def before_file(config: PPOConfig, inputs: Inputs) -> str:
+    """Name of the file with the samples of the policy as it was before training.
+
+    Named after everything that they follow from: where a run is resumed with another evaluation, policy or reward
+    model, those of before are not taken for the new ones.
+    """
+    assert inputs.held_out is not None, "called with held-out prompts only"
+    placement = set(ActorSettings.model_fields)
+    follows_from = {
+        "policy": config.policy.model,
+        "seed": config.run.seed,
+        "prompts": [(prompt.text, prompt.token_ids.tolist()) for prompt in inputs.held_out],
+        "samples_per_prompt": config.evaluation.samples_per_prompt,
+        "temperature": config.sampling.temperature,
+        "max_response_tokens": config.sampling.max_response_tokens,
+        "judge": config.evaluation.judge,
+        "reward": config.reward.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s"}),
+        "reward_version": inputs.reward_card and inputs.reward_card.version,
+    }
+    key = hashlib.blake2b(json.dumps(follows_from, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return f"held_out_before-{key}.jsonl"
 
 
 def save_samples(path: Path, samples: Sequence[EvaluatedSample]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.algorithms.kl import kl_controller
@@ -14,7 +16,7 @@ from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
 from rlhf_ray.ppo.results import judge_before, write_results
 from rlhf_ray.ppo.roles import Roles, role_requests, start_roles
-from rlhf_ray.ppo.state import LoopState
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import (
     add_columns,
     generate,
@@ -29,7 +31,8 @@ from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.timeline import Timeline
 from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
-from rlhf_ray.tracking.tracker import check_folder
+from rlhf_ray.tracking.run_folder import RunFolder
+from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
 
 def run_ppo(config: PPOConfig, resume: bool = False) -> None:
@@ -41,6 +44,8 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
     check_folder(config, resume)
+    if resume:
+        check_resumable(config, RunFolder(Path(run_folder_path(config))))
     inputs = read_inputs(config)
     title = f"PPO {config.run.name} · {config.policy.model}"
     with (
@@ -67,7 +72,7 @@ class PPO:
         self._timeout_s = config.cluster.call_timeout_s
         kl = config.algorithm.kl
         self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
-        self._state = LoopState()
+        self._state = LoopState(learners=learner_shapes(config))
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
         prompts = [prompt.token_ids for prompt in inputs.prompts]
         probe = probe_rows(prompts, config.weights.probe_tokens, inputs.context_tokens)
@@ -79,15 +84,16 @@ class PPO:
     def train(self) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
         config, run = self._config, self._run
+        judge_before(config, self._inputs, self._roles, run)
         restored = run.restore(LoopState)
         if restored is not None:
-            self._state, checkpoint = restored
+            found, checkpoint = restored
+            self._state = replace(found, learners=self._state.learners)
             self._kl.load_state_dict(self._state.kl_controller)
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
         run.tracker.phase("first sync of the weights")
         sync = self._weights.begin(self._state.step)
         self._verify(sync, collect([*sync.parity, *sync.answers], self._timeout_s))
-        judge_before(config, self._inputs, self._roles, run, self.snapshot)
         while self._state.step < config.steps:
             kl = self._step()
             run.keep(self._state.step, self._state, self._save_checkpoint)

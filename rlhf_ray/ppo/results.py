@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rlhf_ray.config.settings import PPOConfig
-from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.models.buckets import UNTRAINED, Snapshot
 from rlhf_ray.ppo.evaluation import (
+    before_file,
     evaluate,
     held_out_kl,
     held_out_line,
@@ -21,17 +22,17 @@ from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
 
-BEFORE = "held_out_before.jsonl"
 AFTER = "held_out_after.jsonl"
 
 
-def judge_before(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, snapshot: Deferred[Snapshot]) -> None:
-    """Held-out prompts before training, unless the run has judged them already."""
-    path = run.folder.path / BEFORE
-    if inputs.held_out is None or path.exists():
+def judge_before(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> None:
+    """Held-out prompts with the weights that the engines started with, unless the run has done so already."""
+    if inputs.held_out is None:
         return
-    run.tracker.phase("judging the policy before training")
-    save_samples(path, _evaluate(config, inputs, roles, snapshot, with_kl=False))
+    path = run.folder.path / before_file(config, inputs)
+    if not path.exists():
+        run.tracker.phase("judging the policy before training")
+        save_samples(path, _evaluate(config, inputs, roles, UNTRAINED, with_kl=False))
 
 
 def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, snapshot: Deferred[Snapshot]) -> None:
@@ -48,7 +49,7 @@ def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, sna
     pairs = []
     if inputs.held_out is not None:
         tracker.phase("judging the policy after training")
-        before = load_samples(folder.path / BEFORE)
+        before = load_samples(folder.path / before_file(config, inputs))
         after = _evaluate(config, inputs, roles, snapshot, with_kl=True)
         save_samples(folder.path / AFTER, after)
         held_out = held_out_summary(before, after)
@@ -71,7 +72,7 @@ def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, sna
 
 
 def _evaluate(
-    config: PPOConfig, inputs: Inputs, roles: Roles, snapshot: Deferred[Snapshot], with_kl: bool
+    config: PPOConfig, inputs: Inputs, roles: Roles, snapshot: Snapshot | Deferred[Snapshot], with_kl: bool
 ) -> list[EvaluatedSample]:
     assert inputs.held_out is not None, "called with held-out prompts only"
     return evaluate(roles, inputs.held_out, config.evaluation, config.sampling, config.run.seed, snapshot, with_kl)

@@ -80,19 +80,27 @@ def plan_shards(
     )
 
 
+def conversations(drawn: Sequence[tuple[int, Prompt]]) -> dict[int, Conversation]:
+    """What the scorers are told of each prompt, by its draw id."""
+    return {number: Conversation(prompt.text, prompt.messages, prompt.label) for number, prompt in drawn}
+
+
 def generate(
-    roles: Roles, plans: Sequence[ShardPlan], drawn: Sequence[tuple[int, Prompt]], snapshot: Deferred[Snapshot]
+    roles: Roles,
+    plans: Sequence[ShardPlan],
+    drawn: Sequence[tuple[int, Prompt]],
+    snapshot: Snapshot | Deferred[Snapshot],
 ) -> list[Shard]:
     """Ask the generators for all shards, shard i of generator i mod n.
 
     Args:
         snapshot: the weights to sample with.
     """
-    conversations = {number: Conversation(prompt.text, prompt.messages) for number, prompt in drawn}
+    asked = conversations(drawn)
     return [
         Shard(
             plan,
-            {number: conversations[number] for number in plan.prompt_ids},
+            {number: asked[number] for number in plan.prompt_ids},
             roles.generators.of(plan.index).keep(Generator.generate, plan, snapshot),
         )
         for plan in plans

@@ -17,7 +17,8 @@ from rlhf_ray.failures import Refused
 from rlhf_ray.models.loading import check_tokenizer_fits, read_model_facts
 from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_checks import Check
-from rlhf_ray.models.reward_models import RewardEncoding, check_reward_model, load_reward_tokenizer
+from rlhf_ray.models.reward_models import RewardEncoding, check_reward_model
+from rlhf_ray.models.reward_texts import templated_tokenizer
 from rlhf_ray.reward_model.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward_model.benchmarks.cases import Benchmark, BenchmarkResult
 from rlhf_ray.reward_model.gate import Verdict, judge
@@ -160,15 +161,13 @@ def read_reward_text(model: str, key: str, scorer: ScorerSettings, card: RewardM
         BadInput: it is none.
     """
     facts = read_model_facts(model, key)
-    tokenizer = load_reward_tokenizer(model, key)
+    tokenizer = templated_tokenizer(model, card, key)
     check_tokenizer_fits(tokenizer, facts, model, key)
     check_reward_model(facts, card, model, key)
     limit = scorer.max_length or (card.max_length if card else min(facts.context_tokens, tokenizer.model_max_length))
     encoding = RewardEncoding.for_tokenizer(tokenizer, limit)
     if card is not None:
         encoding = RewardEncoding(limit, card.append_eos)
-        if card.chat_template is not None:
-            tokenizer.chat_template = card.chat_template
     return RewardText(tokenizer, encoding, scorer.on_too_long)
 
 

@@ -97,7 +97,6 @@ class Generator:
     ) -> None:
         on_gpu = settings.gpus > 0
         self._eos_token_id = eos_token_id
-        self._dtype = resolve_dtype(settings.dtype, on_gpu)
         self._version = 0
         self._calls = 0
         self._parity = ParityCheck(weights)
@@ -108,13 +107,12 @@ class Generator:
         from rlhf_ray.roles.weight_receiver import register_object_store_engine
 
         register_object_store_engine()
-        # Without a KV size, an engine on a CPU claims nearly all memory and dies beside the other roles.
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if settings.kv_cache_gib is not None:
-            memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30))}
+        if settings.kv_cache_bytes is not None:
+            memory = {"kv_cache_memory_bytes": settings.kv_cache_bytes}
         arguments: dict[str, Any] = {
             "model": model,
-            "dtype": self._dtype,
+            "dtype": resolve_dtype(settings.dtype, on_gpu),
             "max_model_len": context_tokens,
             "max_num_seqs": settings.max_concurrent_sequences,
             "tensor_parallel_size": settings.tensor_parallel,
@@ -131,6 +129,8 @@ class Generator:
             **settings.engine,
         }
         self._engine = LLM(**arguments)
+        # What `auto` became on this node, or `engine` asked for.
+        self._dtype = str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
         if weights.transport == "object_store":
             self._engine.init_weight_transfer_engine({"init_info": {}})
 

@@ -141,7 +141,7 @@ class ActorGroup(Generic[R]):
                 .remote(name, str(logs.absolute() / f"{name}.log"), settings.threads, deadlines.call_s)
             )
             hosts.append((name, host))
-        nodes = collect([Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s)
+        nodes: list[str] = collect([Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s)
         return cls(
             role, [Replica(name, node, host) for (name, host), node in zip(hosts, nodes, strict=True)], deadlines
         )

@@ -75,7 +75,7 @@ class Run:
             return None
         step, path = latest
         self.tracker.phase(f"loading the checkpoint of step {step}")
-        found = state(**json.loads((path / CHECKPOINT_STATE).read_text(encoding="utf-8")))
+        found = read_state(path, state)
         dropped = self.tracker.metrics.truncate_after(step)
         self.tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
         return found, path.absolute()
@@ -109,7 +109,16 @@ class Run:
             shutil.rmtree(path)
         path.mkdir(parents=True)
         save(str(path.absolute()))
-        # Written last: it makes the checkpoint a complete one.
-        write_atomic(path / CHECKPOINT_STATE, json.dumps(asdict(state)) + "\n")
+        write_state(path, state)
         self.folder.prune(self._checkpoints.keep)
         self.tracker.events.write("checkpoint_saved", step=step, path=str(path))
+
+
+def write_state(checkpoint: Path, state: Any) -> None:
+    """What the loop must remember, a dataclass. Written last: it makes the checkpoint a complete one."""
+    write_atomic(checkpoint / CHECKPOINT_STATE, json.dumps(asdict(state)) + "\n")
+
+
+def read_state(checkpoint: Path, state: type[State]) -> State:
+    """What `write_state` wrote."""
+    return state(**json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8")))

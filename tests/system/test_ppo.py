@@ -109,6 +109,9 @@ def stopped(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
     """The stopped run taken up again, and the step it was stopped after."""
     last_step = stopped.metrics[-1]["step"]
+    # As if the evaluation had changed: the policy before training is judged again, not the one of the checkpoint.
+    [judged] = stopped.folder.glob("held_out_before-*.jsonl")
+    judged.unlink()
     run = begin(data_root, stopped.folder.parent, "--resume")
     run.command.wait(DEADLINE_S)
     assert run.command.process.returncode == 0, run.command.stderr

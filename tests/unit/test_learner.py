@@ -73,6 +73,19 @@ def test_a_policy_step_does_not_depend_on_the_micro_batches(policy_model: str, s
     assert large.grad_norm > 0.01
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_an_offloaded_optimizer_steps_as_the_other_does(policy_model: str, single_rank: Rank, zero_stage: int):
+    results = []
+    for zero in ({}, {"offload_optimizer": {"device": "cpu"}}):
+        learner = policy_learner(
+            policy_model, single_rank, zero_stage=zero_stage, deepspeed={"zero_optimization": zero}
+        )
+        results.append(([train_policy(learner, step).grad_norm for step in range(2)], trained(learner)))
+    (plain_norms, plain), (norms, offloaded) = results
+    assert norms == pytest.approx(plain_norms, rel=1e-5)
+    assert largest_difference(plain, offloaded) <= 1e-6
+
+
 def test_a_critic_step_does_not_depend_on_the_micro_batches(policy_model: str, single_rank: Rank):
     results = []
     for tokens in (32, 4096):

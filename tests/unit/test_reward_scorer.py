@@ -1,6 +1,7 @@
 """A score depends on its own text alone, and what cannot be scored is a failure, never a number."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_neighbours_and_order_change_nothing(scorer: RewardScorer, tiny: Path, b
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_sampled_tokens_score_like_their_text(scorer: RewardScorer, policy_tokenizer: Any, ended: bool):
-    column, header = scorer.score(sampled(policy_tokenizer, ended), conversations())
+    column = scorer.score(sampled(policy_tokenizer, ended), conversations())
+    header = column.header()
     np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
     assert header == column.header()
     assert header.num_scored == len(PROMPTS)
@@ -107,7 +109,7 @@ def foreign_policy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_another_tokenizer_is_scored_by_its_text(scorer: RewardScorer, tiny: Path, foreign_policy: str):
     foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
     tokenizer = load_tokenizer(foreign_policy, "policy.model")
-    column, _ = foreign.score(sampled(tokenizer), conversations())
+    column = foreign.score(sampled(tokenizer), conversations())
     np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
 
 
@@ -117,13 +119,75 @@ def test_chat_messages_are_rendered_with_the_reward_models_template(
     foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
     tokenizer = load_tokenizer(foreign_policy, "policy.model")
     prompts = [Conversation("not this", ({"role": "user", "content": prompt},)) for prompt in PROMPTS]
-    column, _ = foreign.score(sampled(tokenizer), conversations(prompts))
+    column = foreign.score(sampled(tokenizer), conversations(prompts))
     rendered = [
         # As in training: white space behind the end-of-sequence token is left out.
         f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>"
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
     np.testing.assert_allclose(column.scores, scorer.score_texts(rendered, templated=True).scores, rtol=0, atol=1e-6)
+
+
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos>' + message['role'] + ': ' + message['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos>assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("same_template", [True, False])
+def test_sampled_ids_of_a_chat_are_shared_only_under_the_same_template(
+    scorer: RewardScorer, altered: Path, tiny: Path, policy_tokenizer: Any, same_template: bool
+):
+    """One vocabulary. Under another template the ids that the policy sampled are not what the model was trained on."""
+    template = policy_tokenizer.chat_template if same_template else OTHER_TEMPLATE
+    card_of(chat_template=template, append_eos=True).save(altered)
+    own = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    rendered = [policy_tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    rollout = rollout_of(
+        [policy_tokenizer(text, add_special_tokens=False).input_ids for text in rendered],
+        [[*policy_tokenizer(response).input_ids, policy_tokenizer.eos_token_id] for response in RESPONSES],
+    )
+    prompts = [Conversation(text, tuple(chat)) for text, chat in zip(rendered, chats, strict=True)]
+    column = own.score(rollout, conversations(prompts))
+    shape = (
+        "<bos>user\n{}<eos>\n<bos>assistant\n{}<eos>" if same_template else "<bos>user: {}<eos><bos>assistant: {}<eos>"
+    )
+    seen = [shape.format(prompt, response) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    expected = scorer.score_texts(seen, templated=True).scores
+    np.testing.assert_allclose(column.scores, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared_ids", [True, False])
+def test_an_id_that_no_token_has_fails_its_own_sample(
+    scorer: RewardScorer, tiny: Path, foreign_policy: str, shared_ids: bool
+):
+    """A policy whose embedding was padded to a round number of rows samples one of the rows behind the last token."""
+    own = scorer if shared_ids else RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(str(tiny / "policy") if shared_ids else foreign_policy, "policy.model")
+    whole = sampled(tokenizer)
+    expected = own.score(whole, conversations())
+    tokens = whole.tokens.copy()
+    tokens[int(whole.token_starts()[2]) + int(whole.prompt_lengths[2]) + 1] = len(tokenizer)
+    column = own.score(replace(whole, tokens=tokens), conversations())
+    header = column.header()
+    assert [bool(cause) for cause in column.failures] == [False, False, True, False, False, False]
+    assert header.failure_causes == {"the response has a token id that the policy's tokenizer does not know": 1}
+    np.testing.assert_allclose(np.delete(column.scores, 2), np.delete(expected.scores, 2), rtol=0, atol=1e-6)
+
+
+def test_a_chat_that_the_reward_models_template_refuses_fails_its_own_sample(
+    altered: Path, tiny: Path, policy_tokenizer: Any
+):
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + OTHER_TEMPLATE
+    card_of(chat_template=refusing).save(altered)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    chats = [({"role": "user", "content": prompt},) for prompt in PROMPTS]
+    prompts = [Conversation("", ((*turns, *chat) if index == 4 else chat)) for index, chat in enumerate(chats)]
+    own = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    column = own.score(sampled(policy_tokenizer), conversations(prompts))
+    assert column.ok.tolist() == [True, True, True, True, False, True]
+    assert "one turn only" in column.failures[4]
 
 
 def test_a_text_that_is_too_long_fails_or_is_cut_and_counted(scorer: RewardScorer, tiny: Path):
