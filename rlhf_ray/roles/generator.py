@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +77,26 @@ def cut_into_shards(
     ]
 
 
+class Turns:
+    """A lock that is given to its waiters in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next, self._serving = 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            turn, self._next = self._next, self._next + 1
+            self._changed.wait_for(lambda: self._serving == turn)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._serving += 1
+            self._changed.notify_all()
+
+
 class Generator:
-    """One vLLM engine in this process.
+    """One vLLM engine in this process. `generate` may be called from several threads: their shards share the engine.
 
     Args:
         model: Hugging Face directory or hub id.
@@ -99,6 +118,8 @@ class Generator:
         self._eos_token_id = eos_token_id
         self._version = 0
         self._calls = 0
+        self._turns = Turns()
+        self._outputs: dict[str, Any] = {}
         self._parity = ParityCheck(weights)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
@@ -145,17 +166,9 @@ class Generator:
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        if snapshot.version != self._version:
-            self._load(snapshot)
-        # Samples of a prompt share its keys and values, calls do not: what was sampled before a shard, or with other
-        # weights, leaves no trace in its arithmetic.
-        self._calls += 1
-        salt = f"{self._version}:{self._calls}"
         count = plan.samples_per_prompt
-        prompts = [
-            TokensPrompt(prompt_token_ids=ids.tolist(), cache_salt=salt) for ids in plan.prompts for _ in range(count)
-        ]
         sampling = [
             SamplingParams(
                 temperature=plan.temperature,
@@ -164,10 +177,29 @@ class Generator:
                 seed=seed,
                 stop_token_ids=[self._eos_token_id],
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for seed in plan.seeds
         ]
-        outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
+        with self._turns:
+            if snapshot.version != self._version:
+                while self._engine.llm_engine.has_unfinished_requests():
+                    self._step()
+                self._load(snapshot)
+            version = self._version
+            # Samples of a prompt share its keys and values, calls do not: what was sampled before a shard, or with
+            # other weights, leaves no trace in its arithmetic.
+            self._calls += 1
+            salt = f"{version}:{self._calls}"
+            requests = [
+                self._engine.llm_engine.add_request(
+                    f"{self._calls}-{index}",
+                    TokensPrompt(prompt_token_ids=plan.prompts[index // count].tolist(), cache_salt=salt),
+                    each,
+                )
+                for index, each in enumerate(sampling)
+            ]
+        outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []
         for prompt, output in zip((ids for ids in plan.prompts for _ in range(count)), outputs, strict=True):
@@ -190,11 +222,24 @@ class Generator:
             prompt_lengths=np.array([len(ids) for ids in plan.prompts for _ in range(count)], dtype=np.int32),
             response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
             logprobs=np.array(logprobs, dtype=np.float32),
-            policy_versions=np.full(len(logprobs), self._version, dtype=np.int32),
+            policy_versions=np.full(len(logprobs), version, dtype=np.int32),
             finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
             sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
             prompt_ids=prompt_ids,
         )
+
+    def _finished(self, requests: Sequence[str]) -> list[Any]:
+        """The outputs of requests. Several calls may be here at once: each steps the engine for all in its turn."""
+        while True:
+            with self._turns:
+                if all(request in self._outputs for request in requests):
+                    return [self._outputs.pop(request) for request in requests]
+                self._step()
+
+    def _step(self) -> None:
+        for output in self._engine.llm_engine.step():
+            if output.finished:
+                self._outputs[output.request_id] = output
 
     def synchronize(self, snapshot: Snapshot, probe: tuple[NDArray[np.int32], ...], learner: ProbeColumn) -> Parity:
         """Load new weights, and see that the engine computes with them.

@@ -130,6 +130,7 @@ class ActorGroup(Generic[R]):
             options = {
                 "num_cpus": settings.cpus,
                 "num_gpus": settings.gpus,
+                "max_concurrency": settings.concurrent_calls,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     placement_group=group, placement_group_bundle_index=first_bundle + number
                 ),
@@ -141,7 +142,9 @@ class ActorGroup(Generic[R]):
                 .remote(name, str(logs.absolute() / f"{name}.log"), settings.threads, deadlines.call_s)
             )
             hosts.append((name, host))
-        nodes: list[str] = collect([Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s)
+        nodes: list[str] = collect(
+            [Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s
+        )
         return cls(
             role, [Replica(name, node, host) for (name, host), node in zip(hosts, nodes, strict=True)], deadlines
         )

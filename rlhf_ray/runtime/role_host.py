@@ -26,7 +26,7 @@ class Span:
     Attributes:
         task: the method.
         start_s, end_s: seconds since the epoch.
-        cpu_s: core-seconds that the process used in between, all its threads together.
+        cpu_s: core-seconds that the process used in between, for whatever it was doing.
     """
 
     task: str
