@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_ray.config.settings import ActorSettings
 from rlhf_ray.rollout import Shipped
 from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
-from rlhf_ray.runtime.role_host import RoleHost, Span
+from rlhf_ray.runtime.role_host import Activity, RoleHost
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -91,9 +91,9 @@ class Replica(Generic[R]):
         data, header = self.host.keep.options(num_returns=2).remote(name, *map(_as_argument, args))
         return Stored(Answer(data, self.name, self.node, name), Answer(header, self.name, self.node, name))
 
-    def spans(self) -> Answer[list[Span]]:
-        """When the process was busy since this was last asked."""
-        return Answer(self.host.spans.remote(), self.name, self.node, "spans")
+    def activity(self) -> Answer[Activity]:
+        """What the process did since this was last asked."""
+        return Answer(self.host.activity.remote(), self.name, self.node, "activity")
 
 
 def _as_argument(value: Any) -> Any:

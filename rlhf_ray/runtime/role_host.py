@@ -35,6 +35,19 @@ class Span:
     cpu_s: float
 
 
+@dataclass(frozen=True)
+class Activity:
+    """What a process did in a while.
+
+    Attributes:
+        spans: its calls.
+        cpu_s: core-seconds that it used in all.
+    """
+
+    spans: tuple[Span, ...]
+    cpu_s: float
+
+
 class RoleHost:
     """Hosts one role.
 
@@ -50,6 +63,7 @@ class RoleHost:
         self._fetch_timeout_s = fetch_timeout_s
         self._role: Any = None
         self._spans: list[Span] = []
+        self._cpu_s = 0.0
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         # Engines print from C++ as well, so the descriptors themselves are turned.
         descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -87,10 +101,11 @@ class RoleHost:
         value = self.call(method, *args)
         return value, value.header()
 
-    def spans(self) -> list[Span]:
-        """The calls since this was last asked."""
+    def activity(self) -> Activity:
+        """What happened since this was last asked."""
         spans, self._spans = self._spans, []
-        return spans
+        before, self._cpu_s = self._cpu_s, time.process_time()
+        return Activity(tuple(spans), self._cpu_s - before)
 
     def _timed(self, method: str, args: tuple[Any, ...]) -> Any:
         arguments = [fetched(argument, self._fetch_timeout_s) for argument in args]

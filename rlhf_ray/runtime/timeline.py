@@ -19,7 +19,7 @@ from rlhf_ray.tracking.run_folder import write_atomic
 
 
 class Timeline:
-    """Reads the roles' spans after each step.
+    """Reads the roles' activity after each step.
 
     Args:
         groups: all roles of the run.
@@ -44,12 +44,14 @@ class Timeline:
         Args:
             step_s: how long that was.
         """
-        spans = collect([replica.spans() for replica in self._replicas], self._timeout_s)
+        activities = collect([replica.activity() for replica in self._replicas], self._timeout_s)
         if self._steps < self._trace_steps:
             self._steps += 1
-            self._events += [_event(step, number, span) for number, own in enumerate(spans) for span in own]
+            self._events += [
+                _event(step, number, span) for number, activity in enumerate(activities) for span in activity.spans
+            ]
             write_atomic(self._trace, json.dumps({"traceEvents": self._events}))
-        return sum(span.cpu_s for own in spans for span in own) / (self._cores * step_s)
+        return sum(activity.cpu_s for activity in activities) / (self._cores * step_s)
 
 
 def _event(step: int, process: int, span: Span) -> dict[str, Any]:

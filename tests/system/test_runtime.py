@@ -159,14 +159,16 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup[Player])
 
 def test_a_process_says_when_it_was_busy(players: ActorGroup[Player]):
     [first, _] = players
-    players.wait([first.spans()])
+    players.wait([first.activity()])
     players.wait([first.ask(Player.wait, 0.3), first.ask(Player.whoami)])
-    waited, asked = players.wait([first.spans()])[0]
+    [activity] = players.wait([first.activity()])
+    waited, asked = activity.spans
     assert (waited.task, asked.task) == ("wait", "whoami")
     assert waited.end_s - waited.start_s >= 0.3
     assert waited.end_s <= asked.start_s <= asked.end_s
     assert 0 <= waited.cpu_s < 0.3, "a process that waits uses no core"
-    assert players.wait([first.spans()]) == [[]]
+    assert 0 < activity.cpu_s < 0.5
+    assert players.wait([first.activity()])[0].spans == ()
 
 
 @pytest.mark.parametrize(
