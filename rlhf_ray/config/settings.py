@@ -118,7 +118,8 @@ class LearnerSettings(ActorSettings):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; 3 also shards the weights.")
     deepspeed: dict[str, object] = Field(
         default_factory=dict,
-        description="Merged into the DeepSpeed configuration as it is (offload, communication options, …).",
+        description="Merged into the DeepSpeed configuration as it is, such as communication options, or "
+        "`{zero_optimization: {offload_optimizer: {device: cpu}}}` to keep the optimizer's state and step on the CPU.",
     )
     learning_rate: PositiveFloat = Field(1e-6, description="Peak learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
@@ -248,7 +249,9 @@ class GeneratorSettings(ActorSettings):
     """The engine that samples responses (vLLM)."""
 
     dtype: DType = Field("auto", description="Compute type, as for the learner.")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs over which one engine is spread.")
+    tensor_parallel: PositiveInt = Field(
+        1, description="GPUs over which one engine is spread; equal to `gpus`, which may be below 1 where this is 1."
+    )
     kv_cache_gib: PositiveFloat | None = Field(
         None,
         description="KV cache in GiB. Empty: 0.5 on a CPU, where an engine that chooses would claim nearly all memory; "
@@ -326,7 +329,7 @@ class PromptSettings(Settings):
 
     path: str = Field(
         description="JSONL or Parquet file, folder, or `datasets` name; rows have `prompt` (a string or chat "
-        "messages) and may have `label`."
+        "messages) and may have `label`, which goes with the prompt to the scorers."
     )
     split: str | None = Field(None, description="Split of a `datasets` name, such as `train`.")
     field: str = Field("prompt", description="Column with the prompt.")

@@ -130,6 +130,7 @@ def test_engine_and_learner_agree_before_and_after_every_sync(
     plan = plan_for(policy_tokenizer, temperature=temperature)
     rollout, _ = generate(generators, plan)
     assert policy.compare(rollout).max_abs <= PARITY
+    assert generators.call_all("dtype") == [policy.dtype()] == ["float32"]
     for version in (1, 2, 3):
         train(policy, rollout, version)
         stale = policy.compare(rollout)

@@ -17,7 +17,7 @@ from rlhf_ray.failures import BadInput, FailureKind, classify
 from rlhf_ray.roles.remote_scorer import RemoteScorer, check_reward_service
 from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
 from tests.loopback import serving
-from tests.making import rollout_of
+from tests.making import SCORE_ROUNDING, rollout_of
 
 PROMPTS = ["I think the movie was", "I think the story was", "I think the music was"]
 RESPONSES = [" good from start to end.", " bad." * 30, ""]
@@ -121,10 +121,16 @@ CHATS = dict(enumerate(Conversation("not this", ({"role": "user", "content": pro
 def test_texts_score_as_with_a_model_of_the_runs_own(
     local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
 ):
+<<<<<<< HEAD
     expected = local.score(sampled(policy_tokenizer), TEXTS)
     column = remote(url, policy_model, batch_size=2).score(sampled(policy_tokenizer), TEXTS)
     header = column.header()
     np.testing.assert_allclose(column.scores, expected.scores, rtol=0, atol=1e-6)
+=======
+    expected, _ = local.score(sampled(policy_tokenizer), TEXTS)
+    column, header = remote(url, policy_model, batch_size=2).score(sampled(policy_tokenizer), TEXTS)
+    np.testing.assert_allclose(column.scores, expected.scores, rtol=0, atol=SCORE_ROUNDING)
+>>>>>>> wt-c
     assert np.ptp(column.scores) > 0.1
     assert (column.version, column.num_truncated) == (local.version, expected.num_truncated)
     assert column.num_truncated == 1
@@ -138,7 +144,7 @@ def test_chat_messages_are_left_to_the_services_template(
     column = remote(url, policy_model).score(sampled(policy_tokenizer), CHATS)
     for index, response in enumerate(RESPONSES):
         ids, _ = local.texts.encode_messages([*CHATS[index].messages, {"role": "assistant", "content": response}])
-        assert column.scores[index] == pytest.approx(local.score_tokens([ids]).scores[0], abs=1e-6)
+        assert column.scores[index] == pytest.approx(local.score_tokens([ids]).scores[0], abs=SCORE_ROUNDING)
 
 
 def test_what_cannot_be_scored_is_a_failure_in_its_place(url: str, policy_model: str, policy_tokenizer: Any):
@@ -160,7 +166,7 @@ def test_a_response_that_nobody_can_read_is_not_sent(
     header = column.header()
     assert header.failure_causes == {"the response has a token id that the policy's tokenizer does not know": 1}
     assert column.ok.tolist() == [False, True, True]
-    np.testing.assert_allclose(column.scores[1:], expected.scores[1:], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(column.scores[1:], expected.scores[1:], rtol=0, atol=SCORE_ROUNDING)
     every = np.full_like(whole.tokens, len(policy_tokenizer))
     column = remote(url, policy_model).score(replace(whole, tokens=every), TEXTS)
     assert not column.ok.any()
