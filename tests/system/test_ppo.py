@@ -204,6 +204,17 @@ def test_no_process_outlives_the_run(finished: Run) -> None:
     assert finished.command.left_running() == []
 
 
+def test_the_timeline_has_every_role(finished: Run) -> None:
+    events = json.loads((finished.folder / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert set(names.values()) == ROLES
+    calls = {(names[event["pid"]], event["name"]) for event in events if event["ph"] == "X"}
+    assert {("generator-0", "generate"), ("reward-0", "score"), ("policy-0", "train"), ("critic-0", "values")} <= calls
+    assert {event["args"]["step"] for event in events if event["ph"] == "X"} == {1, 2, 3}
+    assert all(event["dur"] > 0 and event["args"]["cpu_s"] >= 0 for event in events if event["ph"] == "X")
+    assert all(0 < row["utilization/busy"] <= 1 for row in finished.metrics)
+
+
 def test_one_seed_gives_one_run(twins: tuple[Run, Run]) -> None:
     first, second = twins
     assert [without_times(row) for row in first.metrics] == [without_times(row) for row in second.metrics]

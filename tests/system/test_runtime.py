@@ -15,6 +15,7 @@ import ray
 
 from rlhf_ray.config.settings import ActorSettings, ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.ppo.metrics import StepClock
 from rlhf_ray.rollout import Rollout, TokenColumn, refuse_rollouts_in_this_process
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, OneByOne, collect
@@ -226,6 +227,25 @@ def test_the_first_failure_ends_the_wait(players: ActorGroup[Player]):
     with pytest.raises(RoleFailure, match="player-1"):
         collect(answers, 60)
     assert time.monotonic() - began < 6
+
+
+def test_a_step_ends_with_the_first_failure_of_any_phase(players: ActorGroup[Player]):
+    """A critic that dies is not noticed only when generation has ended."""
+    began = time.monotonic()
+    phases = {"generate": [players.of(0).ask(Player.wait, 12.0)], "values": [players.of(1).ask(Player.fail, "value")]}
+    with pytest.raises(RoleFailure, match="player-1"):
+        StepClock(60).wait(phases)
+    assert time.monotonic() - began < 6
+
+
+def test_phases_add_up_to_the_wait(players: ActorGroup[Player]):
+    clock = StepClock(60)
+    slow, fast = players.of(0).ask(Player.wait, 0.6), players.of(1).ask(Player.wait, 0.3)
+    values = clock.wait({"generate": [slow], "reward": [fast], "reference": []})
+    assert values == {"generate": ["done"], "reward": ["done"], "reference": []}
+    assert clock.phases["time/generate_s"] >= 0.5
+    assert clock.phases["time/reward_s"] == clock.phases["time/reference_s"] == 0, "it was there when it was waited for"
+    assert sum(clock.phases.values()) <= clock.step_s
 
 
 def test_a_killed_actor_is_noticed_at_once(local_ray: Path):
