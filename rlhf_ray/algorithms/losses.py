@@ -17,6 +17,11 @@ from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, single
 
 LossAggregation = Literal["token", "sequence"]
 
+MAX_LOG_RATIO = 20.0
+"""Ratios are taken as e^20 at the most (and e^-20 at the least), without gradient beyond: far outside of any clip, and
+far from what float32 can hold. An infinite ratio turns into NaN wherever it meets a 0, at the latest in the backward
+pass."""
+
 
 @dataclass(frozen=True)
 class PolicyLoss:
@@ -108,7 +113,8 @@ def policy_loss(
     """
     active = weights != 0
     advantages = _counted(advantages, active)
-    log_ratio = _counted(logprobs, active) - _counted(old_logprobs, active)
+    distance = _counted(logprobs, active) - _counted(old_logprobs, active)
+    log_ratio = distance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -130,7 +136,7 @@ def policy_loss(
         clip_fraction_sum=(weights * is_clipped).sum(),
         approx_kl_sum=(weights * approx_kl).sum(),
         ratio_sum=(weights * ratio).sum(),
-        max_abs_log_ratio=log_ratio.abs().max() if len(log_ratio) else log_ratio.new_zeros(()),
+        max_abs_log_ratio=distance.detach().abs().max() if len(distance) else distance.new_zeros(()),
     )
 
 

@@ -85,8 +85,9 @@ class DeepSpeedEngine:
         self._settings = settings
         self._total_steps = total_steps
         self.steps_done = 0
-        configuration = deepspeed_configuration(settings, dtype)
-        if settings.zero_stage == 3:
+        configuration = deepspeed_configuration(settings, dtype, rank.world_size)
+        self._zero_stage = int(configuration["zero_optimization"]["stage"])
+        if self._zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
             # transformers partitions while it loads as long as this object is alive.
@@ -154,18 +155,17 @@ class DeepSpeedEngine:
             value = value * (self.rank.world_size if real else 0.0)
             self._engine.set_gradient_accumulation_boundary(index == rounds - 1)
             self._engine.backward(value)
-        # Without ZeRO and mixed precision, DeepSpeed clips but does not say what the norm was.
-        plain = torch.nn.utils.get_total_norm(self._gradients()) if self._settings.zero_stage == 0 else None
+        norm = None
+        if self._zero_stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not say what the norm was; a second look would cost as much again.
+            norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self._settings.max_grad_norm)
         self._engine.step()
         self.steps_done += 1
-        norm = self._engine.get_global_grad_norm()
-        norm = plain if norm is None else norm
         if norm is None:
-            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._settings.zero_stage}")
+            norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._zero_stage}")
         return StepReport(grad_norm=float(norm), learning_rate=rate)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self.unwrapped.parameters() if parameter.grad is not None]
 
     def forward_each(self, batches: Sequence[Batch], forward: Callable[[Batch], Result]) -> list[Result]:
         """Results of a forward pass over this rank's batches, without gradients."""
@@ -227,18 +227,40 @@ class DeepSpeedEngine:
             part.save_pretrained(folder, state_dict=state)
 
 
-def deepspeed_configuration(settings: LearnerSettings, dtype: str) -> dict[str, Any]:
+def deepspeed_configuration(settings: LearnerSettings, dtype: str, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation and batch sizes are ours, so it is told of one."""
+    stage = _effective_stage(settings, dtype, world_size)
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        # Without ZeRO the engine above clips, because DeepSpeed would not tell the norm.
+        "gradient_clipping": settings.max_grad_norm if stage else 0.0,
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
+        # Offloading would otherwise insist on an optimizer that has to be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
+    if dtype == "bfloat16":
+        # DeepSpeed's default is the compute type: 8 bits of sum, in which the many small gradients of a minibatch
+        # vanish beside one large one.
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+        configuration["communication_data_type"] = "fp32"
     return _merged(configuration, settings.deepspeed)
+
+
+def _effective_stage(settings: LearnerSettings, dtype: str, world_size: int) -> int:
+    """The ZeRO stage that does what the settings ask for.
+
+    DeepSpeed has no bfloat16 training without ZeRO that accumulates in float32; stage 1 gives the same result. On one
+    rank in float32 there is nothing to shard: stages 1 and 2 would only keep a second copy of weights and gradients.
+    """
+    if settings.zero_stage == 0 and dtype == "bfloat16":
+        return 1
+    if settings.zero_stage in (1, 2) and dtype == "float32" and world_size == 1:
+        return 0 if "zero_optimization" not in settings.deepspeed else settings.zero_stage
+    return settings.zero_stage
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

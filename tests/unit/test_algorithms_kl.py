@@ -61,6 +61,17 @@ def test_k3_keeps_its_digits_for_small_differences() -> None:
     assert float(kl_estimate(difference, torch.zeros(1), "k3")) == pytest.approx(exact, rel=1e-3)
 
 
+def test_k3_is_finite_however_far_the_policy_is_from_the_reference() -> None:
+    distances = torch.tensor([-1e4, -100.0, -19.0, 100.0, 1e4], requires_grad=True)
+    estimate = kl_estimate(distances, torch.zeros(5), "k3")
+    [gradient] = torch.autograd.grad(estimate.sum(), distances)
+    assert estimate.isfinite().all()
+    assert gradient.isfinite().all()
+    assert estimate[2].item() == pytest.approx(math.expm1(19) - 19)
+    assert estimate[3:].tolist() == [99.0, 9999.0]
+    assert gradient[3:].tolist() == [1.0, 1.0]
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]

@@ -76,6 +76,29 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
     assert one(5.0, 2.0, dual_clip=3.0) == pytest.approx((-2.6, 1, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [100.0, 1e4, -1e4])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_ratio_beyond_any_float_leaves_loss_and_gradient_finite(
+    dtype: torch.dtype, distance: float, dual_clip: float | None
+) -> None:
+    """Beside an ordinary token, whose part must stay what it is."""
+    for advantage in (2.0, 0.0, -2.0):
+        logprobs = torch.tensor([distance, math.log(1.1)], dtype=dtype, requires_grad=True)
+        advantages = torch.tensor([advantage, 1.0], dtype=dtype)
+        loss = clip(logprobs, torch.zeros(2, dtype=dtype), advantages, torch.ones(2, dtype=dtype), dual_clip=dual_clip)
+        loss.loss_sum.backward()
+        assert all(value.isfinite() for value in vars(loss).values())
+        assert logprobs.grad.isfinite().all()
+        assert float(logprobs.grad[1]) == pytest.approx(-1.1)
+        assert float(loss.max_abs_log_ratio) == abs(distance)
+        first = float(loss.loss_sum.detach()) + 1.1
+        if distance > 0 and advantage > 0:
+            assert (first, float(logprobs.grad[0])) == (pytest.approx(-2.6), 0)
+        if distance > 0 and advantage < 0 and dual_clip:
+            assert (first, float(logprobs.grad[0])) == (pytest.approx(6.0), 0)
+
+
 def test_policy_loss_equals_the_loop_over_tokens() -> None:
     logprobs, old, advantages, weights = (each.detach() for each in tokens())
     expected = kl = clipped = 0.0

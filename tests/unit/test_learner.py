@@ -12,7 +12,7 @@ from rlhf_ray.config.settings import LearnerSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
-from rlhf_ray.roles.deepspeed_engine import Rank, deepspeed_configuration
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, deepspeed_configuration
 from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from tests.making import (
@@ -248,14 +248,46 @@ def test_bfloat16_keeps_master_weights(policy_model: str, single_rank: Rank):
     assert float(moved.float().mean()) > 3e-5
 
 
+class Weighted(torch.nn.Module):
+    """Its gradient is what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, value: float) -> torch.Tensor:
+        return (self.weight * value).float().sum()
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bfloat16_gradients_accumulate_in_float32(single_rank: Rank, zero_stage: int):
+    """In bfloat16, 1 + 2⁻⁹ is 1: of 128 such micro-batches nothing would be left beside one large one."""
+    settings = learner_settings(zero_stage=zero_stage, dtype="bfloat16", max_grad_norm=100.0)
+    engine = DeepSpeedEngine(Weighted, settings, single_rank, "bfloat16", TOTAL_STEPS)
+    gradients = [1.0, *[2.0**-9] * 128]
+    for order in (gradients, gradients[::-1]):
+        report = engine.optimizer_step(order, lambda value, _: engine.module(value))
+        assert report.grad_norm == 1.25 * 2
+
+
 def test_settings_reach_deepspeed_and_can_be_overridden():
     settings = LearnerSettings(
         zero_stage=2,
         max_grad_norm=0.5,
         deepspeed={"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "steps_per_print": 7},
     )
-    configuration = deepspeed_configuration(settings, "bfloat16")
+    configuration = deepspeed_configuration(settings, "bfloat16", world_size=2)
     assert configuration["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     assert configuration["gradient_clipping"] == 0.5
     assert configuration["bf16"] == {"enabled": True}
     assert configuration["steps_per_print"] == 7
+
+
+def test_one_float32_rank_has_nothing_to_shard():
+    def stage(dtype: str, world_size: int, **settings: Any) -> int:
+        configuration = deepspeed_configuration(LearnerSettings(**settings), dtype, world_size)
+        return int(configuration["zero_optimization"]["stage"])
+
+    assert [stage("float32", 1, zero_stage=asked) for asked in range(4)] == [0, 0, 0, 3]
+    assert [stage("float32", 2, zero_stage=asked) for asked in range(4)] == [0, 1, 2, 3]
+    assert [stage("bfloat16", 1, zero_stage=asked) for asked in range(4)] == [1, 1, 2, 3]
