@@ -150,7 +150,7 @@ def test_bfloat16_gradients_of_two_ranks_add_up_in_float32(pair: ActorGroup, zer
     """In bfloat16, 1 + 2⁻⁹ is 1."""
     pair.build_all(Sum, [(place, zero_stage) for place in ranks(pair)])
     found = pair.wait([*pair.submit(0, "grad_norm", [1.0, 0.0]), *pair.submit(1, "grad_norm", [2.0**-9] * 2)])
-    assert found == [2 * (1 + 2 * 2.0**-9)] * 2
+    assert found == pytest.approx([2 * (1 + 2 * 2.0**-9)] * 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
