@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 
-from rlhf_ray.config.settings import SFTConfig
+from rlhf_ray.config.settings import AlgorithmSettings, SFTConfig
 from rlhf_ray.data.text import TextSet, load_text
 from rlhf_ray.models.loading import check_tokenizer_fits, check_top_layers, load_policy_tokenizer, read_model_facts
 from rlhf_ray.randomness import batch_rows
@@ -53,7 +54,8 @@ def run_sft(config: SFTConfig) -> None:
                 tracker.events.write("rows_left_out", skipped=text.num_skipped, truncated=text.num_truncated)
                 tracker.display.message(f"{text.num_skipped} rows skipped, {text.num_truncated} cut")
             tracker.phase("loading the model")
-            build_learners(group, PolicyLearner, lambda rank: (policy, rank, steps))
+            build = partial(PolicyLearner, total_steps=steps)
+            build_learners(group, build, lambda rank: (policy, AlgorithmSettings(), rank))
             for step in range(1, steps + 1):
                 started = time.monotonic()
                 rows = batch_rows(len(text.examples), config.batch_size, config.run.seed, step - 1)

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from rlhf_ray.config.settings import KLSettings
+
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -108,12 +110,8 @@ class AdaptiveKLController:
         self.coefficient = state["coefficient"]
 
 
-def kl_controller(
-    controller: Literal["fixed", "adaptive"], coefficient: float, target: float, horizon: int
-) -> KLController:
-    """The controller of that name; `target` and `horizon` matter to the adaptive one only."""
-    if controller == "fixed":
-        return FixedKLController(coefficient)
-    if controller == "adaptive":
-        return AdaptiveKLController(coefficient, target, horizon)
-    raise ValueError(f"unknown KL controller {controller!r}; one of fixed, adaptive")
+def kl_controller(settings: KLSettings) -> KLController:
+    """The controller of a run."""
+    if settings.controller == "fixed":
+        return FixedKLController(settings.coefficient)
+    return AdaptiveKLController(settings.coefficient, settings.target, settings.horizon)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +114,16 @@ def _build(cast: Cast, config: PPOConfig, inputs: Inputs) -> list[Pending]:
     else:
         pending = cast.scorers.build(RewardScorer, [same["reward"]] * len(cast.scorers))
     pending += cast.generators.build(Generator, [same["generator"]] * len(cast.generators))
-    pending += cast.policy.build(PolicyLearner, [(policy, rank, updates, temperature) for rank in ranks(cast.policy)])
+    own: dict[str, Any] = {"total_steps": updates, "seed": config.run.seed}
+    build = partial(PolicyLearner, temperature=temperature, **own)
+    pending += cast.policy.build(build, [(policy, config.algorithm, rank) for rank in ranks(cast.policy)])
     if cast.references is not None and config.reference is not None:
         arguments = (config.reference.model or policy.model, config.reference, temperature)
         pending += cast.references.build(Reference, [arguments] * len(cast.references))
     if cast.critic is not None and config.critic is not None:
         critic = config.critic
-        pending += cast.critic.build(
-            CriticLearner,
-            [
-                (critic.model or policy.model, critic.learner, rank, updates, config.run.seed)
-                for rank in ranks(cast.critic)
-            ],
-        )
+        arguments = (critic, critic.model or policy.model, config.algorithm)
+        pending += cast.critic.build(partial(CriticLearner, **own), [(*arguments, rank) for rank in ranks(cast.critic)])
     if cast.evaluator is not None:
         pending += cast.evaluator.build(Evaluator, [(policy.model, config.evaluation.judge)])
     return pending

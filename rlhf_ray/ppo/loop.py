@@ -8,9 +8,8 @@ from pathlib import Path
 
 import ray
 
-from rlhf_ray.algorithms.experience import ExperienceSpec
 from rlhf_ray.algorithms.kl import kl_controller
-from rlhf_ray.config.settings import AlgorithmSettings, PPOConfig
+from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
 from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
 from rlhf_ray.ppo.evaluation import (
@@ -28,8 +27,7 @@ from rlhf_ray.ppo.state import LoopState
 from rlhf_ray.ppo.step import Columns, Shard, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
 from rlhf_ray.roles.critic_learner import CriticReport
 from rlhf_ray.roles.evaluator import EvaluatedSample
-from rlhf_ray.roles.learner import TrainSpec
-from rlhf_ray.roles.policy_learner import PolicyLossSpec, PolicyReport
+from rlhf_ray.roles.policy_learner import PolicyReport
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.cluster import check_resources, connect
 from rlhf_ray.runtime.stopping import stop_signals
@@ -98,10 +96,8 @@ class PPO:
     ) -> None:
         self._config, self._inputs, self._cast = config, inputs, cast
         self._tracker, self._folder, self._stop = tracker, folder, stop
-        kl = config.algorithm.kl
-        self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
+        self._kl = kl_controller(config.algorithm.kl)
         self._state = LoopState()
-        self._experience = experience_spec(config.algorithm)
         self._transport = open_transport(config.weights, cast.policy, cast.generators, config.generator.tensor_parallel)
 
     def run(self, resume: bool) -> None:
@@ -135,8 +131,8 @@ class PPO:
         scored = score(cast, shards)
         references = refer(cast, shards)
         values = learner_columns(cast.critic, "values", shards) if cast.critic else None
-        recompute = config.algorithm.old_logprobs == "learner"
-        policy = learner_columns(cast.policy, "logprobs", shards) if recompute else None
+        asks = config.algorithm.asks_old_logprobs
+        policy = learner_columns(cast.policy, "logprobs", shards) if asks else None
         columns = [
             Columns(
                 rewards=rewards,
@@ -190,18 +186,10 @@ class PPO:
         self, shards: list[Shard], columns: list[Columns], coefficient: float
     ) -> tuple[PolicyReport, CriticReport | None]:
         """Policy and critic learn at the same time, from the same columns."""
-        cast, algorithm, step = self._cast, self._config.algorithm, self._state.step
-        learner = self._config.policy.learner
-        spec = TrainSpec(algorithm.epochs, algorithm.minibatches, learner.micro_batch_tokens, self._config.run.seed)
-        pending = train(
-            cast.policy, shards, columns, step, self._experience, spec, policy_loss_spec(algorithm), coefficient
-        )
-        if cast.critic is not None and self._config.critic is not None:
-            critic = self._config.critic.learner
-            critic_spec = TrainSpec(spec.epochs, spec.minibatches, critic.micro_batch_tokens, spec.seed)
-            pending += train(
-                cast.critic, shards, columns, step, self._experience, critic_spec, algorithm.value_clip, coefficient
-            )
+        cast, step = self._cast, self._state.step
+        pending = train(cast.policy, shards, columns, step, coefficient)
+        if cast.critic is not None:
+            pending += train(cast.critic, shards, columns, step, coefficient)
         reports = collect(pending, self._config.cluster.call_timeout_s)
         critic_report = reports[len(cast.policy)] if cast.critic is not None else None
         return reports[0], critic_report
@@ -336,32 +324,3 @@ class PPO:
             shown = pairs[: config.evaluation.page_samples]
             write_samples_page(folder.samples_page, title, summary, shown, folder.plot)
         self._tracker.finish(summary)
-
-
-def experience_spec(algorithm: AlgorithmSettings) -> ExperienceSpec:
-    """The algorithm's settings as what the experience needs."""
-    return ExperienceSpec(
-        advantage=algorithm.advantage,
-        gamma=algorithm.gamma,
-        gae_lambda=algorithm.gae_lambda,
-        reward_whiten=algorithm.reward_whiten,
-        advantage_whiten=algorithm.advantage_whiten,
-        score_clip=algorithm.score_clip,
-        missing_eos_penalty=algorithm.missing_eos_penalty,
-        kl_estimator=algorithm.kl.estimator,
-        kl_in_reward=algorithm.kl.placement == "reward",
-        loss_aggregation=algorithm.loss_aggregation,
-    )
-
-
-def policy_loss_spec(algorithm: AlgorithmSettings) -> PolicyLossSpec:
-    """The algorithm's settings as what the policy's loss needs."""
-    return PolicyLossSpec(
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        entropy_coefficient=algorithm.entropy_coefficient,
-        importance_cap=algorithm.importance_cap,
-        kl_in_loss=algorithm.kl.placement == "loss",
-        kl_estimator=algorithm.kl.estimator,
-    )

@@ -112,23 +112,18 @@ def refer(cast: Cast, shards: Sequence[Shard]) -> list[StoredColumn] | None:
     group = cast.references
     if group is None:
         return None
-    asked = [
-        group.submit_parts(index % len(group), "logprobs", [shard.rollout], num_parts=1)
-        for index, shard in enumerate(shards)
-    ]
-    return [StoredColumn(parts.references[0], parts.done) for parts in asked]
+    return [_stored(group, index % len(group), "logprobs", shard) for index, shard in enumerate(shards)]
 
 
 def learner_columns(group: ActorGroup, method: str, shards: Sequence[Shard]) -> list[StoredColumn]:
-    """Ask every rank of a learner for a column of each of its shards (a collective: all ranks are asked)."""
-    columns: dict[int, StoredColumn] = {}
-    for rank in range(len(group)):
-        own = own_shards(rank, len(group), len(shards))
-        rows = [shards[index].rollout for index in own]
-        parts = group.submit_parts(rank, method, rows, num_parts=len(own))
-        for index, reference in zip(own, parts.references, strict=True):
-            columns[index] = StoredColumn(reference, parts.done)
-    return [columns[index] for index in range(len(shards))]
+    """Ask the ranks of a learner for a column of each of their shards, one shard of every rank after the other (a
+    collective of all ranks)."""
+    return [_stored(group, index % len(group), method, shard) for index, shard in enumerate(shards)]
+
+
+def _stored(group: ActorGroup, replica: int, method: str, shard: Shard) -> StoredColumn:
+    parts = group.submit_parts(replica, method, shard.rollout, num_parts=1)
+    return StoredColumn(parts.references[0], parts.done)
 
 
 def train(

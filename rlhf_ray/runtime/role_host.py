@@ -79,8 +79,8 @@ class RoleHost:
         return self._guarded(lambda: getattr(self._role, method)(*(self._fetched(argument) for argument in args)))
 
     def parts(self, method: str, *args: Any) -> list[Any]:
-        """One method that returns a list: its parts, and at the end an acknowledgement that can be waited for."""
-        return [*self.call(method, *args), True]
+        """One method: what it returns, and an acknowledgement that can be waited for."""
+        return [self.call(method, *args), True]
 
     def stream(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """What an iterating method yields, each put into the object store as it comes."""

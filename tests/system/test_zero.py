@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
-from rlhf_ray.config.settings import ActorSettings, PolicySettings
+from rlhf_ray.config.settings import ActorSettings, CriticSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket, fill_buckets
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
-from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reward_learner import RewardLearner
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
+from tests import making
 from tests.making import (
     KL_COEFFICIENT,
-    LOSS,
-    SPEC,
     largest_difference,
     learner_settings,
     random_rollout,
@@ -34,7 +32,7 @@ from tests.unit.test_reward_learner import LAYOUT as REWARD_LAYOUT
 from tests.unit.test_reward_learner import pairs_of
 
 ROLLOUTS = [random_rollout(index) for index in range(4)]
-SPLIT = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=48, seed=0)
+ALGORITHM = making.ALGORITHM.model_copy(update={"minibatches": 2})
 
 
 class Learners:
@@ -48,22 +46,19 @@ class Learners:
             # As every configuration for GPUs has it; the result must not depend on it.
             gradient_checkpointing=zero_stage == 3,
         )
-        self.policy = PolicyLearner(PolicySettings(model=model, learner=settings), rank, total_steps=20)
-        self.critic = CriticLearner(model, settings, rank, total_steps=20, seed=0)
+        policy, critic = PolicySettings(model=model, learner=settings), CriticSettings(learner=settings)
+        self.policy = PolicyLearner(policy, ALGORITHM, rank, total_steps=20)
+        self.critic = CriticLearner(critic, model, ALGORITHM, rank, total_steps=20, seed=0)
         self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
 
     def values_are_zero(self) -> bool:
-        return all(not column.data.any() for column in self.critic.values(self._rollouts))
+        return not any(self.critic.values(rollout).data.any() for rollout in self._rollouts)
 
     def train(self, step: int) -> tuple[PolicyReport, CriticReport]:
-        columns = zip(
-            self._rollouts, self.policy.logprobs(self._rollouts), self.critic.values(self._rollouts), strict=True
-        )
-        shards = [shard_of(*each) for each in columns]
-        return (
-            self.policy.train(step, shards, SPEC, SPLIT, LOSS, KL_COEFFICIENT),
-            self.critic.train(step, shards, SPEC, SPLIT, 0.2, KL_COEFFICIENT),
-        )
+        shards = [
+            shard_of(rollout, self.policy.logprobs(rollout), self.critic.values(rollout)) for rollout in self._rollouts
+        ]
+        return self.policy.train(step, shards, KL_COEFFICIENT), self.critic.train(step, shards, KL_COEFFICIENT)
 
     def save(self, folder: str) -> None:
         self.policy.save_checkpoint(folder)
