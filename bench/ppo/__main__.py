@@ -151,13 +151,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.ppo", description="A PPO step against its peers and parts.")
     parser.add_argument("--trl", type=Path, required=True, help="folder that TRL was installed into (pip --target)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with tiny and smollm2-135m")
-    parser.add_argument("--parts", nargs="+", choices=(*everything, "layouts"), help="default: all but layouts")
-    parser.add_argument("--models", nargs="+", choices=("tiny", "smollm2"), help="default: both")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    _add_names(parser, "--parts", (*everything, "layouts"), "default: all but layouts")
+    _add_names(parser, "--models", ("tiny", "smollm2"), "default: both")
+    _add_names(parser, "--dtypes", ("float32", "bfloat16"), "default: both, where the CPU has bfloat16")
     parser.add_argument("--rounds", type=int, help="default: 3")
     parser.add_argument("--quick", action="store_true", help="the small model, one short round, no memory")
     parser.add_argument("--layout", choices=LAYOUTS, help="of our roles, in place of each case's own")
-    parser.add_argument("--trl-threads", nargs="+", type=int, default=[2], help="the fastest of these is used")
+    parser.add_argument("--trl-threads", default="2", help="such as 1,2: the fastest is found and used")
     parser.add_argument("--trl-micro-batch", type=int, default=64, help="samples in one pass of TRL, of 64")
     parser.add_argument("--memory-model", choices=("tiny", "smollm2"), default="smollm2")
     parser.add_argument("--memory-steps", type=int, default=60, help="of the run that looks for growth")
@@ -166,8 +166,21 @@ def _parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.parts = arguments.parts or list(PARTS if arguments.quick else everything)
     arguments.models = arguments.models or (["tiny"] if arguments.quick else ["tiny", "smollm2"])
+    arguments.dtypes = arguments.dtypes or ["float32", "bfloat16"]
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 3)
+    arguments.trl_threads = [int(count) for count in arguments.trl_threads.split(",")]
     return arguments
+
+
+def _add_names(parser: argparse.ArgumentParser, option: str, known: Sequence[str], meaning: str) -> None:
+    """An option that takes several of the known names, with commas between them."""
+
+    def names(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; available: {', '.join(known)}")
+        return text.split(",")
+
+    parser.add_argument(option, type=names, metavar="NAME,…", help=f"of {', '.join(known)}; {meaning}")
 
 
 if __name__ == "__main__":

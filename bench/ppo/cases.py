@@ -39,9 +39,9 @@ class Case:
 
 
 CASES = (
-    Case("tiny", "float32", 64, 64, 1.35, "two ranks"),
-    Case("smollm2", "float32", 32, 32, 1.7, "two threads"),
-    Case("smollm2", "bfloat16", 32, 32, 3.0, "two threads"),
+    Case("tiny", "float32", 64, 64, 1.35, "two-ranks"),
+    Case("smollm2", "float32", 32, 32, 1.7, "two-threads"),
+    Case("smollm2", "bfloat16", 32, 32, 3.0, "two-threads"),
 )
 
 
@@ -61,36 +61,36 @@ class Layout:
 _TWO_ENGINES = {"generator.replicas": 2, "generator.threads": 1, "sampling.prompts_per_shard": 8}
 _TWO_REFERENCES = {"reference.replicas": 2, "reference.threads": 1}
 LAYOUTS = {
-    "two ranks": Layout(
+    "two-ranks": Layout(
         "one thread everywhere: no barrier inside a layer; costs a second copy of the weights and an all-reduce",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.replicas": 2, "policy.learner.threads": 1},
     ),
-    "two threads": Layout(
+    "two-threads": Layout(
         "one learner and one reference of two threads: one copy of the weights, no all-reduce, but a barrier after "
         "every operation, and no reference until the last generator has finished",
         _TWO_ENGINES | {"reference.threads": 2, "policy.learner.threads": 2},
     ),
-    "two references": Layout(
+    "two-references": Layout(
         "one learner of two threads, two references of one: each starts as soon as its generator's shard is there",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.threads": 2},
     ),
-    "small shards": Layout(
+    "small-shards": Layout(
         "four shards: references read the first ones while generators sample the last; batches are half as large",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.threads": 2, "sampling.prompts_per_shard": 4},
     ),
-    "small shards, two ranks": Layout(
+    "two-ranks-small-shards": Layout(
         "the same with two learners",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.replicas": 2, "sampling.prompts_per_shard": 4},
     ),
-    "uneven": Layout(
+    "one-generator": Layout(
         "one generator with all samples in one batch and two threads: a larger batch, but barriers",
         {"generator.threads": 2, "reference.threads": 2, "policy.learner.threads": 2, "sampling.prompts_per_shard": 16},
     ),
-    "gradients sharded": Layout(
+    "two-ranks-zero-2": Layout(
         "two learners that also share gradients (ZeRO-2): less memory than ZeRO-1, another way to reduce",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.replicas": 2, "policy.learner.zero_stage": 2},
     ),
-    "passive waiting": Layout(
+    "two-threads-passive": Layout(
         "two threads that sleep at barriers in place of spinning, which leaves the core to whoever has work",
         _TWO_ENGINES
         | {"reference.threads": 2, "reference.env.OMP_WAIT_POLICY": "passive"}
