@@ -40,8 +40,8 @@ class Case:
 
 CASES = (
     Case("tiny", "float32", 64, 64, 1.35, "two-ranks"),
-    Case("smollm2", "float32", 32, 32, 1.7, "two-threads"),
-    Case("smollm2", "bfloat16", 32, 32, 3.0, "two-threads"),
+    Case("smollm2", "float32", 32, 32, 1.7, "two-references"),
+    Case("smollm2", "bfloat16", 32, 32, 3.0, "two-references"),
 )
 
 
@@ -67,7 +67,7 @@ LAYOUTS = {
     ),
     "two-threads": Layout(
         "one learner and one reference of two threads: one copy of the weights, no all-reduce, but a barrier after "
-        "every operation, and no reference until the last generator has finished",
+        "every operation; the reference's threads meet a generator that is still busy, and spin",
         _TWO_ENGINES | {"reference.threads": 2, "policy.learner.threads": 2},
     ),
     "two-references": Layout(
