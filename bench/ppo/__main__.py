@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,8 @@ def main() -> None:
     if len(cores) < CORES:
         raise SystemExit(f"this machine has {len(cores)} core; the comparisons are laid out for {CORES}")
     os.sched_setaffinity(0, cores)
+    # So that a run or worker under way is ended with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     report = Report("ppo")
     FILES.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as runs:

@@ -83,7 +83,11 @@ class MemoryWatch:
 def _processes(driver: int) -> Iterator[tuple[int, str]]:
     """Process ids of a run's tree with their names; a role's process prints into the log file of its name."""
     yield driver, DRIVER
-    for process in psutil.Process(driver).children(recursive=True):
+    try:
+        children = psutil.Process(driver).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    for process in children:
         try:
             output = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
         except OSError:
