@@ -83,10 +83,12 @@ def learner_results(case: Case, rounds: Rounds) -> list[Result]:
 
 def sync_results(case: Case, rounds: Rounds) -> list[Result]:
     ours = rounds.phase("sync")
+    # A few MB are copied in less time than two processes take to exchange a message: no target.
+    target = None if case.model == "tiny" else "<= 3"
     results = [
         Result(f"{case.name}: copy of the weights' bytes", median(rounds.copies_s), "s"),
         Result(f"{case.name}: sync of the weights", median(ours), "s"),
-        Result(f"{case.name}: sync over the copy", _ratio(ours, rounds.copies_s), "×", "<= 3"),
+        Result(f"{case.name}: sync over the copy", _ratio(ours, rounds.copies_s), "×", target),
     ]
     probe = rounds.phase("probe")
     if probe:
