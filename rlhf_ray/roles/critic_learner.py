@@ -47,10 +47,8 @@ class CriticLearner:
         self._micro_batch_tokens = settings.micro_batch_tokens
 
         def build() -> CriticModel:
-            critic = load_critic_model(
-                model, dtype=dtype, attention=resolve_attention(settings.attention, on_gpu), seed=seed
-            )
-            train_only_top_layers(critic.token_classifier, settings.trainable_top_layers)
+            critic = load_critic_model(model, dtype=dtype, attention=resolve_attention(settings.attention, on_gpu))
+            train_only_top_layers(critic.backbone, settings.trainable_top_layers)
             return critic
 
         self._engine = DeepSpeedEngine(build, settings, rank, dtype, total_steps)

@@ -17,7 +17,7 @@ from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.buckets import WeightBucket, fill_buckets
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
-from rlhf_ray.models.token_models import PolicyModel, load_policy_model
+from rlhf_ray.models.token_models import PolicyModel, load_policy_model, named_as_saved
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
 from rlhf_ray.roles.learner import Meter, TrainSpec, checkpoint_folder, minibatches, read_step, token_columns
 from rlhf_ray.rollout import Rollout, TokenColumn
@@ -245,7 +245,10 @@ class PolicyLearner:
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
         """All weights in buckets; rank 0 yields them, the others take part in gathering them."""
-        return fill_buckets(self._engine.full_weights(_PREFIX), max_bytes)
+        model = self._engine.unwrapped.language_model
+        return fill_buckets(
+            (saved for each in self._engine.full_weights(_PREFIX) for saved in named_as_saved(model, *each)), max_bytes
+        )
 
     def open_nccl_sender(self, client: Any, address: str, port: int, world_size: int) -> None:
         """Meet the engines for vLLM's NCCL transport.
