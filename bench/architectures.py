@@ -1,11 +1,16 @@
-"""Do learner, critic and engine agree on every architecture, before training and after every sync?
+"""Do learner, critic, reference and engine work together on every architecture? `python -m bench.architectures`
 
-`python -m bench.architectures [NAME …]`
+A small randomly initialised model of each takes three steps of PPO, and learner and engine must agree on every token
+before the first and after the sync that follows each.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import socket
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, ReferenceSettings
+from bench.results import Report, Result
+from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, ReferenceSettings, WeightSettings
+from rlhf_ray.models.buckets import UNTRAINED, Snapshot
+from rlhf_ray.models.loading import load_policy_tokenizer
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.deepspeed_engine import Rank
@@ -25,6 +34,8 @@ from rlhf_ray.roles.reference import Reference
 from rlhf_ray.rollout import Rollout
 from tests.making import KL_COEFFICIENT, LOSS, SPEC, learner_settings, shard_of
 
+PARITY = 1e-4
+RATIO_ROUNDING = 1e-5
 CONTEXT_TOKENS = 64
 HIDDEN = 128
 LLAMA_LIKE = {
@@ -97,7 +108,7 @@ ARCHITECTURES = {
         },
     ),
     "mixtral": Architecture("mixtral", {**MIXTURE, "num_local_experts": 4}),
-    "qwen3_moe": Architecture("qwen3_moe", {**MIXTURE, "head_dim": 32, "num_experts": 4, "moe_intermediate_size": 96}),
+    "qwen3_moe": Architecture("qwen3_moe", {**MIXTURE, "head_dim": 32, "num_experts": 4, "moe_intermediate_size": 80}),
 }
 
 
@@ -143,9 +154,12 @@ def plan_for(tokenizer: Any, tokens: int = 24) -> ShardPlan:
     )
 
 
-def sync(policy: PolicyLearner, generator: Generator, version: int) -> None:
-    """The learner's weights into the engine of the same process."""
-    generator.load_weights(policy.weight_buckets(100_000), version)
+def snapshot_of(policy: PolicyLearner, version: int) -> Snapshot:
+    """The learner's weights, in several buckets."""
+    layout = policy.weight_layout(100_000)
+    buckets = [policy.weight_bucket(index) for index in range(len(layout))]
+    names = frozenset(name for names in layout for name in names)
+    return Snapshot(version, names, [bucket for bucket in buckets if bucket is not None])
 
 
 @dataclass(frozen=True)
@@ -153,54 +167,124 @@ class Agreement:
     """Of one architecture; log-probs are in nats.
 
     Attributes:
+        tokens: fewest that were compared.
         before: largest difference of the engine's and the learner's log-probs before training.
-        after: the same after the sync that followed each step.
-        stale: the least that a step moved them.
+        after: the largest of those after the sync that followed each step.
+        stale: the least, over the steps, that the largest such difference was before the sync.
         reference: largest difference of the learner and the frozen reference before training.
-        ratio_error: largest distance of the mean ratio of a first minibatch from 1.
-        value_losses: the critic's, of each step.
+        ratio_error: largest distance of a first minibatch's mean ratio from 1.
+        value_change: largest change of a value by a step of the critic, at least in each step.
     """
 
+    tokens: int
     before: float
-    after: tuple[float, ...]
+    after: float
     stale: float
     reference: float
     ratio_error: float
-    value_losses: tuple[float, ...]
+    value_change: float
+
+    @property
+    def fault(self) -> str:
+        """What does not hold, or nothing."""
+        wrong = {
+            "few tokens": self.tokens < 50,
+            "engine and learner differ before training": self.before > PARITY,
+            "engine and learner differ after a sync": self.after > PARITY,
+            "a step changes too little to prove anything": self.stale < 100 * PARITY,
+            "reference and learner differ": self.reference > PARITY,
+            "the ratio of a first minibatch is not 1": self.ratio_error > RATIO_ROUNDING,
+            "the critic learns nothing": self.value_change < 1e-3,
+        }
+        return ", ".join(name for name, found in wrong.items() if found)
 
 
 def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3) -> Agreement:
     """Train policy and critic on what the engine samples, and compare after every sync."""
     settings = learner_settings()
     policy = PolicyLearner(PolicySettings(model=model, learner=settings), rank, 20)
-    critic = CriticLearner(model, settings, rank, 20, seed=0)
-    reference = Reference(model, ReferenceSettings(dtype="float32"), 1.0)
+    critic = CriticLearner(model, settings, rank, 20)
+    frozen = Reference(model, ReferenceSettings(dtype="float32"), 1.0)
     # Where vLLM runs transformers' own class, it patches it, for the learners of this process too.
     type(policy._engine.unwrapped.language_model.base_model).do_not_compile = True
     plan = plan_for(tokenizer)
-    generator = engine(model, tokenizer)
-    if True:
-        rollout, _ = generator.generate(plan)
-        before = policy.compare(rollout).max_abs
-        own, frozen = policy.logprobs([rollout])[0], reference.logprobs([rollout])[0]
-        apart = float(np.abs(own.data - frozen.data).max())
-        after: list[float] = []
-        stale: list[float] = []
-        ratio_errors: list[float] = []
-        losses: list[float] = []
-        for version in range(1, steps + 1):
-            shards = [shard_of(rollout, policy.logprobs([rollout])[0], critic.values([rollout])[0])]
-            spec = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=128, seed=0)
-            report = policy.train(version, shards, SPEC, spec, LOSS, KL_COEFFICIENT)
-            ratio_errors.append(report.first_ratio_error)
-            losses.append(critic.train(version, shards, SPEC, spec, 0.2, KL_COEFFICIENT).loss)
-            stale.append(policy.compare(rollout).max_abs)
-            sync(policy, generator, version)
-            rollout, _ = generator.generate(plan)
-            after.append(policy.compare(rollout).max_abs)
-    return Agreement(before, tuple(after), min(stale), apart, max(ratio_errors), tuple(losses))
+    generator = Generator(
+        model,
+        GeneratorSettings(dtype="float32", kv_cache_gib=0.01, max_concurrent_sequences=16),
+        CONTEXT_TOKENS,
+        tokenizer.eos_token_id,
+        WeightSettings(),
+    )
+
+    def apart(rollout: Rollout) -> float:
+        return _largest(policy.logprobs([rollout])[0].data, rollout.logprobs)
+
+    rollout = generator.generate(plan, UNTRAINED)
+    before, tokens = apart(rollout), len(rollout.logprobs)
+    reference = _largest(policy.logprobs([rollout])[0].data, frozen.logprobs([rollout])[0].data)
+    after: list[float] = []
+    stale: list[float] = []
+    ratio_errors: list[float] = []
+    value_changes: list[float] = []
+    spec = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=128, seed=0)
+    for version in range(1, steps + 1):
+        values = critic.values([rollout])[0]
+        shards = [shard_of(rollout, policy.logprobs([rollout])[0], values)]
+        ratio_errors.append(policy.train(version, shards, SPEC, spec, LOSS, KL_COEFFICIENT).first_ratio_error)
+        critic.train(version, shards, SPEC, spec, 0.2, KL_COEFFICIENT)
+        value_changes.append(_largest(critic.values([rollout])[0].data, values.data))
+        stale.append(apart(rollout))
+        rollout = generator.generate(plan, snapshot_of(policy, version))
+        after.append(apart(rollout))
+        tokens = min(tokens, len(rollout.logprobs))
+    return Agreement(tokens, before, max(after), min(stale), reference, max(ratio_errors), min(value_changes))
 
 
-def engine(model: str, tokenizer: Any) -> Generator:
-    settings = GeneratorSettings(dtype="float32", kv_cache_gib=0.01, max_concurrent_sequences=16)
-    return Generator(model, settings, CONTEXT_TOKENS, tokenizer.eos_token_id, "object_store")
+def _largest(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    return float(np.abs(one - other).max())
+
+
+def agreement_of(name: str, tied: bool, tokenizer_folder: str) -> Agreement:
+    """One case, in a process of its own: vLLM keeps one distributed group a process, and patches classes."""
+    torch.set_num_threads(1)
+    tokenizer = load_policy_tokenizer(tokenizer_folder, "tokenizer")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        rank = Rank(0, 1, "127.0.0.1", int(listener.getsockname()[1]))
+    with TemporaryDirectory() as folder:
+        return agreement(write_model(name, tied, tokenizer, Path(folder)), tokenizer, rank)
+
+
+def processes() -> ProcessPoolExecutor:
+    """One process a case, one after another, forked from one that has imported the engines."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.engine.core", "bench.architectures", "deepspeed"])
+    return ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with tiny")
+    parser.add_argument("--only", nargs="*", help="names of architectures")
+    arguments = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_LOGGING_LEVEL="ERROR")
+    report = Report("architectures")
+    with processes() as pool:
+        for name, tied in cases():
+            if arguments.only and name not in arguments.only:
+                continue
+            label = f"{name}, {'tied' if tied else 'untied'}"
+            found = pool.submit(agreement_of, name, tied, str(arguments.data / "tiny" / "policy")).result()
+            results = [
+                Result(f"{label}: engine against learner before training", found.before, "nats", f"<= {PARITY:g} nats"),
+                Result(f"{label}: the same after each sync", found.after, "nats", f"<= {PARITY:g} nats"),
+                Result(f"{label}: the same before a sync", found.stale, "nats", f">= {100 * PARITY:g} nats"),
+                Result(f"{label}: learner against reference", found.reference, "nats", f"<= {PARITY:g} nats"),
+                Result(f"{label}: |ratio - 1| of a first minibatch", found.ratio_error, "", f"<= {RATIO_ROUNDING:g}"),
+                Result(f"{label}: change of a value by a critic's step", found.value_change, "", ">= 0.001"),
+            ]
+            report.add(results, label)
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ def prepare(
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+def sft(config: ConfigPath, overrides: Overrides = None, resume: Resume = False) -> None:
     """Warm up a policy on text.
 
     Reads a model and text. Writes `runs/<name>/policy`, a Hugging Face directory, with metrics and a plot beside it.
@@ -55,7 +55,7 @@ def sft(config: ConfigPath, overrides: Overrides = None) -> None:
     from rlhf_ray.config.settings import SFTConfig
     from rlhf_ray.supervised import run_sft
 
-    run_sft(load_config(SFTConfig, config, overrides or ()))
+    run_sft(load_config(SFTConfig, config, overrides or ()), resume)
 
 
 @app.command(name="train-rm")

@@ -36,8 +36,12 @@ def refuse_rollouts_in_this_process(refuse: bool = True) -> None:
     _refuse = refuse
 
 
-class _Shipped:
+class Shipped:
     """Base of everything that travels between roles through the object store."""
+
+    def header(self) -> Any:
+        """What the driver may know of it."""
+        raise NotImplementedError
 
     def __setstate__(self, state: Any) -> None:
         if _refuse:
@@ -54,7 +58,7 @@ class _Shipped:
 
 
 @dataclass(frozen=True)
-class Rollout(_Shipped):
+class Rollout(Shipped):
     """One shard of sampled responses. `B` samples, `T` tokens in all, `R` of them response tokens.
 
     Attributes:
@@ -158,7 +162,7 @@ class RolloutHeader:
 
 
 @dataclass(frozen=True)
-class TokenColumn(_Shipped):
+class TokenColumn(Shipped):
     """One float a response token, in the order of `Rollout.logprobs`: log-probs or values.
 
     Attributes:
@@ -167,9 +171,30 @@ class TokenColumn(_Shipped):
 
     data: NDArray[np.float32]
 
+    def header(self) -> int:
+        """How many tokens it has."""
+        return len(self.data)
+
 
 @dataclass(frozen=True)
-class RewardColumn(_Shipped):
+class ProbeColumn(Shipped):
+    """The learner's log-probs of the fixed tokens that a sync is verified with.
+
+    Attributes:
+        data: `[N]` float32, at temperature 1.
+        dtype: the learner's compute type, by torch's name.
+    """
+
+    data: NDArray[np.float32]
+    dtype: str
+
+    def header(self) -> int:
+        """How many tokens it has."""
+        return len(self.data)
+
+
+@dataclass(frozen=True)
+class RewardColumn(Shipped):
     """One score a sample, or the cause why there is none. A failure is never a number.
 
     Attributes:

@@ -36,6 +36,24 @@ LOSS = PolicyLossSpec(
 KL_COEFFICIENT = 0.05
 
 
+def rounding(terms: int, magnitude: float = 1.0) -> float:
+    """How far apart two float32 computations of the same sum may come out.
+
+    Each of them rounds after every term, by half an epsilon of the sum at most. Which terms are added first depends on
+    the kernel, and the kernel on the CPU's instructions and on the shape, so a test may not ask for less.
+
+    Args:
+        terms: of the longest sum on the way, such as the hidden size.
+        magnitude: of what is compared.
+    """
+    return float(np.finfo(np.float32).eps) * terms * magnitude
+
+
+HIDDEN_SIZE = 64
+"""Of the tiny models: how many terms the sums have that their logits and scores, of size 1 at most, are made of."""
+SCORE_ROUNDING = rounding(HIDDEN_SIZE)
+
+
 def learner_settings(**chosen: Any) -> LearnerSettings:
     """Float32, and an AdamW step that is smooth in the gradient.
 

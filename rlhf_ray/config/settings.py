@@ -82,6 +82,11 @@ class ActorSettings(Settings):
     gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each process; 0 runs it on the CPU.")
     env: dict[str, str] = Field(default_factory=dict, description="Environment variables of each process.")
 
+    @property
+    def concurrent_calls(self) -> int:
+        """Calls that one process works on at the same time."""
+        return 1
+
 
 DType = Literal["auto", "float32", "bfloat16"]
 
@@ -113,7 +118,8 @@ class LearnerSettings(ActorSettings):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage; 3 also shards the weights.")
     deepspeed: dict[str, object] = Field(
         default_factory=dict,
-        description="Merged into the DeepSpeed configuration as it is (offload, communication options, …).",
+        description="Merged into the DeepSpeed configuration as it is, such as communication options, or "
+        "`{zero_optimization: {offload_optimizer: {device: cpu}}}` to keep the optimizer's state and step on the CPU.",
     )
     learning_rate: PositiveFloat = Field(1e-6, description="Peak learning rate of AdamW.")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape after the warm-up.")
@@ -243,16 +249,49 @@ class GeneratorSettings(ActorSettings):
     """The engine that samples responses (vLLM)."""
 
     dtype: DType = Field("auto", description="Compute type, as for the learner.")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs over which one engine is spread.")
+    tensor_parallel: PositiveInt = Field(
+        1, description="GPUs over which one engine is spread; equal to `gpus`, which may be below 1 where this is 1."
+    )
     kv_cache_gib: PositiveFloat | None = Field(
-        0.5,
-        description="KV cache in GiB. Always given on a CPU: without it the engine claims nearly all memory. Empty on "
-        "a GPU: `gpu_memory_utilization` decides.",
+        None,
+        description="KV cache in GiB. Empty: 0.5 on a CPU, where an engine that chooses would claim nearly all memory; "
+        "on a GPU `gpu_memory_utilization` decides.",
     )
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of a GPU's memory the engine may use.")
     max_concurrent_sequences: PositiveInt = Field(256, description="Most responses in flight in one engine.")
+    shards_in_flight: PositiveInt | None = Field(
+        None,
+        description="Shards that one engine samples at the same time. Empty: 1 on a CPU, where it is computing anyway; "
+        "4 on a GPU, which one shard leaves idle.",
+    )
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
     engine: dict[str, object] = Field(default_factory=dict, description="Further vLLM engine arguments, as they are.")
+
+    @model_validator(mode="after")
+    def _has_the_gpus_it_is_spread_over(self) -> GeneratorSettings:
+        shares_one = 0 < self.gpus < 1 and self.tensor_parallel == 1
+        if self.gpus and self.gpus != self.tensor_parallel and not shares_one:
+            raise ValueError(
+                f"gpus: {self.gpus:g} for an engine spread over {self.tensor_parallel} (tensor_parallel); the two must "
+                "be equal (an engine on one GPU may also share it: gpus below 1)"
+            )
+        if not self.gpus and self.tensor_parallel > 1:
+            raise ValueError(
+                f"tensor_parallel: {self.tensor_parallel} needs as many gpus, but gpus is 0; an engine on a CPU is not "
+                "spread"
+            )
+        return self
+
+    @property
+    def concurrent_calls(self) -> int:
+        """Shards in flight."""
+        return self.shards_in_flight or (4 if self.gpus else 1)
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Size of the KV cache, or None where the share of the GPU's memory decides."""
+        gib = 0.5 if self.kv_cache_gib is None and not self.gpus else self.kv_cache_gib
+        return None if gib is None else int(gib * (1 << 30))
 
 
 class SamplingSettings(Settings):
@@ -290,7 +329,7 @@ class PromptSettings(Settings):
 
     path: str = Field(
         description="JSONL or Parquet file, folder, or `datasets` name; rows have `prompt` (a string or chat "
-        "messages) and may have `label`."
+        "messages) and may have `label`, which goes with the prompt to the scorers."
     )
     split: str | None = Field(None, description="Split of a `datasets` name, such as `train`.")
     field: str = Field("prompt", description="Column with the prompt.")
@@ -376,13 +415,16 @@ class WeightSettings(Settings):
         description="`object_store` works everywhere; `nccl` is "
         "vLLM's own engine for learners and generators on separate GPUs.",
     )
-    bucket_mib: PositiveInt = Field(64, description="Size of one bucket in the object store.")
-    probe_prompts: PositiveInt = Field(4, description="Prompts of the parity check after every sync.")
-    probe_tokens: PositiveInt = Field(8, description="Tokens sampled for each of them.")
+    bucket_mib: PositiveInt = Field(64, description="Size of one bucket of weights.")
+    probe_tokens: PositiveInt = Field(
+        256,
+        description="Prompt tokens on which engine and learner are compared after every sync: they must agree, and "
+        "the engine's log-probs must have changed as the learner's have.",
+    )
     max_abs_dlogp_float32: PositiveFloat = Field(
         1e-4, description="Largest |Δ log-prob| allowed when engine and learner compute in float32."
     )
-    max_mean_ratio_bfloat16: PositiveFloat = Field(1.05, description="Largest mean exp|Δ log-prob| allowed otherwise.")
+    max_median_dlogp_bfloat16: PositiveFloat = Field(0.05, description="Largest median |Δ log-prob| allowed otherwise.")
 
 
 class EvaluationSettings(Settings):
@@ -395,7 +437,7 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """What survives a stop."""
+    """Checkpointing."""
 
     every_steps: PositiveInt = Field(10, description="A checkpoint every n steps (and at a stop).")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
@@ -415,6 +457,9 @@ class TrackingSettings(Settings):
 
     wandb: WandbSettings = Field(default_factory=WandbSettings, description="Weights & Biases.")
     tensorboard: bool = Field(False, description="Write TensorBoard files into the run folder.")
+    trace_steps: NonNegativeInt = Field(
+        3, description="First steps of a PPO run whose timeline is written to `trace.json` (Chrome's trace format)."
+    )
     progress: Annotated[Literal["auto", "live", "lines", "off"], OffIsAWord] = Field(
         "auto", description="Display: `live` on a terminal, one line a step elsewhere."
     )
@@ -445,7 +490,7 @@ class PPOConfig(RunConfig):
     algorithm: AlgorithmSettings = Field(default_factory=AlgorithmSettings, description="The algorithm.")
     weights: WeightSettings = Field(default_factory=WeightSettings, description="How new weights reach the engine.")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="Held-out judgement.")
-    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="What survives a stop.")
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings, description="Checkpointing.")
 
     @model_validator(mode="after")
     def _roles_fit_the_algorithm(self) -> PPOConfig:
@@ -513,6 +558,9 @@ class SFTConfig(RunConfig):
     steps: PositiveInt | None = Field(None, description="Optimizer steps; empty: `epochs` passes.")
     epochs: PositiveInt = Field(1, description="Passes over the text.")
     batch_size: PositiveInt = Field(32, description="Rows of one optimizer step, over all ranks.")
+    checkpoint: CheckpointSettings = Field(
+        default_factory=lambda: CheckpointSettings(every_steps=50, keep=1), description="Checkpointing."
+    )
 
 
 class PreferenceSettings(Settings):

@@ -10,7 +10,6 @@ from typing import Any
 
 from rlhf_ray.failures import BadInput
 
-
 _PACKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers that keep to the sequences of a packed row."""
 

@@ -1,16 +1,23 @@
-"""From texts and conversations to the tokens that a reward model is given; its weights are not needed for it."""
+"""From texts, conversations and sampled responses to the tokens that a reward model is given, without its weights."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlhf_ray.data.chat import Message, render_turn
+from rlhf_ray.data.rows import RowError
+from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, weights_version
 from rlhf_ray.models.reward_models import RewardEncoding, load_reward_tokenizer
+from rlhf_ray.rollout import Rollout
 
 Encoded = tuple[list[int], bool]
 """Token ids as the model is given them, and whether the text was cut."""
@@ -37,8 +44,8 @@ class RewardTexts:
     def __init__(self, model: str, max_length: int | None, key: str = "reward.model") -> None:
         from transformers import AutoConfig
 
-        self.tokenizer = load_reward_tokenizer(model, key)
         self.card = card = RewardModelCard.load(model, key)
+        self.tokenizer = templated_tokenizer(model, card, key)
         self.layout = card.layout if card else MemberLayout()
         # Some models hold more positions than a text may have; their tokenizer knows.
         positions = int(AutoConfig.from_pretrained(self.folders(model)[0]).max_position_embeddings)
@@ -47,8 +54,6 @@ class RewardTexts:
         self._encoding = RewardEncoding.for_tokenizer(self.tokenizer, limit)
         if card is not None:
             self._encoding = RewardEncoding(limit, card.append_eos)
-            if card.chat_template is not None:
-                self.tokenizer.chat_template = card.chat_template
         folder = Path(model)
         self.version = card.version if card else weights_version(folder) if folder.is_dir() else model
 
@@ -101,3 +106,77 @@ class RewardTexts:
     def finish(self, token_ids: list[int]) -> Encoded:
         """Token ids of a whole text, ended as the model expects and cut at the front."""
         return self._encoding.finish(token_ids, self.tokenizer)
+
+
+def templated_tokenizer(model: str, card: RewardModelCard | None, key: str) -> Any:
+    """A reward model's tokenizer, with the chat template that its card names, else its own.
+
+    Raises:
+        BadInput: under `key`, as `load_reward_tokenizer`.
+    """
+    tokenizer = load_reward_tokenizer(model, key)
+    if card is not None and card.chat_template is not None:
+        tokenizer.chat_template = card.chat_template
+    return tokenizer
+
+
+class SharedIds(Enum):
+    """Which sampled texts a reward model can be given as the policy's token ids."""
+
+    NONE = "another tokenizer"
+    TEXTS = "the same tokenizer, another chat template: prompts that are texts"
+    ALL = "the same tokenizer and chat template"
+
+
+class ResponseReader:
+    """Reads what a policy sampled.
+
+    An embedding often has more rows than there are tokens, because round numbers suit the hardware, and a policy may
+    sample the id of such a row. Nobody can read that response, so it cannot be scored.
+
+    Args:
+        policy_model: whose tokenizer decodes.
+
+    Raises:
+        BadInput: it has no readable tokenizer.
+    """
+
+    def __init__(self, policy_model: str) -> None:
+        self._tokenizer = load_tokenizer(policy_model, "policy.model")
+        self._vocabulary = self._tokenizer.get_vocab()
+        ids = list(self._vocabulary.values())
+        self._known = np.zeros(max(ids) + 2, dtype=bool)  # the last entry stands for all higher ids
+        self._known[ids] = True
+
+    def token_ids(self, rollout: Rollout, index: int) -> NDArray[np.int32]:
+        """The tokens of one response.
+
+        Raises:
+            RowError: the tokenizer does not have all of them.
+        """
+        token_ids = rollout.sample_tokens(index)[int(rollout.prompt_lengths[index]) :]
+        if not self._known[np.minimum(token_ids, len(self._known) - 1)].all():
+            raise RowError("the response has a token id that the policy's tokenizer does not know", "known token ids")
+        return token_ids
+
+    def text(self, rollout: Rollout, index: int) -> str:
+        """One response without special tokens.
+
+        Raises:
+            RowError: as `token_ids`.
+        """
+        return str(self._tokenizer.decode(self.token_ids(rollout, index), skip_special_tokens=True))
+
+    def shared_ids(self, tokenizer: Any) -> SharedIds:
+        """Which sampled texts have the token ids that a reward model's tokenizer would give them.
+
+        Args:
+            tokenizer: of the reward model, with its chat template.
+        """
+        own = self._tokenizer
+        # An empty text shows which special tokens are put around a text.
+        if own("").input_ids != tokenizer("").input_ids or self._vocabulary != tokenizer.get_vocab():
+            return SharedIds.NONE
+        names = ("chat_template", "bos_token", "eos_token")
+        same_template = all(getattr(own, name) == getattr(tokenizer, name) for name in names)
+        return SharedIds.ALL if same_template else SharedIds.TEXTS

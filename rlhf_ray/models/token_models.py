@@ -157,6 +157,12 @@ def named_as_saved(model: Any, name: str, tensor: torch.Tensor) -> Iterator[tupl
     yield from revert_weight_conversion(model, {name: tensor}).items()
 
 
+def shapes_as_saved(model: Any, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same without the weights: tensors on the meta device, also of a parameter that ZeRO-3 has in pieces."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return named_as_saved(model, name, torch.empty(shape, dtype=parameter.dtype, device="meta"))
+
+
 def gathered(parameters: list[nn.Parameter], read_only: bool = False) -> AbstractContextManager[None]:
     """Parameters in full for the length of a block; ZeRO-3 has them in pieces otherwise.
 

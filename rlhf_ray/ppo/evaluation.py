@@ -2,52 +2,61 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_ray.config.settings import EvaluationSettings, SamplingSettings
+from rlhf_ray.config.settings import ActorSettings, EvaluationSettings, PPOConfig, SamplingSettings
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.ppo.cast import Cast
+from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.ppo.inputs import Inputs
+from rlhf_ray.ppo.roles import Roles
 from rlhf_ray.ppo.step import generate, plan_shards, refer, score
-from rlhf_ray.roles.evaluator import EvaluatedSample
+from rlhf_ray.roles.evaluator import EvaluatedSample, Evaluator
+from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.tracking.report import SamplePair
 from rlhf_ray.tracking.run_folder import write_atomic
 
 
 def evaluate(
-    cast: Cast,
+    roles: Roles,
     held_out: PromptSet,
     settings: EvaluationSettings,
     sampling: SamplingSettings,
     seed: int,
+    snapshot: Snapshot | Deferred[Snapshot],
     with_kl: bool,
 ) -> list[EvaluatedSample]:
-    """Sample, score and judge every held-out prompt with the generators' present weights.
+    """Sample, score and judge every held-out prompt.
 
     Args:
+        snapshot: the weights to sample with.
         with_kl: ask the reference too, for the distance from it.
 
     Returns:
         One entry a sample, in the order of the prompts.
     """
-    if cast.evaluator is None:
+    if roles.evaluator is None:
         raise RoleFailure(FailureKind.FATAL, "evaluator", "?", "the run was started without held-out prompts")
+    [evaluator] = roles.evaluator
     drawn = [(prompt.index, prompt) for prompt in held_out]
     plans = plan_shards(drawn, sampling, seed, "held-out", samples_per_prompt=settings.samples_per_prompt)
-    shards = generate(cast, plans, drawn)
-    scored = score(cast, shards)
-    references = refer(cast, shards) if with_kl else None
+    shards = generate(roles, plans, drawn, snapshot)
+    scored = score(roles, shards)
+    references = refer(roles, shards) if with_kl else None
     read = [
-        cast.evaluator.submit(
-            0, "read", shard.rollout, column, shard.prompts, references[index].reference if references else None
-        )[0]
-        for index, (shard, (column, _)) in enumerate(zip(shards, scored, strict=True))
+        evaluator.ask(Evaluator.read, shard.rollout.data, scored[index].data, shard.prompts)
+        if references is None
+        else evaluator.ask(
+            Evaluator.read, shard.rollout.data, scored[index].data, shard.prompts, references[index].data
+        )
+        for index, shard in enumerate(shards)
     ]
-    return [sample for samples in cast.evaluator.wait(read) for sample in samples]
+    return [sample for samples in roles.evaluator.wait(read) for sample in samples]
 
 
 def held_out_summary(
@@ -100,6 +109,29 @@ def pair_samples(before: Sequence[EvaluatedSample], after: Sequence[EvaluatedSam
         for sample in before
         if sample.sample_id in later
     ]
+
+
+def before_file(config: PPOConfig, inputs: Inputs) -> str:
+    """Name of the file with the samples of the policy as it was before training.
+
+    Named after everything that they follow from: where a run is resumed with another evaluation, policy or reward
+    model, those of before are not taken for the new ones.
+    """
+    assert inputs.held_out is not None, "called with held-out prompts only"
+    placement = set(ActorSettings.model_fields)
+    follows_from = {
+        "policy": config.policy.model,
+        "seed": config.run.seed,
+        "prompts": [(prompt.text, prompt.token_ids.tolist()) for prompt in inputs.held_out],
+        "samples_per_prompt": config.evaluation.samples_per_prompt,
+        "temperature": config.sampling.temperature,
+        "max_response_tokens": config.sampling.max_response_tokens,
+        "judge": config.evaluation.judge,
+        "reward": config.reward.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s"}),
+        "reward_version": inputs.reward_card and inputs.reward_card.version,
+    }
+    key = hashlib.blake2b(json.dumps(follows_from, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return f"held_out_before-{key}.jsonl"
 
 
 def save_samples(path: Path, samples: Sequence[EvaluatedSample]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
+from rlhf_ray.data.chat import render_turn
 from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
     check_language_model,
@@ -17,6 +20,7 @@ from rlhf_ray.models.loading import (
 )
 from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_models import check_reward_model, load_reward_tokenizer
+from rlhf_ray.models.reward_texts import templated_tokenizer
 from rlhf_ray.roles.remote_scorer import check_reward_service
 
 
@@ -61,6 +65,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
             check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
     card = _check_reward_model(config.reward)
+    reward = None if config.reward.url else templated_tokenizer(config.reward.model, card, "reward.model")
     wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
 
     def prompts(settings: PromptSettings, key: str) -> PromptSet:
@@ -75,13 +80,32 @@ def read_inputs(config: PPOConfig) -> Inputs:
         )
 
     held_out = config.evaluation.prompts
-    return Inputs(
+    inputs = Inputs(
         eos_token_id=int(tokenizer.eos_token_id),
         context_tokens=min(facts.context_tokens, wanted),
         prompts=prompts(config.prompts, "prompts.path"),
         held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
         reward_card=card,
     )
+    if reward is not None:
+        _check_chat_template(reward, (inputs.prompts, inputs.held_out), config.reward.model)
+    return inputs
+
+
+def _check_chat_template(reward_tokenizer: Any, prompt_sets: Iterable[PromptSet | None], model: str) -> None:
+    """See that the reward model can be shown chat messages, by the first ones of each set."""
+    for prompts in prompt_sets:
+        chat = next((prompt.messages for prompt in prompts or () if prompt.messages is not None), None)
+        if chat is None:
+            continue
+        try:
+            render_turn(reward_tokenizer, chat, [{"role": "assistant", "content": "Yes."}])
+        except RowError as problem:
+            raise BadInput(
+                "reward.model",
+                f"'{model}' cannot be shown the prompts, which are chat messages: {problem.found}",
+                problem.allowed,
+            ) from None
 
 
 def _check_reward_model(settings: RewardSettings) -> RewardModelCard | None:

@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import ray
-
-from rlhf_ray.algorithms.experience import ExperienceSpec
 from rlhf_ray.algorithms.kl import kl_controller
-from rlhf_ray.config.settings import AlgorithmSettings, PPOConfig
-from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
-from rlhf_ray.ppo.cast import Cast, role_requests, start_cast
-from rlhf_ray.ppo.evaluation import (
-    evaluate,
-    held_out_kl,
-    held_out_line,
-    held_out_summary,
-    load_samples,
-    pair_samples,
-    save_samples,
-)
+from rlhf_ray.algorithms.parity import Parity
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
-from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row
-from rlhf_ray.ppo.state import LoopState
-from rlhf_ray.ppo.step import Columns, Shard, StepHeaders, generate, learner_columns, plan_shards, refer, score, train
-from rlhf_ray.roles.critic_learner import CriticReport
-from rlhf_ray.roles.evaluator import EvaluatedSample
-from rlhf_ray.roles.learner import TrainSpec
-from rlhf_ray.roles.policy_learner import PolicyLossSpec, PolicyReport
+from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
+from rlhf_ray.ppo.results import judge_before, write_results
+from rlhf_ray.ppo.roles import Roles, role_requests, start_roles
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
+from rlhf_ray.ppo.step import (
+    add_columns,
+    generate,
+    plan_shards,
+    train_critic,
+    train_policy,
+    wait_for_columns,
+)
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
-from rlhf_ray.runtime.cluster import check_resources, connect
-from rlhf_ray.runtime.stopping import stop_signals
-from rlhf_ray.runtime.waiting import collect
-from rlhf_ray.runtime.weight_transfer import Parity, open_transport, verify
-from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
-from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
-from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder
-
-BEFORE = "held_out_before.jsonl"
-AFTER = "held_out_after.jsonl"
+from rlhf_ray.runtime.answers import Deferred, collect
+from rlhf_ray.runtime.learner_group import connected
+from rlhf_ray.runtime.run import Run
+from rlhf_ray.runtime.timeline import Timeline
+from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
+from rlhf_ray.tracking.run_folder import RunFolder
+from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
 
 def run_ppo(config: PPOConfig, resume: bool = False) -> None:
@@ -52,186 +44,120 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
     check_folder(config, resume)
+    if resume:
+        check_resumable(config, RunFolder(Path(run_folder_path(config))))
     inputs = read_inputs(config)
-    connect(config.cluster)
-    try:
-        check_resources(role_requests(config))
-        changed = changed_settings(config) if resume else []
-        folder = open_folder(config, resume)
-        title = f"PPO {config.run.name} · {config.policy.model}"
-        with Tracker(config, "ppo", folder, title, config.steps, COLUMNS) as tracker, stop_signals() as stop:
-            refuse_rollouts_in_this_process()
-            if changed:
-                tracker.events.write("settings_changed", changes=changed)
-                tracker.display.message(f"resuming with other settings than before: {'; '.join(changed)}")
-            tracker.phase("starting the roles and loading their models")
-            cast = start_cast(config, inputs, folder.logs)
-            for group in cast.groups():
-                for member in group.members:
-                    tracker.events.write("role_started", role=member.name, node=member.node)
-            PPO(config, inputs, cast, tracker, folder, stop).run(resume)
-    finally:
-        refuse_rollouts_in_this_process(False)
-        ray.shutdown()
+    title = f"PPO {config.run.name} · {config.policy.model}"
+    with (
+        connected(config.cluster, [role_requests(config)]),
+        Run(config, "ppo", title, config.steps, COLUMNS, config.checkpoint, resume) as run,
+    ):
+        refuse_rollouts_in_this_process()
+        try:
+            run.tracker.phase("starting the roles and loading their models")
+            roles = start_roles(config, inputs, run.folder.logs)
+            for group in roles.groups():
+                for replica in group:
+                    run.tracker.events.write("role_started", role=replica.name, node=replica.node)
+            PPO(config, inputs, roles, run).train()
+        finally:
+            refuse_rollouts_in_this_process(False)
 
 
 class PPO:
-    """One run's loop over its cast.
+    """One run's loop over its roles."""
 
-    Args:
-        config: of the run.
-        inputs: what was read.
-        cast: the roles, built.
-        tracker: the run's logs.
-        folder: the run's folder.
-        stop: signals received so far; with one the run ends after the step under way.
-    """
-
-    def __init__(
-        self,
-        config: PPOConfig,
-        inputs: Inputs,
-        cast: Cast,
-        tracker: Tracker,
-        folder: RunFolder,
-        stop: Sequence[int] = (),
-    ) -> None:
-        self._config, self._inputs, self._cast = config, inputs, cast
-        self._tracker, self._folder, self._stop = tracker, folder, stop
+    def __init__(self, config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> None:
+        self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
+        self._timeout_s = config.cluster.call_timeout_s
         kl = config.algorithm.kl
         self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
-        self._state = LoopState()
-        self._experience = experience_spec(config.algorithm)
-        self._transport = open_transport(config.weights, cast.policy, cast.generators, config.generator.tensor_parallel)
+        self._state = LoopState(learners=learner_shapes(config))
+        self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
+        prompts = [prompt.token_ids for prompt in inputs.prompts]
+        probe = probe_rows(prompts, config.weights.probe_tokens, inputs.context_tokens)
+        self._weights = WeightSync(
+            roles.policy, roles.generators, config.weights, config.generator.tensor_parallel, probe, self._timeout_s
+        )
+        self._snapshot: Deferred[Snapshot] | None = None
 
-    def run(self, resume: bool) -> None:
+    def train(self) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
-        if resume:
-            self._load_checkpoint()
-        self._tracker.phase("first sync of the weights")
-        self._sync(StepClock())
-        self._evaluate_before()
-        while self._state.step < self._config.steps:
-            if self._stop:
-                self._stop_here()
+        config, run = self._config, self._run
+        judge_before(config, self._inputs, self._roles, run)
+        restored = run.restore(LoopState)
+        if restored is not None:
+            found, checkpoint = restored
+            self._state = replace(found, learners=self._state.learners)
+            self._kl.load_state_dict(self._state.kl_controller)
+            collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
+        run.tracker.phase("first sync of the weights")
+        sync = self._weights.begin(self._state.step)
+        self._verify(sync, collect([*sync.parity, *sync.answers], self._timeout_s))
+        while self._state.step < config.steps:
             kl = self._step()
-            if self._state.step % self._config.checkpoint.every_steps == 0:
-                self._save_checkpoint()
+            run.keep(self._state.step, self._state, self._save_checkpoint)
             if self._kl_too_large(kl):
                 break
-        self._finish()
-
-    def _stop_here(self) -> None:
-        self._save_checkpoint()
-        cause, step = f"signal {self._stop[0]}", self._state.step
-        self._tracker.events.write("run_stopped", cause=cause, step=step)
-        raise Stopped(f"stopped by {cause} after step {step}; continue with --resume")
+        write_results(config, self._inputs, self._roles, run, self.snapshot)
 
     def _step(self) -> float | None:
-        """Sample, score, learn, sync."""
-        cast, config, clock = self._cast, self._config, StepClock()
-        drawn = self._inputs.prompts.draw(config.run.seed, self._state.step, config.sampling.prompts_per_step)
-        shards = generate(cast, plan_shards(drawn, config.sampling, config.run.seed, "train"), drawn)
-        scored = score(cast, shards)
-        references = refer(cast, shards)
-        values = learner_columns(cast.critic, "values", shards) if cast.critic else None
-        recompute = config.algorithm.old_logprobs == "learner"
-        policy = learner_columns(cast.policy, "logprobs", shards) if recompute else None
-        columns = [
-            Columns(
-                rewards=rewards,
-                reference=references[index].reference if references else None,
-                values=values[index].reference if values else None,
-                policy=policy[index].reference if policy else None,
-            )
-            for index, (rewards, _) in enumerate(scored)
-        ]
-
-        self._tracker.phase("sampling")
-        with clock.phase("generate"):
-            rollouts = cast.generators.wait([shard.header for shard in shards])
-        self._tracker.phase("scoring")
-        with clock.phase("reward"):
-            rewards = cast.scorers.wait([header for _, header in scored])
-        for name, stored in (("reference", references), ("values", values), ("old_logprobs", policy)):
-            with clock.phase(name):
-                collect([column.done for column in stored or ()], config.cluster.call_timeout_s)
-        headers = StepHeaders(tuple(rollouts), tuple(rewards))
+        """Sample, score, learn, sync; gives the KL divergence from the reference."""
+        config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
+        self._run.tracker.phase("sampling")
+        drawn = self._inputs.prompts.draw(config.run.seed, state.step, config.sampling.prompts_per_step)
+        plans = plan_shards(drawn, config.sampling, config.run.seed, "train")
+        shards = generate(roles, plans, drawn, self.snapshot)
+        columns = add_columns(roles, shards, config.algorithm.asks_old_logprobs)
+        headers = wait_for_columns(shards, columns, clock)
         self._check_scores(headers)
+        # Every generator has these weights by now; kept, they would take up the room of the new ones.
+        self._snapshot = None
 
-        self._tracker.phase("learning")
+        self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
-        with clock.phase("train"):
-            policy_report, critic_report = self._learn(shards, columns, coefficient)
-        if policy_report.stats.kl_reference is not None:
-            self._kl.update(policy_report.stats.kl_reference, headers.num_samples)
-        sampled_version = self._state.step
-        self._state.step += 1
-        self._state.samples += headers.num_samples
-        self._state.tokens += headers.num_response_tokens
-        self._tracker.phase("syncing the weights")
-        parity = self._sync(clock)
-        self._tracker.step(
-            step_row(
-                self._state,
-                headers,
-                policy_report,
-                critic_report,
-                parity,
-                sampled_version,
-                coefficient,
-                clock,
-                self._tracker.wall_s,
-            )
-        )
-        return policy_report.stats.kl_reference
+        experience = [column.experience(shard) for shard, column in zip(shards, columns, strict=True)]
+        policy = train_policy(roles, experience, state.step, coefficient)
+        critic = train_critic(roles, experience, state.step, coefficient)
+        # The policy's weights leave while the critic is still learning.
+        sync = self._weights.begin(state.step + 1)
+        done = clock.wait({"train": [*policy, *critic], "sync": [*sync.parity, *sync.answers]})
+        parity = self._verify(sync, done["sync"])
+        policy_report, critic_report = done["train"][0], done["train"][len(policy)] if critic else None
 
-    def _learn(
-        self, shards: list[Shard], columns: list[Columns], coefficient: float
-    ) -> tuple[PolicyReport, CriticReport | None]:
-        """Policy and critic learn at the same time, from the same columns."""
-        cast, algorithm, step = self._cast, self._config.algorithm, self._state.step
-        learner = self._config.policy.learner
-        spec = TrainSpec(algorithm.epochs, algorithm.minibatches, learner.micro_batch_tokens, self._config.run.seed)
-        pending = train(
-            cast.policy, shards, columns, step, self._experience, spec, policy_loss_spec(algorithm), coefficient
-        )
-        if cast.critic is not None and self._config.critic is not None:
-            critic = self._config.critic.learner
-            critic_spec = TrainSpec(spec.epochs, spec.minibatches, critic.micro_batch_tokens, spec.seed)
-            pending += train(
-                cast.critic, shards, columns, step, self._experience, critic_spec, algorithm.value_clip, coefficient
-            )
-        reports = collect(pending, self._config.cluster.call_timeout_s)
-        critic_report = reports[len(cast.policy)] if cast.critic is not None else None
-        return reports[0], critic_report
+        sampled_version = state.step
+        state.advance(headers.num_samples, headers.num_response_tokens)
+        kl = policy_report.stats.kl_reference
+        if kl is not None:
+            self._kl.update(kl, headers.num_samples)
+        state.kl_controller = self._kl.state_dict()
+        busy = self._timeline.read(state.step, clock.step_s)
+        row = step_row(state, headers, policy_report, critic_report, parity, sampled_version, coefficient, clock, busy)
+        self._run.tracker.step(row)
+        return kl
 
-    def _sync(self, clock: StepClock) -> Parity:
-        """The learner's weights into every generator, and the proof."""
-        weights, sampling = self._config.weights, self._config.sampling
-        version = self._state.step
-        with clock.phase("sync"):
-            self._transport.send(version)
-        probe = [
-            (number, self._inputs.prompts[number % len(self._inputs.prompts)])
-            for number in range(weights.probe_prompts)
-        ]
-        [plan] = plan_shards(
-            probe,
-            sampling.model_copy(update={"prompts_per_shard": len(probe)}),
-            self._config.run.seed,
-            "probe",
-            samples_per_prompt=1,
-            max_response_tokens=min(weights.probe_tokens, sampling.max_response_tokens),
-        )
-        with clock.phase("probe"):
-            return verify(weights, self._cast.policy, self._cast.generators, plan, version, self._cast.exact)
+    @property
+    def snapshot(self) -> Deferred[Snapshot]:
+        """The weights to sample with."""
+        assert self._snapshot is not None, "no weights have been verified yet"
+        return self._snapshot
+
+    def _verify(self, sync: Sync, reports: Sequence[Any]) -> Parity:
+        """From here on, the engines sample with these weights."""
+        sync, parity, first_faults = self._weights.verified(sync, reports[: len(sync.parity)])
+        if first_faults:
+            self._run.tracker.events.write("sync_repeated", cause="; ".join(first_faults), version=sync.version)
+        self._snapshot = sync.snapshot
+        return parity
+
+    def _save_checkpoint(self, folder: str) -> None:
+        collect(self._roles.save_checkpoint(folder), self._timeout_s)
 
     def _check_scores(self, headers: StepHeaders) -> None:
-        """A failed score is counted and set aside; a step without any is the end."""
+        """A failed score is counted and set aside; a step with no scores aborts the run."""
         causes = headers.failure_causes
         if causes:
-            self._tracker.events.write("scores_failed", step=self._state.step + 1, causes=causes)
+            self._run.tracker.events.write("scores_failed", step=self._state.step + 1, causes=causes)
         if headers.num_failures == headers.num_samples:
             raise RoleFailure(
                 FailureKind.FATAL, "reward", "?", f"not one sample of step {self._state.step + 1} has a score: {causes}"
@@ -242,126 +168,6 @@ class PPO:
         if limit is None or kl is None or kl <= limit:
             return False
         cause = f"kl/reference is {kl:.2f} nats, above algorithm.kl.stop_above {limit:g}"
-        self._tracker.events.write("run_ended_early", cause=cause, step=self._state.step)
-        self._tracker.display.message(f"ending early: {cause}")
+        self._run.tracker.events.write("run_ended_early", cause=cause, step=self._state.step)
+        self._run.tracker.display.message(f"ending early: {cause}")
         return True
-
-    def _save_checkpoint(self) -> None:
-        path = self._folder.checkpoint_path(self._state.step)
-        self._tracker.phase("saving a checkpoint")
-        if (path / CHECKPOINT_STATE).exists():
-            return  # of this very step: nothing has changed since
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        self._ask_learners("save_checkpoint", path)
-        self._state.kl_controller = self._kl.state_dict()
-        self._state.save(path)
-        self._folder.prune(self._config.checkpoint.keep)
-        self._tracker.events.write("checkpoint_saved", step=self._state.step, path=str(path))
-
-    def _load_checkpoint(self) -> None:
-        latest = self._folder.latest_checkpoint()
-        if latest is None:
-            raise BadInput(
-                str(self._folder.path), "has no complete checkpoint", "a run that reached one, or no --resume"
-            )
-        step, path = latest
-        self._tracker.phase(f"loading the checkpoint of step {step}")
-        self._state = LoopState.load(path)
-        self._kl.load_state_dict(self._state.kl_controller)
-        self._ask_learners("load_checkpoint", path)
-        dropped = self._tracker.metrics.truncate_after(step)
-        self._tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
-
-    def _ask_learners(self, method: str, path: Path) -> None:
-        """All ranks of all learners at once."""
-        learners = [group for group in (self._cast.policy, self._cast.critic) if group is not None]
-        pending = [
-            item
-            for group in learners
-            for rank in range(len(group))
-            for item in group.submit(rank, method, str(path.absolute()))
-        ]
-        collect(pending, self._config.cluster.call_timeout_s)
-
-    def _evaluate_before(self) -> None:
-        path = self._folder.path / BEFORE
-        if self._inputs.held_out is None or path.exists():
-            return
-        self._tracker.phase("judging the policy before training")
-        save_samples(path, self._evaluate(with_kl=False))
-
-    def _evaluate(self, with_kl: bool) -> list[EvaluatedSample]:
-        assert self._inputs.held_out is not None, "called with held-out prompts only"
-        return evaluate(
-            self._cast,
-            self._inputs.held_out,
-            self._config.evaluation,
-            self._config.sampling,
-            self._config.run.seed,
-            with_kl,
-        )
-
-    def _finish(self) -> None:
-        """The policy as a Hugging Face directory, the judgement, the plot and the page; the summary last."""
-        folder, config = self._folder, self._config
-        summary: dict[str, object] = {
-            "name": config.run.name,
-            "steps": self._state.step,
-            "samples": self._state.samples,
-        }
-        card = self._inputs.reward_card
-        if card is not None:
-            summary["reward_model"] = card.evaluation
-        pairs = []
-        if self._inputs.held_out is not None:
-            self._tracker.phase("judging the policy after training")
-            before, after = load_samples(folder.path / BEFORE), self._evaluate(with_kl=True)
-            save_samples(folder.path / AFTER, after)
-            summary["held_out"] = held_out_summary(before, after)
-            summary["kl/reference"] = held_out_kl(after) if self._cast.references is not None else None
-            pairs = pair_samples(before, after)
-            self._tracker.display.message(held_out_line(held_out_summary(before, after)))
-        else:
-            # From the log: a run that was stopped after its last step has none of its own when it is resumed.
-            summary["kl/reference"] = self._tracker.metrics.read().rows[-1]["kl/reference"]
-        self._tracker.phase("writing the policy")
-        self._cast.policy.call_all("export", str(folder.policy.absolute()))
-        title = f"{config.run.name} · {config.policy.model}"
-        plot_ppo(folder.metrics, folder.plot, title)
-        summary["wall_s"] = self._tracker.wall_s
-        if pairs:
-            write_samples(folder.samples, pairs)
-            shown = pairs[: config.evaluation.page_samples]
-            write_samples_page(folder.samples_page, title, summary, shown, folder.plot)
-        self._tracker.finish(summary)
-
-
-def experience_spec(algorithm: AlgorithmSettings) -> ExperienceSpec:
-    """The algorithm's settings as what the experience needs."""
-    return ExperienceSpec(
-        advantage=algorithm.advantage,
-        gamma=algorithm.gamma,
-        gae_lambda=algorithm.gae_lambda,
-        reward_whiten=algorithm.reward_whiten,
-        advantage_whiten=algorithm.advantage_whiten,
-        score_clip=algorithm.score_clip,
-        missing_eos_penalty=algorithm.missing_eos_penalty,
-        kl_estimator=algorithm.kl.estimator,
-        kl_in_reward=algorithm.kl.placement == "reward",
-        loss_aggregation=algorithm.loss_aggregation,
-    )
-
-
-def policy_loss_spec(algorithm: AlgorithmSettings) -> PolicyLossSpec:
-    """The algorithm's settings as what the policy's loss needs."""
-    return PolicyLossSpec(
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        entropy_coefficient=algorithm.entropy_coefficient,
-        importance_cap=algorithm.importance_cap,
-        kl_in_loss=algorithm.kl.placement == "loss",
-        kl_estimator=algorithm.kl.estimator,
-    )

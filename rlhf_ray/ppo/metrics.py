@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.ppo.state import LoopState
-from rlhf_ray.ppo.step import StepHeaders
 from rlhf_ray.roles.critic_learner import CriticReport
 from rlhf_ray.roles.policy_learner import PolicyReport
-from rlhf_ray.runtime.weight_transfer import Parity
+from rlhf_ray.rollout import RewardHeader, RolloutHeader
+from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.tracking.display import Column
 
 COLUMNS = (
@@ -26,20 +28,72 @@ COLUMNS = (
 )
 
 
+@dataclass(frozen=True)
+class StepHeaders:
+    """Sums over the headers of one step."""
+
+    rollouts: tuple[RolloutHeader, ...]
+    rewards: tuple[RewardHeader, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(header.num_samples for header in self.rollouts)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return sum(header.num_response_tokens for header in self.rollouts)
+
+    @property
+    def num_failures(self) -> int:
+        return sum(header.num_samples - header.num_scored for header in self.rewards)
+
+    @property
+    def failure_causes(self) -> dict[str, int]:
+        """How often each cause occurred."""
+        causes: dict[str, int] = {}
+        for header in self.rewards:
+            for cause, count in header.failure_causes.items():
+                causes[cause] = causes.get(cause, 0) + count
+        return causes
+
+    def staleness(self, version: int) -> tuple[float, int]:
+        """Mean and largest distance of the tokens' weights from the learner's, in versions."""
+        total = sum(header.num_response_tokens * version - header.version_sum for header in self.rollouts)
+        return total / self.num_response_tokens, version - min(header.version_min for header in self.rollouts)
+
+
 class StepClock:
     """How long a step waited for each phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         self._started = time.monotonic()
         self.phases: dict[str, float] = {}
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time the block as `time/<name>_s`."""
-        started = time.monotonic()
-        yield
-        key = f"time/{name}_s"
-        self.phases[key] = self.phases.get(key, 0.0) + time.monotonic() - started
+    def wait(self, phases: Mapping[str, Sequence[Answer[Any]]]) -> dict[str, list[Any]]:
+        """Wait for all answers of all phases at once, so that the first failure ends the step, whose ever it is.
+
+        A phase took, as `time/<name>_s`, from the end of the phases before it to its own last answer.
+
+        Args:
+            phases: in the order in which they are expected to end.
+
+        Returns:
+            The values of each phase.
+        """
+        began = time.monotonic()
+        ends: dict[str, float] = dict.fromkeys(phases, began)
+        phase_of = {answer: name for name, answers in phases.items() for answer in answers}
+
+        def arrived(answer: Answer[Any]) -> None:
+            ends[phase_of[answer]] = time.monotonic()
+
+        values = iter(collect(list(phase_of), self._timeout_s, arrived))
+        for name, end in ends.items():
+            end = max(end, began)
+            self.phases[f"time/{name}_s"] = self.phases.get(f"time/{name}_s", 0.0) + end - began
+            began = end
+        return {name: [next(values) for _ in answers] for name, answers in phases.items()}
 
     @property
     def step_s(self) -> float:
@@ -55,13 +109,14 @@ def step_row(
     sampled_version: int,
     kl_coefficient: float,
     clock: StepClock,
-    wall_s: float,
+    busy: float,
 ) -> dict[str, float | int | None]:
     """All metrics of a step by their registered names.
 
     Args:
         state: after the step.
         sampled_version: the learner's version when the step was sampled.
+        busy: share of the cluster's core-seconds that roles used.
     """
     stats = policy.stats
     staleness_mean, staleness_max = headers.staleness(sampled_version)
@@ -70,7 +125,6 @@ def step_row(
         "step": state.step,
         "samples": state.samples,
         "tokens": state.tokens,
-        "wall_s": wall_s,
         "reward/mean": stats.score_mean,
         "reward/std": stats.score_std,
         "reward/shaped_mean": stats.shaped_reward_mean,
@@ -98,12 +152,14 @@ def step_row(
         "mismatch/max_abs_dlogp": policy.mismatch_max_abs,
         "mismatch/mean_ratio": policy.mismatch_mean_ratio,
         "sync/max_abs_dlogp": parity.max_abs,
-        "sync/mean_ratio": parity.mean_ratio,
+        "sync/change": parity.change,
+        "sync/residual": parity.residual,
         "weights/version": state.step,
         "staleness/mean": staleness_mean,
         "staleness/max": staleness_max,
         **clock.phases,
         "time/step_s": step_s,
+        "utilization/busy": busy,
         "throughput/samples_per_s": headers.num_samples / step_s,
         "throughput/tokens_per_s": headers.num_response_tokens / step_s,
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, write_atomic
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.failures import BadInput
+from rlhf_ray.runtime.run import read_state
+from rlhf_ray.tracking.run_folder import RunFolder
 
 
 @dataclass
@@ -18,17 +19,54 @@ class LoopState:
             policy's weights.
         samples, tokens: responses and response tokens since the run began.
         kl_controller: its state.
+        learners: see `learner_shapes`; empty in checkpoints of earlier versions.
     """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
     kl_controller: dict[str, float] = field(default_factory=dict)
+    learners: dict[str, int | None] = field(default_factory=dict)
 
-    def save(self, checkpoint: Path) -> None:
-        """Written last: it makes the checkpoint a complete one."""
-        write_atomic(checkpoint / CHECKPOINT_STATE, json.dumps(asdict(self)) + "\n")
+    def advance(self, samples: int, tokens: int) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.samples += samples
+        self.tokens += tokens
 
-    @classmethod
-    def load(cls, checkpoint: Path) -> LoopState:
-        return cls(**json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8")))
+
+def learner_shapes(config: PPOConfig) -> dict[str, int | None]:
+    """The settings, by their keys, that a learner's checkpoint must be read with as it was written.
+
+    Every rank keeps its own slice of the optimizer's state, and how it is sliced depends on them.
+    """
+    learners = {"policy.learner": config.policy.learner}
+    if config.critic is not None:
+        learners["critic.learner"] = config.critic.learner
+    names = ("replicas", "zero_stage", "trainable_top_layers")
+    return {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+
+
+def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
+    """See that the learners can read the run's latest checkpoint, before any of them is started.
+
+    Raises:
+        BadInput: it was written by another number of ranks, at another ZeRO stage, or without a critic.
+    """
+    latest = folder.latest_checkpoint()
+    if latest is None:
+        return
+    step, path = latest
+    written = read_state(path, LoopState).learners
+    for key, now in learner_shapes(config).items() if written else ():
+        before = written.get(key, "no such learner")
+        if before != now:
+            raise BadInput(
+                key,
+                f"{_shown(now)}, but the checkpoint of step {step} was written with {_shown(before)}",
+                "the value that the run was begun with, or another run.name",
+            )
+
+
+def _shown(value: object) -> str:
+    return "none" if value is None else str(value)

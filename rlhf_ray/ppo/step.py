@@ -1,4 +1,4 @@
-"""One step's way of the data: plans become rollouts, rollouts get their columns, columns reach the learners.
+"""How a step's data flows: plans become rollouts, rollouts get their columns, columns reach the learners.
 
 The driver moves references and reads headers. Who does which shard is fixed by the shard's place in the step,
 never by who is free first.
@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from rlhf_ray.algorithms.experience import ExperienceShard
 from rlhf_ray.config.settings import SamplingSettings
 from rlhf_ray.data.prompts import Prompt
-from rlhf_ray.ppo.cast import Cast
-from rlhf_ray.roles.generator import ShardPlan, cut_into_shards
+from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.ppo.metrics import StepClock, StepHeaders
+from rlhf_ray.ppo.roles import Roles, Scorer
+from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
+from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
+from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
+from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward_scorer import Conversation
-from rlhf_ray.rollout import RewardHeader, RolloutHeader
-from rlhf_ray.runtime.actor_group import ActorGroup
-from rlhf_ray.runtime.role_host import Assemble
-from rlhf_ray.runtime.waiting import Pending
+from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn
+from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
 
 @dataclass(frozen=True)
@@ -31,32 +32,27 @@ class Shard:
     Attributes:
         plan: what was asked for.
         prompts: by prompt id, for the reward model.
-        rollout: reference of the rows.
-        header: pending header of the rows.
+        rollout: the rows.
     """
 
     plan: ShardPlan
     prompts: dict[int, Conversation]
-    rollout: ray.ObjectRef
-    header: Pending
-
-
-@dataclass(frozen=True)
-class StoredColumn:
-    """A column that the driver only has the reference of, and the acknowledgement that it is there."""
-
-    reference: ray.ObjectRef
-    done: Pending
+    rollout: Stored[Rollout]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the roles add to one shard, as references."""
+    """What the roles add to one shard."""
 
-    rewards: ray.ObjectRef
-    reference: ray.ObjectRef | None
-    values: ray.ObjectRef | None
-    policy: ray.ObjectRef | None
+    rewards: Stored[RewardColumn]
+    reference: Stored[TokenColumn] | None
+    values: Stored[TokenColumn] | None
+    policy: Stored[TokenColumn] | None
+
+    def experience(self, shard: Shard) -> Deferred[ExperienceShard]:
+        """Rows and columns, put together in the learner."""
+        present = {name: column.data for name, column in vars(self).items() if column is not None}
+        return Assembly(ExperienceShard, {"rollout": shard.rollout.data, **present})
 
 
 def plan_shards(
@@ -66,13 +62,12 @@ def plan_shards(
     purpose: str,
     *,
     samples_per_prompt: int | None = None,
-    max_response_tokens: int | None = None,
 ) -> list[ShardPlan]:
     """The shards of drawn prompts, as the settings cut them.
 
     Args:
         drawn: run-wide draw id and prompt.
-        purpose: what is sampled for (`train`, `held-out`, `probe`).
+        purpose: what is sampled for (`train`, `held-out`).
     """
     return cut_into_shards(
         [(number, prompt.token_ids) for number, prompt in drawn],
@@ -81,106 +76,117 @@ def plan_shards(
         prompts_per_shard=sampling.prompts_per_shard,
         samples_per_prompt=samples_per_prompt or sampling.samples_per_prompt,
         temperature=sampling.temperature,
-        max_response_tokens=max_response_tokens or sampling.max_response_tokens,
+        max_response_tokens=sampling.max_response_tokens,
     )
 
 
-def generate(cast: Cast, plans: Sequence[ShardPlan], drawn: Sequence[tuple[int, Prompt]]) -> list[Shard]:
-    """Ask the generators for all shards, shard i of generator i mod n."""
-    conversations = {number: Conversation(prompt.text, prompt.messages) for number, prompt in drawn}
-    shards = []
-    for plan in plans:
-        rows, header = cast.generators.submit(plan.index % len(cast.generators), "generate", plan, num_returns=2)
-        prompts = {number: conversations[number] for number in plan.prompt_ids}
-        shards.append(Shard(plan, prompts, rows.reference, header))
-    return shards
+def conversations(drawn: Sequence[tuple[int, Prompt]]) -> dict[int, Conversation]:
+    """What the scorers are told of each prompt, by its draw id."""
+    return {number: Conversation(prompt.text, prompt.messages, prompt.label) for number, prompt in drawn}
 
 
-def score(cast: Cast, shards: Sequence[Shard]) -> list[tuple[ray.ObjectRef, Pending]]:
-    """Ask the reward scorers; for each shard the column's reference and its pending header."""
-    scored = []
-    for index, shard in enumerate(shards):
-        column, header = cast.scorers.submit(
-            index % len(cast.scorers), "score", shard.rollout, shard.prompts, num_returns=2
+def generate(
+    roles: Roles,
+    plans: Sequence[ShardPlan],
+    drawn: Sequence[tuple[int, Prompt]],
+    snapshot: Snapshot | Deferred[Snapshot],
+) -> list[Shard]:
+    """Ask the generators for all shards, shard i of generator i mod n.
+
+    Args:
+        snapshot: the weights to sample with.
+    """
+    asked = conversations(drawn)
+    return [
+        Shard(
+            plan,
+            {number: asked[number] for number in plan.prompt_ids},
+            roles.generators.of(plan.index).keep(Generator.generate, plan, snapshot),
         )
-        scored.append((column.reference, header))
-    return scored
+        for plan in plans
+    ]
 
 
-def refer(cast: Cast, shards: Sequence[Shard]) -> list[StoredColumn] | None:
-    """Ask the references for their log-probs; nothing without a reference."""
-    group = cast.references
-    if group is None:
-        return None
-    asked = [
-        group.submit_parts(index % len(group), "logprobs", [shard.rollout], num_parts=1)
+def score(roles: Roles, shards: Sequence[Shard]) -> list[Stored[RewardColumn]]:
+    """Ask the reward scorers."""
+    return [
+        roles.scorers.of(index).keep(Scorer.score, shard.rollout.data, shard.prompts)
         for index, shard in enumerate(shards)
     ]
-    return [StoredColumn(parts.references[0], parts.done) for parts in asked]
 
 
-def learner_columns(group: ActorGroup, method: str, shards: Sequence[Shard]) -> list[StoredColumn]:
-    """Ask every rank of a learner for a column of each of its shards (a collective: all ranks are asked)."""
-    columns: dict[int, StoredColumn] = {}
-    for rank in range(len(group)):
-        own = own_shards(rank, len(group), len(shards))
-        rows = [shards[index].rollout for index in own]
-        parts = group.submit_parts(rank, method, rows, num_parts=len(own))
-        for index, reference in zip(own, parts.references, strict=True):
-            columns[index] = StoredColumn(reference, parts.done)
-    return [columns[index] for index in range(len(shards))]
+def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | None:
+    """Ask the references for their log-probs; nothing without a reference."""
+    if roles.references is None:
+        return None
+    return [
+        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data) for index, shard in enumerate(shards)
+    ]
 
 
-def train(
-    group: ActorGroup, shards: Sequence[Shard], columns: Sequence[Columns], step: int, *args: Any
-) -> list[Pending]:
-    """Hand every rank its shards with their columns, and let all ranks train."""
-    pending = []
-    for rank in range(len(group)):
-        own = [_assembled(shards[index], columns[index]) for index in own_shards(rank, len(group), len(shards))]
-        pending += group.submit(rank, "train", step, own, *args)
-    return pending
+def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> list[Columns]:
+    """Ask every role for its column of every shard; each begins as soon as the shard is there.
+
+    The ranks of a learner are asked for the same number of shards each, in the same order: their forward passes are
+    collectives.
+
+    Args:
+        old_logprobs: ask the policy learner for its own log-probs too.
+    """
+    rewards, references = score(roles, shards), refer(roles, shards)
+    return [
+        Columns(
+            rewards=rewards[index],
+            reference=references[index] if references else None,
+            values=roles.critic.of(index).keep(CriticLearner.values, shard.rollout.data) if roles.critic else None,
+            policy=roles.policy.of(index).keep(PolicyLearner.logprobs, shard.rollout.data) if old_logprobs else None,
+        )
+        for index, shard in enumerate(shards)
+    ]
 
 
-def own_shards(rank: int, num_ranks: int, num_shards: int) -> list[int]:
-    """The shards of a learner's rank."""
-    return list(range(rank, num_shards, num_ranks))
+def train_policy(
+    roles: Roles, experience: Sequence[Deferred[ExperienceShard]], step: int, kl_coefficient: float
+) -> list[Answer[PolicyReport]]:
+    """Every rank learns from its own shards."""
+    ranks = len(roles.policy)
+    return [
+        replica.ask(PolicyLearner.train, step, AllOf(tuple(experience[rank::ranks])), kl_coefficient)
+        for rank, replica in enumerate(roles.policy)
+    ]
 
 
-def _assembled(shard: Shard, columns: Columns) -> Assemble:
-    every = {"rollout": shard.rollout, **vars(columns)}
-    return Assemble(ExperienceShard, {name: reference for name, reference in every.items() if reference is not None})
+def train_critic(
+    roles: Roles, experience: Sequence[Deferred[ExperienceShard]], step: int, kl_coefficient: float
+) -> list[Answer[CriticReport]]:
+    """As `train_policy`; nothing without a critic."""
+    critic = roles.critic
+    if critic is None:
+        return []
+    return [
+        replica.ask(CriticLearner.train, step, AllOf(tuple(experience[rank :: len(critic)])), kl_coefficient)
+        for rank, replica in enumerate(critic)
+    ]
 
 
-@dataclass(frozen=True)
-class StepHeaders:
-    """Sums over the headers of one step."""
+def wait_for_columns(shards: Sequence[Shard], columns: Sequence[Columns], clock: StepClock) -> StepHeaders:
+    """Wait until every shard is sampled and has all its columns.
 
-    rollouts: tuple[RolloutHeader, ...]
-    rewards: tuple[RewardHeader, ...]
+    Raises:
+        RoleFailure: of whichever role failed first, whatever the others are doing.
+    """
 
-    @property
-    def num_samples(self) -> int:
-        return sum(header.num_samples for header in self.rollouts)
+    def headers(name: str) -> list[Answer[Any]]:
+        stored = [vars(column)[name] for column in columns]
+        return [each.header for each in stored if each is not None]
 
-    @property
-    def num_response_tokens(self) -> int:
-        return sum(header.num_response_tokens for header in self.rollouts)
-
-    @property
-    def num_failures(self) -> int:
-        return sum(header.num_samples - header.num_scored for header in self.rewards)
-
-    @property
-    def failure_causes(self) -> dict[str, int]:
-        """How often each cause occurred."""
-        causes: dict[str, int] = {}
-        for header in self.rewards:
-            for cause, count in header.failure_causes.items():
-                causes[cause] = causes.get(cause, 0) + count
-        return causes
-
-    def staleness(self, version: int) -> tuple[float, int]:
-        """Mean and largest distance of the tokens' weights from the learner's, in versions."""
-        total = sum(header.num_response_tokens * version - header.version_sum for header in self.rollouts)
-        return total / self.num_response_tokens, version - min(header.version_min for header in self.rollouts)
+    done = clock.wait(
+        {
+            "generate": [shard.rollout.header for shard in shards],
+            "reward": headers("rewards"),
+            "reference": headers("reference"),
+            "values": headers("values"),
+            "old_logprobs": headers("policy"),
+        }
+    )
+    return StepHeaders(tuple(done["generate"]), tuple(done["reward"]))

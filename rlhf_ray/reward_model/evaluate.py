@@ -17,7 +17,8 @@ from rlhf_ray.failures import Refused
 from rlhf_ray.models.loading import check_tokenizer_fits, read_model_facts
 from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_checks import Check
-from rlhf_ray.models.reward_models import RewardEncoding, check_reward_model, load_reward_tokenizer
+from rlhf_ray.models.reward_models import RewardEncoding, check_reward_model
+from rlhf_ray.models.reward_texts import templated_tokenizer
 from rlhf_ray.reward_model.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward_model.benchmarks.cases import Benchmark, BenchmarkResult
 from rlhf_ray.reward_model.gate import Verdict, judge
@@ -47,6 +48,7 @@ from rlhf_ray.reward_model.policy_samples import (
 )
 from rlhf_ray.reward_model.report import headline
 from rlhf_ray.reward_model.scoring import score_all
+from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, role_group
@@ -159,15 +161,13 @@ def read_reward_text(model: str, key: str, scorer: ScorerSettings, card: RewardM
         BadInput: it is none.
     """
     facts = read_model_facts(model, key)
-    tokenizer = load_reward_tokenizer(model, key)
+    tokenizer = templated_tokenizer(model, card, key)
     check_tokenizer_fits(tokenizer, facts, model, key)
     check_reward_model(facts, card, model, key)
     limit = scorer.max_length or (card.max_length if card else min(facts.context_tokens, tokenizer.model_max_length))
     encoding = RewardEncoding.for_tokenizer(tokenizer, limit)
     if card is not None:
         encoding = RewardEncoding(limit, card.append_eos)
-        if card.chat_template is not None:
-            tokenizer.chat_template = card.chat_template
     return RewardText(tokenizer, encoding, scorer.on_too_long)
 
 
@@ -183,14 +183,16 @@ def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
     return None if settings is None or settings.path is None else load_samples(settings.path, "best_of_n.path")
 
 
-def _score_benchmark(scorers: ActorGroup, benchmark: Benchmark, text: RewardText, tracker: Tracker) -> BenchmarkResult:
+def _score_benchmark(
+    scorers: ActorGroup[RewardScorer], benchmark: Benchmark, text: RewardText, tracker: Tracker
+) -> BenchmarkResult:
     tracker.phase(f"scoring {benchmark.name}")
     templated = text.tokenizer.chat_template is not None
     tokens = [text.tokens(item_text(item, text.tokenizer), templated) for item in benchmark.items]
     return score_benchmark(benchmark, _scores_of(scorers, tokens))
 
 
-def _scores_of(scorers: ActorGroup, tokens: Sequence[tuple[int, ...] | None]) -> NDArray[np.float64]:
+def _scores_of(scorers: ActorGroup[RewardScorer], tokens: Sequence[tuple[int, ...] | None]) -> NDArray[np.float64]:
     """`[n]`, NaN where there is no score; equal texts are scored once."""
     unique = list(dict.fromkeys(ids for ids in tokens if ids is not None))
     scores = score_all(scorers, unique).scores.tolist() if unique else []
@@ -199,7 +201,7 @@ def _scores_of(scorers: ActorGroup, tokens: Sequence[tuple[int, ...] | None]) ->
 
 
 def _best_of_n(
-    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup, text: RewardText
+    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup[RewardScorer], text: RewardText
 ) -> BestOfNReport:
     """Ranked by the reward model, judged by the second judge (for which a reward model takes its place for a while)."""
     settings = config.best_of_n
@@ -222,7 +224,7 @@ def _best_of_n(
     )
 
 
-def _text_scorer(scorers: ActorGroup, text: RewardText) -> TextScorer:
+def _text_scorer(scorers: ActorGroup[RewardScorer], text: RewardText) -> TextScorer:
     def score(texts: Sequence[str], templated: bool) -> NDArray[np.float64]:
         return _scores_of(scorers, [text.tokens(each, templated) for each in texts])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ from rlhf_ray.roles.pooling_engine import PoolingEngine
 from rlhf_ray.roles.reward_inspector import RewardInspector
 from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import ActorGroup
+from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import role_group
-from rlhf_ray.runtime.waiting import Pending
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 
 
@@ -56,13 +57,17 @@ def reward_settings(model: str, settings: ScorerSettings) -> RewardSettings:
     return RewardSettings(**settings.model_dump(), model=model, require_release=False)
 
 
-def build_scorers(scorers: ActorGroup, model: str, settings: ScorerSettings) -> None:
+def build_scorers(scorers: ActorGroup[RewardScorer], model: str, settings: ScorerSettings) -> None:
     """Load the model in all of them."""
-    scorers.build_all(RewardScorer, [(reward_settings(model, settings),)] * len(scorers))
+    scorers.build_all(partial(RewardScorer, reward_settings(model, settings)))
 
 
 def judge_pairs(
-    scorers: ActorGroup, used: UsedPairs, card: RewardModelCard | None, settings: JudgementSettings, seed: int
+    scorers: ActorGroup[RewardScorer],
+    used: UsedPairs,
+    card: RewardModelCard | None,
+    settings: JudgementSettings,
+    seed: int,
 ) -> tuple[ScoredPairs, PairEvaluation]:
     """Score held-out pairs and judge the scores."""
     layout = card.layout if card else MemberLayout()
@@ -95,24 +100,24 @@ def check_integrity(
         groups = [stack.enter_context(role_group(request, cluster, logs)) for request in requests]
         inspector = groups[0]
         models: list[tuple[str, str, int]] = []
-        starting: list[Pending] = []
+        starting: list[Answer[None]] = []
         for engine in groups[1:]:
             folders = card.layout.folders if card else (".",)
             longest = card.max_length if card else read_model_facts(model, "model").context_tokens
             models = [(str(Path(model) / folder) if folder != "." else model, model, longest) for folder in folders]
-            starting = engine.build(PoolingEngine, models[:1])
-        inspector.build_all(RewardInspector, [(settings,)])
-        checks = tuple(inspector.call(0, "inspect", list(texts), tolerance))
+            starting = engine.build(partial(PoolingEngine, *models[0]))
+        inspector.build_all(partial(RewardInspector, settings))
+        checks = tuple(inspector.call_all(RewardInspector.inspect, list(texts), tolerance)[0])
         unreadable = any(check.passed is False and check.name in ("head_saved", "loading") for check in checks)
         if not gate.vllm or unreadable:
             return checks
-        probes: Sequence[Probe] = inspector.call(0, "probes", list(texts))
+        probes: Sequence[Probe] = inspector.call_all(RewardInspector.probes, list(texts))[0]
         return (*checks, _second_opinion(groups[1], starting, models, probes, tolerance))
 
 
 def _second_opinion(
-    engine: ActorGroup,
-    starting: Sequence[Pending],
+    engine: ActorGroup[PoolingEngine],
+    starting: Sequence[Answer[None]],
     models: Sequence[tuple[str, str, int]],
     probes: Sequence[Probe],
     tolerance: float,
@@ -123,9 +128,9 @@ def _second_opinion(
         engine.wait(starting)
         for number, model in enumerate(models):
             if number:
-                engine.call(0, "close")
-                engine.build_all(PoolingEngine, [model])
-            theirs.append(engine.call(0, "score_tokens", [probe.token_ids for probe in probes]))
+                engine.call_all(PoolingEngine.close)
+                engine.build_all(partial(PoolingEngine, *model))
+            theirs += engine.call_all(PoolingEngine.score_tokens, [probe.token_ids for probe in probes])
     except RoleFailure as failure:
         if failure.kind is not FailureKind.FATAL:
             raise

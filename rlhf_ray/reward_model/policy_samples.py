@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from rlhf_ray.config.reward_model import BestOfNSettings
-from rlhf_ray.config.settings import ClusterSettings
+from rlhf_ray.config.settings import ClusterSettings, WeightSettings
 from rlhf_ray.data.chat import parse_messages, render_turn
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.rows import NoBadRows, Row, RowError, first_present, number_value, read_rows, text_value
 from rlhf_ray.failures import BadInput
+from rlhf_ray.models.buckets import UNTRAINED
 from rlhf_ray.models.loading import (
     check_language_model,
     check_tokenizer_fits,
@@ -239,12 +241,13 @@ def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, l
     """
     settings, prompts, tokenizer = policy.settings, policy.prompts, policy.tokenizer
     eos_token_id = int(tokenizer.eos_token_id)
-    arguments = (policy.model, settings.generator, policy.context_tokens, eos_token_id, "object_store")
     rollouts: list[Rollout] = []
     with role_group(RoleRequest("generator", "best_of_n.generator", settings.generator), cluster, logs) as group:
-        group.build_all(Generator, [arguments] * len(group))
+        group.build_all(
+            partial(Generator, policy.model, settings.generator, policy.context_tokens, eos_token_id, WeightSettings())
+        )
         pending = [
-            group.submit(plan.index % len(group), "generate", plan, num_returns=2)[0]
+            group.of(plan.index).ask(Generator.generate, plan, UNTRAINED)
             for plan in plan_samples(prompts, settings, seed)
         ]
         # One call of each engine at a time: the deadline is that of a call.
@@ -253,7 +256,7 @@ def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, l
     texts = [text for rollout in rollouts for text in _decoded(rollout, tokenizer)]
     count = settings.samples_per_prompt
     return PolicySamples(
-        prompts=tuple(Conversation(prompt.text, prompt.messages) for prompt in prompts),
+        prompts=tuple(Conversation(prompt.text, prompt.messages, prompt.label) for prompt in prompts),
         responses=tuple(tuple(texts[start : start + count]) for start in range(0, len(texts), count)),
         places=tuple(f"{policy.path}: prompt {prompt.index + 1}" for prompt in prompts),
         truncated_share=float(np.mean(np.concatenate([each.finish_reasons for each in rollouts]) == FINISH_LENGTH)),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rlhf_ray.models.reward_card import ScoreAggregation
 from rlhf_ray.reward_model.evaluation import PairScores
 from rlhf_ray.reward_model.inputs import UsedPairs
-from rlhf_ray.roles.reward_scorer import ScoredTexts
+from rlhf_ray.roles.reward_scorer import RewardScorer, ScoredTexts
 from rlhf_ray.runtime.actor_group import ActorGroup
 
 _SWAPPED_PAIRS = 128
@@ -38,14 +38,16 @@ class ScoredPairs:
     text_lengths: NDArray[np.int64]
 
 
-def score_all(scorers: ActorGroup, texts: Sequence[Tokens]) -> ScoredTexts:
+def score_all(scorers: ActorGroup[RewardScorer], texts: Sequence[Tokens]) -> ScoredTexts:
     """Scores in the order of the texts, whatever the number of scorers; each gets texts of all lengths."""
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     shares = [order[replica :: len(scorers)] for replica in range(len(scorers))]
-    pending = []
-    for replica, share in enumerate(shares):
-        pending += scorers.submit(replica, "score_tokens", [texts[index] for index in share])
-    answers: list[ScoredTexts] = scorers.wait(pending)
+    answers = scorers.wait(
+        [
+            scorer.ask(RewardScorer.score_tokens, [texts[index] for index in share])
+            for scorer, share in zip(scorers, shares, strict=True)
+        ]
+    )
     place = np.argsort(np.concatenate([np.array(share, dtype=np.int64) for share in shares]), kind="stable")
     failures = [cause for answer in answers for cause in answer.failures]
     return ScoredTexts(
@@ -59,7 +61,7 @@ def score_all(scorers: ActorGroup, texts: Sequence[Tokens]) -> ScoredTexts:
     )
 
 
-def score_pairs(scorers: ActorGroup, used: UsedPairs, aggregation: ScoreAggregation) -> ScoredPairs:
+def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation: ScoreAggregation) -> ScoredPairs:
     """Score both sides of every pair; a text that occurs in several pairs is scored once.
 
     Args:
@@ -96,7 +98,7 @@ def score_pairs(scorers: ActorGroup, used: UsedPairs, aggregation: ScoreAggregat
 
 
 def _swapped(
-    scorers: ActorGroup, pairs: Sequence[tuple[Tokens, Tokens]], aggregation: ScoreAggregation
+    scorers: ActorGroup[RewardScorer], pairs: Sequence[tuple[Tokens, Tokens]], aggregation: ScoreAggregation
 ) -> NDArray[np.float64]:
     """Differences of the first pairs the other way round, in other batches than before."""
     chosen = pairs[:_SWAPPED_PAIRS]

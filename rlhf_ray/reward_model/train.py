@@ -32,15 +32,15 @@ from rlhf_ray.reward_model.leakage import TrainingTexts, hash_pairs
 from rlhf_ray.reward_model.report import EvaluationReport, headline
 from rlhf_ray.reward_model.scoring import ScoredPairs, score_all
 from rlhf_ray.reward_model.training_loop import RewardTraining, TrainedMembers, steps_per_member
-from rlhf_ray.roles.reward_scorer import ScoredTexts
+from rlhf_ray.roles.reward_scorer import RewardScorer, ScoredTexts
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, role_group
-from rlhf_ray.runtime.stopping import stop_signals
+from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.report import plot_loss
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
-from rlhf_ray.tracking.tracker import Tracker, changed_settings, check_folder, open_folder
+from rlhf_ray.tracking.tracker import Tracker, check_folder
 
 COLUMNS = (
     Column("loss", "loss", ".4f", curve=True, better="lower"),
@@ -69,18 +69,12 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
     learner = RoleRequest("reward-learner", "learner", config.learner)
     phases = [[learner], [scorer_request(config.scorer)], integrity_requests(config.scorer, config.gate)]
     with connected(config.cluster, phases):
-        changed = changed_settings(config) if resume else []
-        folder = open_folder(config, resume)
         title = f"reward model {config.run.name} · {config.model}"
-        with Tracker(config, "reward_model", folder, title, steps, COLUMNS) as tracker, stop_signals() as stop:
-            if changed:
-                tracker.events.write("settings_changed", changes=changed)
-                tracker.display.message(f"resuming with other settings than before: {'; '.join(changed)}")
-            report = _look_at_the_data(inputs, folder, tracker)
-            with role_group(learner, config.cluster, folder.logs) as group:
-                training = RewardTraining(config, inputs, layout, group, tracker, folder, stop)
-                trained = training.run(resume)
-            _finish(config, inputs, layout, trained, report, folder, tracker)
+        with Run(config, "reward_model", title, steps, COLUMNS, config.checkpoint, resume) as run:
+            report = _look_at_the_data(inputs, run.folder, run.tracker)
+            with role_group(learner, config.cluster, run.folder.logs) as group:
+                trained = RewardTraining(config, inputs, layout, group, run).train()
+            _finish(config, inputs, layout, trained, report, run.folder, run.tracker)
 
 
 def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracker) -> data_report.DataReport:
@@ -226,7 +220,11 @@ def _write(card: RewardModelCard, folder: RunFolder) -> RewardModelCard:
 
 
 def _fit_aggregation(
-    card: RewardModelCard, settings: AggregationSettings, scorers: ActorGroup, training: UsedPairs, seed: int
+    card: RewardModelCard,
+    settings: AggregationSettings,
+    scorers: ActorGroup[RewardScorer],
+    training: UsedPairs,
+    seed: int,
 ) -> tuple[ScoreAggregation, ScoredTexts]:
     """Scales of the members and the length penalty, from training pairs, and the scored texts of those.
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.reward_model import RewardModelConfig
-from rlhf_ray.failures import BadInput, Stopped
 from rlhf_ray.models.reward_card import MemberLayout, Probe
 from rlhf_ray.randomness import batch_rows, keyed_seed
 from rlhf_ray.reward_model.accuracy import pair_credit
@@ -22,9 +20,8 @@ from rlhf_ray.reward_model.calibration import negative_log_likelihood
 from rlhf_ray.reward_model.inputs import TrainingInputs, UsedPairs, encoded_pairs
 from rlhf_ray.roles.reward_learner import EncodedPair, RewardLearner
 from rlhf_ray.runtime.actor_group import ActorGroup
-from rlhf_ray.runtime.learner_group import build_learners
-from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder, write_atomic
-from rlhf_ray.tracking.tracker import Tracker
+from rlhf_ray.runtime.learner_group import ranks
+from rlhf_ray.runtime.run import Run
 
 _PROBES = 16
 
@@ -53,15 +50,9 @@ class TrainingState:
     probes: list[list[list[float]]] = field(default_factory=list)
     head_hashes: list[str] = field(default_factory=list)
 
-    def save(self, checkpoint: Path) -> None:
-        """Written last: it makes the checkpoint a complete one."""
-        write_atomic(checkpoint / CHECKPOINT_STATE, json.dumps(asdict(self)) + "\n")
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> TrainingState:
-        state = cls(**json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8")))
-        state.best = None if state.best is None else (state.best[0], state.best[1])
-        return state
+    def __post_init__(self) -> None:
+        # JSON, which a checkpoint is written in, has no tuples.
+        self.best = None if self.best is None else (self.best[0], self.best[1])
 
 
 @dataclass(frozen=True)
@@ -93,9 +84,7 @@ class RewardTraining:
         inputs: what was read.
         layout: of the members.
         group: the learner's processes.
-        tracker: the run's logs.
-        folder: the run's folder.
-        stop: signals received so far; with one the run ends after the step under way.
+        run: the run's folder, logs and checkpoints.
     """
 
     def __init__(
@@ -103,25 +92,26 @@ class RewardTraining:
         config: RewardModelConfig,
         inputs: TrainingInputs,
         layout: MemberLayout,
-        group: ActorGroup,
-        tracker: Tracker,
-        folder: RunFolder,
-        stop: Sequence[int],
+        group: ActorGroup[RewardLearner],
+        run: Run,
     ) -> None:
-        self._config, self._inputs, self._layout, self._group = config, inputs, layout, group
-        self._tracker, self._folder, self._stop = tracker, folder, stop
+        self._config, self._inputs, self._layout, self._group, self._run = config, inputs, layout, group, run
+        self._tracker, self._folder = run.tracker, run.folder
         self._state = TrainingState()
         self._steps = steps_per_member(config, len(inputs.training.pairs))
         texts = list(dict.fromkeys([*inputs.training.chosen, *inputs.training.rejected]))
         self._probe_texts = texts[:: max(len(texts) // _PROBES, 1)][:_PROBES]
 
-    def run(self, resume: bool) -> TrainedMembers:
+    def train(self) -> TrainedMembers:
         """Train every member and write it into the reward model's folder.
 
         Raises:
             Stopped: by a signal; there is a checkpoint of the last step.
         """
-        checkpoint = self._load_state() if resume else None
+        checkpoint = None
+        restored = self._run.restore(TrainingState)
+        if restored is not None:
+            self._state, checkpoint = restored
         state = self._state
         while state.member < len(self._layout.folders):
             self._train_member(checkpoint)
@@ -139,20 +129,20 @@ class RewardTraining:
         seed = config.run.seed if state.member == 0 else keyed_seed(config.run.seed, "member", state.member) % (1 << 31)
         several = f" of member {state.member + 1}" if len(self._layout.folders) > 1 else ""
         self._tracker.phase(f"loading the model{several}")
-        build_learners(
-            self._group,
-            RewardLearner,
-            lambda rank: (config.model, config.learner, config.training, self._layout, rank, self._steps, seed),
+        self._group.build_all(
+            *(
+                partial(
+                    RewardLearner, config.model, config.learner, config.training, self._layout, rank, self._steps, seed
+                )
+                for rank in ranks(self._group)
+            )
         )
         if checkpoint is not None:
-            self._group.call_all("load_checkpoint", str(checkpoint.absolute()))
+            self._group.call_all(RewardLearner.load_checkpoint, str(checkpoint))
         pairs = encoded_pairs(self._inputs.training, self._inputs.attributes, config.ensemble, seed)
         while state.member_step < self._steps and not self._is_stale():
-            if self._stop:
-                self._stop_here()
             self._step(pairs, seed)
-            if state.step % config.checkpoint.every_steps == 0:
-                self._save_checkpoint()
+            self._run.keep(state.step, state, partial(self._group.call_all, RewardLearner.save_checkpoint))
         if config.training.evaluate_every is None:
             self._write_member()
 
@@ -160,10 +150,12 @@ class RewardTraining:
         config, state, group = self._config, self._state, self._group
         started = time.monotonic()
         rows = batch_rows(len(pairs), config.training.batch_size, seed, state.member_step)
-        pending = []
-        for rank in range(len(group)):
-            pending += group.submit(rank, "train_pairs", [pairs[row] for row in rows[rank :: len(group)]])
-        report = group.wait(pending)[0]
+        report = group.wait(
+            [
+                rank.ask(RewardLearner.train_pairs, [pairs[row] for row in rows[number :: len(group)]])
+                for number, rank in enumerate(group)
+            ]
+        )[0]
         seconds = time.monotonic() - started
         state.step += 1
         state.member_step += 1
@@ -171,7 +163,6 @@ class RewardTraining:
             "step": state.step,
             "member": state.member,
             "epoch": state.member_step * config.training.batch_size / len(pairs),
-            "wall_s": self._tracker.wall_s,
             "loss": report.loss,
             "accuracy": report.accuracy,
             "margin/mean": report.margin_mean,
@@ -214,55 +205,27 @@ class RewardTraining:
     def _write_member(self) -> None:
         state = self._state
         folder = self._folder.reward_model / self._layout.folders[state.member]
-        hashes = self._group.call_all("export", str(folder.absolute()))
+        hashes = self._group.call_all(RewardLearner.export, str(folder.absolute()))
         state.head_hashes[state.member :] = hashes[:1]
         logits = score_with(self._group, self._probe_texts).tolist()
         state.probes[state.member :] = [logits]
 
-    def _stop_here(self) -> None:
-        self._save_checkpoint()
-        cause, step = f"signal {self._stop[0]}", self._state.step
-        self._tracker.events.write("run_stopped", cause=cause, step=step)
-        raise Stopped(f"stopped by {cause} after step {step}; continue with --resume")
 
-    def _save_checkpoint(self) -> None:
-        path = self._folder.checkpoint_path(self._state.step)
-        if (path / CHECKPOINT_STATE).exists():
-            return
-        if path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True)
-        self._group.call_all("save_checkpoint", str(path.absolute()))
-        self._state.save(path)
-        self._folder.prune(self._config.checkpoint.keep)
-        self._tracker.events.write("checkpoint_saved", step=self._state.step, path=str(path))
-
-    def _load_state(self) -> Path:
-        latest = self._folder.latest_checkpoint()
-        if latest is None:
-            raise BadInput(
-                str(self._folder.path), "has no complete checkpoint", "a run that reached one, or no --resume"
-            )
-        step, path = latest
-        self._state = TrainingState.load(path)
-        dropped = self._tracker.metrics.truncate_after(step)
-        self._tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
-        return path
-
-
-def score_with(group: ActorGroup, texts: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+def score_with(group: ActorGroup[RewardLearner], texts: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
     """`[n, labels]` logits from the learners; every rank needs a text, for the forward pass is a collective."""
-    pending = []
-    for rank in range(len(group)):
-        pending += group.submit(rank, "score_tokens", list(texts[rank :: len(group)]) or [texts[0]])
-    answers = group.wait(pending)
+    answers = group.wait(
+        [
+            rank.ask(RewardLearner.score_tokens, list(texts[number :: len(group)]) or [texts[0]])
+            for number, rank in enumerate(group)
+        ]
+    )
     result = np.zeros((len(texts), answers[0].shape[1]))
     for rank, own in enumerate(answers[: len(texts)]):
         result[rank :: len(group)] = own
     return result
 
 
-def validation_figures(group: ActorGroup, used: UsedPairs, layout: MemberLayout) -> tuple[float, float]:
+def validation_figures(group: ActorGroup[RewardLearner], used: UsedPairs, layout: MemberLayout) -> tuple[float, float]:
     """Accuracy and mean negative log-likelihood of the preference, averaged over heads."""
     logits = score_with(group, [*used.chosen, *used.rejected])
     scores = logits[:, : layout.heads].mean(axis=1)

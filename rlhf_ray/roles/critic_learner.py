@@ -38,10 +38,9 @@ class CriticLearner:
         settings: how it is trained.
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
-        seed: keys the head's first weights.
     """
 
-    def __init__(self, model: str, settings: LearnerSettings, rank: Rank, total_steps: int, seed: int) -> None:
+    def __init__(self, model: str, settings: LearnerSettings, rank: Rank, total_steps: int) -> None:
         on_gpu = settings.gpus > 0
         dtype = resolve_dtype(settings.dtype, on_gpu)
         self._micro_batch_tokens = settings.micro_batch_tokens

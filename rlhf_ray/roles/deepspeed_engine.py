@@ -237,6 +237,9 @@ def deepspeed_configuration(settings: LearnerSettings, dtype: str) -> dict[str, 
         "zero_optimization": {"stage": settings.zero_stage},
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
+        # Or an offloaded optimizer would have to be DeepSpeed's own, which is compiled on the machine. torch's fused
+        # AdamW steps on the CPU as well.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
     return _merged(configuration, settings.deepspeed)

@@ -1,21 +1,23 @@
-"""Sampling responses with vLLM, and taking in new weights between shards."""
+"""Sampling responses with vLLM, and loading new weights between shards."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.settings import GeneratorSettings
+from rlhf_ray.algorithms.parity import Parity, ParityCheck
+from rlhf_ray.config.settings import GeneratorSettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.randomness import keyed_seed
-from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, ProbeColumn, Rollout
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,50 @@ def cut_into_shards(
     ]
 
 
+class Turns:
+    """A lock that is given to its waiters in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next, self._serving = 0, 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            turn, self._next = self._next, self._next + 1
+            self._changed.wait_for(lambda: self._serving == turn)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._serving += 1
+            self._changed.notify_all()
+
+
 class Generator:
-    """One vLLM engine in this process.
+    """One vLLM engine in this process. `generate` may be called from several threads: their shards share the engine.
 
     Args:
         model: Hugging Face directory or hub id.
         settings: the engine.
         context_tokens: longest prompt and response together.
         eos_token_id: ends a response.
-        transport: weight transfer engine, `object_store` or `nccl`.
+        weights: how new weights arrive, and what is allowed of them.
     """
 
     def __init__(
-        self, model: str, settings: GeneratorSettings, context_tokens: int, eos_token_id: int, transport: str
+        self,
+        model: str,
+        settings: GeneratorSettings,
+        context_tokens: int,
+        eos_token_id: int,
+        weights: WeightSettings,
     ) -> None:
         on_gpu = settings.gpus > 0
         self._eos_token_id = eos_token_id
         self._version = 0
+        self._calls = 0
+        self._turns = Turns()
+        self._outputs: dict[str, Any] = {}
+        self._parity = ParityCheck(weights)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -99,10 +128,9 @@ class Generator:
         from rlhf_ray.roles.weight_receiver import register_object_store_engine
 
         register_object_store_engine()
-        # Without a KV size, an engine on a CPU claims nearly all memory and dies beside the other roles.
         memory: dict[str, Any] = {"gpu_memory_utilization": settings.gpu_memory_utilization}
-        if settings.kv_cache_gib is not None:
-            memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * (1 << 30))}
+        if settings.kv_cache_bytes is not None:
+            memory = {"kv_cache_memory_bytes": settings.kv_cache_bytes}
         arguments: dict[str, Any] = {
             "model": model,
             "dtype": resolve_dtype(settings.dtype, on_gpu),
@@ -111,7 +139,7 @@ class Generator:
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": settings.enforce_eager,
             "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
-            "weight_transfer_config": WeightTransferConfig(backend=transport),
+            "weight_transfer_config": WeightTransferConfig(backend=weights.transport),
             # Log-probs at the sampling temperature, as the learner computes them.
             "logprobs_mode": "processed_logprobs",
             # Sampling settings come from the plan alone, never from a file beside the model.
@@ -122,21 +150,25 @@ class Generator:
             **settings.engine,
         }
         self._engine = LLM(**arguments)
-        self._engine.init_weight_transfer_engine({"init_info": {}}) if transport == "object_store" else None
+        # What `auto` became on this node, or `engine` asked for.
+        self._dtype = str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
+        if weights.transport == "object_store":
+            self._engine.init_weight_transfer_engine({"init_info": {}})
 
-    def generate(self, plan: ShardPlan) -> tuple[Rollout, RolloutHeader]:
+    def generate(self, plan: ShardPlan, snapshot: Snapshot) -> Rollout:
         """Sample one shard.
+
+        Args:
+            snapshot: the weights to sample with; loaded first where the engine has another version.
 
         Raises:
             RoleFailure: the engine gave back fewer tokens or log-probs than it says it sampled.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        # An empty prefix cache at the start: what was sampled before a shard leaves no trace in its arithmetic.
-        self._forget_prefixes()
         count = plan.samples_per_prompt
-        prompts = [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in plan.prompts for _ in range(count)]
         sampling = [
             SamplingParams(
                 temperature=plan.temperature,
@@ -145,10 +177,29 @@ class Generator:
                 seed=seed,
                 stop_token_ids=[self._eos_token_id],
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for seed in plan.seeds
         ]
-        outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
+        with self._turns:
+            if snapshot.version != self._version:
+                while self._engine.llm_engine.has_unfinished_requests():
+                    self._step()
+                self._load(snapshot)
+            version = self._version
+            # Samples of a prompt share its keys and values, calls do not: what was sampled before a shard, or with
+            # other weights, leaves no trace in its arithmetic.
+            self._calls += 1
+            salt = f"{version}:{self._calls}"
+            requests = [
+                self._engine.llm_engine.add_request(
+                    f"{self._calls}-{index}",
+                    TokensPrompt(prompt_token_ids=plan.prompts[index // count].tolist(), cache_salt=salt),
+                    each,
+                )
+                for index, each in enumerate(sampling)
+            ]
+        outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []
         for prompt, output in zip((ids for ids in plan.prompts for _ in range(count)), outputs, strict=True):
@@ -166,48 +217,89 @@ class Generator:
             logprobs += [entry[token].logprob for token, entry in zip(response.token_ids, sampled, strict=True)]
         finished = [output.outputs[0].finish_reason == "stop" for output in outputs]
         prompt_ids = np.repeat(np.array(plan.prompt_ids, dtype=np.int64), count)
-        rollout = Rollout(
+        return Rollout(
             tokens=np.concatenate(sequences),
             prompt_lengths=np.array([len(ids) for ids in plan.prompts for _ in range(count)], dtype=np.int32),
             response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
             logprobs=np.array(logprobs, dtype=np.float32),
-            policy_versions=np.full(len(logprobs), self._version, dtype=np.int32),
+            policy_versions=np.full(len(logprobs), version, dtype=np.int32),
             finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
             sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
             prompt_ids=prompt_ids,
         )
-        return rollout, rollout.header()
 
-    def load_weights(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Take in a full set of weights through vLLM's weight-transfer API.
+    def _finished(self, requests: Sequence[str]) -> list[Any]:
+        """The outputs of requests. Several calls may be here at once: each steps the engine for all in its turn."""
+        while True:
+            with self._turns:
+                if all(request in self._outputs for request in requests):
+                    return [self._outputs.pop(request) for request in requests]
+                self._step()
 
-        The prefix cache is reset: keys and values in it were computed with the old weights.
+    def _step(self) -> None:
+        for output in self._engine.llm_engine.step():
+            if output.finished:
+                self._outputs[output.request_id] = output
+
+    def synchronize(self, snapshot: Snapshot, probe: tuple[NDArray[np.int32], ...], learner: ProbeColumn) -> Parity:
+        """Load new weights, and see that the engine computes with them.
+
+        Args:
+            snapshot: the weights; without tensors, they have arrived by `receive`.
+            probe: prompts, the same at every version.
+            learner: the learner's log-probs of the probe's tokens under these weights.
         """
+        if snapshot.names or snapshot.version != self._version:
+            self._load(snapshot)
+        exact = self._dtype == learner.dtype == "float32"
+        return self._parity.judge(snapshot.version, self._probe(probe), learner.data, exact=exact)
+
+    def _probe(self, probe: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
+        """`[N]` log-probs at temperature 1 of every token of the probe but each prompt's first, without sampling."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        outputs = self._engine.generate(
+            [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in probe],
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        logprobs = [
+            entry[int(token)].logprob
+            for ids, output in zip(probe, outputs, strict=True)
+            for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        return np.array(logprobs, dtype=np.float32)
+
+    def _load(self, snapshot: Snapshot) -> None:
+        if not snapshot.names:
+            raise RoleFailure(
+                FailureKind.INFRASTRUCTURE,
+                "generator",
+                "?",
+                f"the engine has weights of version {self._version}, and there is nothing to load version "
+                f"{snapshot.version} from",
+            )
         self._engine.start_weight_update()
-        for bucket in buckets:
-            self._engine.update_weights({"update_info": {"bucket": bucket}})
-        self.finish_weight_update(version)
+        self._engine.update_weights({"update_info": {"snapshot": snapshot}})
+        self._finish_update(snapshot.version)
 
-    def finish_weight_update(self, version: int) -> None:
-        """Weights are complete: name them and forget what was computed with the old ones."""
-        self._engine.finish_weight_update(weight_version=str(version))
-        self._forget_prefixes()
-        self._version = version
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the sender (called by vLLM's own trainer side of the `nccl` transport)."""
+    def join_senders(self, init_info: dict[str, Any]) -> None:
+        """Meet the policy learner in the group of the `nccl` transport."""
         self._engine.init_weight_transfer_engine({"init_info": init_info})
 
-    def start_weight_update(self) -> None:
-        """First call of an `nccl` transfer."""
+    def receive(self, update_info: dict[str, Any], version: int) -> None:
+        """Take part in the learner's broadcast (`nccl` transport).
+
+        Args:
+            update_info: what is sent, as vLLM's trainer side describes it.
+        """
         self._engine.start_weight_update()
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive what the sender broadcasts."""
         self._engine.update_weights({"update_info": update_info})
+        self._finish_update(version)
 
-    def _forget_prefixes(self) -> None:
-        """Reset the prefix cache: keys and values in it may have been computed with old weights."""
+    def _finish_update(self, version: int) -> None:
+        self._engine.finish_weight_update(weight_version=str(version))
         if not self._engine.reset_prefix_cache():
             raise RoleFailure(
                 FailureKind.FATAL,
@@ -215,3 +307,4 @@ class Generator:
                 "?",
                 "the prefix cache could not be reset; stale keys and values would stay",
             )
+        self._version = version

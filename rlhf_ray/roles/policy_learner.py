@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlhf_ray.algorithms.experience import ExperienceShard, ExperienceSpec, ExperienceStats
 from rlhf_ray.algorithms.kl import KLEstimator, kl_estimate
 from rlhf_ray.algorithms.losses import Mismatch, mismatch, policy_loss, truncated_importance_weights
 from rlhf_ray.config.settings import PolicySettings
 from rlhf_ray.data.text import TextExample
-from rlhf_ray.models.buckets import WeightBucket, fill_buckets
+from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
-from rlhf_ray.models.token_models import PolicyModel, load_policy_model, named_as_saved
+from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
 from rlhf_ray.roles.learner import Meter, TrainSpec, checkpoint_folder, minibatches, read_step, token_columns
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.roles.policy_weights import PolicyWeights
+from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn
 
 _PREFIX = "language_model."
 
@@ -64,16 +67,6 @@ class PolicyReport:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """Learner against engine on the same tokens under what should be the same weights."""
-
-    max_abs: float
-    mean_ratio: float
-    kl: float
-    dtype: str
-
-
-@dataclass(frozen=True)
 class TextReport:
     """One supervised step."""
 
@@ -112,6 +105,7 @@ class PolicyLearner:
             return model
 
         self._engine = DeepSpeedEngine(build, learner, rank, self._dtype, total_steps)
+        self._weights = PolicyWeights(self._engine, self._engine.unwrapped.language_model)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
         """The policy's log-probs of every response token, as the learner computes them now."""
@@ -243,40 +237,36 @@ class PolicyLearner:
             learning_rate=report.learning_rate,
         )
 
-    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
-        """All weights in buckets; rank 0 yields them, the others take part in gathering them."""
-        model = self._engine.unwrapped.language_model
-        return fill_buckets(
-            (saved for each in self._engine.full_weights(_PREFIX) for saved in named_as_saved(model, *each)), max_bytes
-        )
-
-    def open_nccl_sender(self, client: Any, address: str, port: int, world_size: int) -> None:
-        """Meet the engines for vLLM's NCCL transport.
+    def probe(self, probe: tuple[NDArray[np.int32], ...]) -> ProbeColumn:
+        """Log-probs at temperature 1 of every token of the probe but each row's first.
 
         Args:
-            client: reaches the engines and carries the version they are told.
+            probe: rows of token ids, the same on all ranks.
         """
-        from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender
+        model = self._engine.unwrapped
+        sampling_temperature, model.temperature = model.temperature, 1.0
+        try:
+            batch = pack(probe, [1] * len(probe)).to(self._engine.device)
+            [logprobs] = self._engine.forward_each([batch], lambda batch: self._engine.module(batch)[0])
+        finally:
+            model.temperature = sampling_temperature
+        return ProbeColumn(logprobs.float().cpu().numpy(), self._dtype)
 
-        source = LearnerWeightSource(self._engine.unwrapped, _PREFIX)
-        self._client = client
-        self._sender = open_sender(source, client, self._engine.rank.rank, address, port, world_size)
+    def weight_layout(self, max_bytes: int) -> list[tuple[str, ...]]:
+        """Cut the trained weights into buckets; gives the names in each."""
+        return self._weights.lay_out(max_bytes)
 
-    def send_weights_nccl(self, version: int) -> None:
-        """Broadcast all weights to the engines."""
-        self._client.version = version
-        self._sender.send_weights()
+    def weight_bucket(self, index: int) -> WeightBucket | None:
+        """One bucket of the weights as they are now, from rank 0."""
+        return self._weights.bucket(index)
 
-    def compare(self, rollout: Rollout) -> ParityReport:
-        """How far the learner's log-probs are from the engine's on a probe."""
-        column = self.logprobs([rollout])[0]
-        apart = mismatch(torch.from_numpy(column.data), torch.tensor(rollout.logprobs))
-        return ParityReport(
-            max_abs=apart.max_abs,
-            mean_ratio=apart.ratio_sum / apart.count,
-            kl=apart.kl_sum / apart.count,
-            dtype=self._dtype,
-        )
+    def open_sender(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Meet the engines for vLLM's NCCL transport; gives what they must be told of each broadcast."""
+        return self._weights.open_sender(group)
+
+    def broadcast_weights(self) -> None:
+        """Send the weights over NCCL to the engines that wait for them."""
+        self._weights.broadcast()
 
     def save_checkpoint(self, folder: str) -> None:
         self._engine.save_checkpoint(checkpoint_folder(folder, "policy"))

@@ -26,17 +26,14 @@ class Reference:
         on_gpu = settings.gpus > 0
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._micro_batch_tokens = settings.micro_batch_tokens
-        self._model = (
-            load_policy_model(
+        with self._device:  # straight onto it, without a copy in host memory
+            self._model = load_policy_model(
                 model,
                 dtype=resolve_dtype(settings.dtype, on_gpu),
                 temperature=temperature,
                 float32_logits=settings.float32_logits,
                 attention=resolve_attention(settings.attention, on_gpu),
-            )
-            .to(self._device)
-            .eval()
-        )
+            ).eval()
 
     @torch.inference_mode()
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.reward_texts import ResponseReader
 from rlhf_ray.roles.reward_scorer import Conversation
-from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout
+from rlhf_ray.rollout import RewardColumn, Rollout
 from rlhf_ray.serving.client import PromptResponse, RewardClient
 from rlhf_ray.serving.client_calls import ServedModel
 from rlhf_ray.serving.client_errors import RewardServiceError, Unauthorized
@@ -43,7 +44,7 @@ class RemoteScorer:
     def __init__(self, settings: RewardSettings, policy_model: str, token: str | None = None) -> None:
         assert settings.url is not None, "a remote scorer has a service"
         self._settings = settings
-        self._tokenizer = load_tokenizer(policy_model, "policy.model")
+        self._responses = ResponseReader(policy_model)
         self._client = RewardClient(
             settings.url,
             token,
@@ -57,7 +58,7 @@ class RemoteScorer:
         self._several_members = model.num_members > 1
         self.version = model.version
 
-    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> tuple[RewardColumn, RewardHeader]:
+    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
         Args:
@@ -66,15 +67,22 @@ class RemoteScorer:
         Raises:
             RewardServiceError: the service did not answer in time, or its answer cannot be used.
         """
-        items = [self._item(rollout, index, prompts) for index in range(rollout.num_samples)]
-        answer = self._client.reward_each(items, self._settings.model or None, on_too_long=self._settings.on_too_long)
-        scores, disagreement = (np.full(len(items), math.nan) for _ in range(2))
-        failures = [""] * len(items)
+        scores, disagreement = (np.full(rollout.num_samples, math.nan) for _ in range(2))
+        failures = [""] * rollout.num_samples
+        items: dict[int, PromptResponse] = {}
+        for index in range(rollout.num_samples):
+            try:
+                items[index] = self._item(rollout, index, prompts[int(rollout.prompt_ids[index])])
+            except RowError as problem:
+                failures[index] = problem.found
+        answer = self._client.reward_each(
+            list(items.values()), self._settings.model or None, on_too_long=self._settings.on_too_long
+        )
         num_truncated = 0
         if answer.model is not None:
             # A service may take up a new version while the run goes on.
             self.version = answer.model.version
-        for index, outcome in enumerate(answer.outcomes):
+        for index, outcome in zip(items, answer.outcomes, strict=True):
             if isinstance(outcome, RewardServiceError):
                 failures[index] = outcome.message or type(outcome).__name__
                 continue
@@ -82,15 +90,13 @@ class RemoteScorer:
             num_truncated += outcome.truncated
         if answer.model is not None and self._settings.apply_temperature:
             scores, disagreement = scores / answer.model.temperature, disagreement / answer.model.temperature
-        column = RewardColumn(
+        return RewardColumn(
             scores, tuple(failures), self.version, num_truncated, disagreement if self._several_members else None
         )
-        return column, column.header()
 
-    def _item(self, rollout: Rollout, index: int, prompts: Mapping[int, Conversation]) -> PromptResponse:
-        prompt = prompts[int(rollout.prompt_ids[index])]
-        response_ids = rollout.sample_tokens(index)[int(rollout.prompt_lengths[index]) :]
-        response = self._tokenizer.decode(response_ids, skip_special_tokens=True)
+    def _item(self, rollout: Rollout, index: int, prompt: Conversation) -> PromptResponse:
+        # The service's protocol has no place for the prompt's label.
+        response = self._responses.text(rollout, index)
         return PromptResponse(prompt.text if prompt.messages is None else prompt.messages, response)
 
 

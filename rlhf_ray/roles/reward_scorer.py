@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, resolve_padded_attention
+from rlhf_ray.data.rows import RowError
+from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
 from rlhf_ray.models.reward_card import ScoreAggregation
 from rlhf_ray.models.reward_models import load_reward_network, padded_width
 from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
-from rlhf_ray.models.reward_texts import Encoded, RewardTexts
-from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout
+from rlhf_ray.models.reward_texts import Encoded, ResponseReader, RewardTexts, SharedIds
+from rlhf_ray.rollout import RewardColumn, Rollout
 
 _ROW_TOKENS = 4096
 """Most tokens of a packed row: longer ones are no faster and take more memory."""
@@ -29,10 +30,18 @@ a row's result depends on that row alone."""
 
 @dataclass(frozen=True)
 class Conversation:
-    """A prompt as its row had it: text, or chat messages."""
+    """A prompt as its row had it: text, or chat messages.
+
+    Attributes:
+        text: of the prompt; chat messages as the policy's template renders them.
+        messages: the chat messages, or None for a text.
+        label: the row's `label`, such as the right answer, or None. For scorers that check responses; a reward model
+            has no use for it.
+    """
 
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
+    label: object | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class ScoredTexts:
 class RewardScorer:
     """One replica of the reward model: all models of an ensemble, all heads, one score.
 
-    Token ids go to the model as the policy sampled them where both have the same tokenizer; otherwise the text is
-    decoded, and chat messages are rendered with the reward model's own template.
+    Token ids go to the model as the policy sampled them where both have the same tokenizer and, for chat messages, the
+    same template. Otherwise the response is decoded, and chat messages are rendered with the reward model's template.
 
     Args:
         settings: model and limits.
@@ -85,11 +94,8 @@ class RewardScorer:
         self.batch_invariant = settings.batch_invariant
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.texts = RewardTexts(settings.model, settings.max_length)
-        self._policy_tokenizer = load_tokenizer(policy_model, "policy.model") if policy_model else None
-        self._same_tokenizer = (
-            self._policy_tokenizer is not None
-            and self._policy_tokenizer.get_vocab() == self.texts.tokenizer.get_vocab()
-        )
+        self._responses = ResponseReader(policy_model) if policy_model else None
+        self._shared_ids = self._responses.shared_ids(self.texts.tokenizer) if self._responses else SharedIds.NONE
         card = self.texts.card
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
@@ -101,27 +107,34 @@ class RewardScorer:
         """One model of the ensemble. On a CPU texts are packed, which computes no padding; the fixed shapes of the
         batch-invariant mode are of padded rows, and on GPUs plain batches are what the engines are made for."""
         on_gpu = self._settings.gpus > 0
-        classifier = load_reward_network(
-            model,
-            dtype=self.dtype,
-            pad_token_id=self.texts.tokenizer.pad_token_id,
-            attention=resolve_padded_attention("auto", on_gpu),
-            num_labels=self.texts.layout.num_labels,
-        )
+        with self._device:  # straight onto it, without a copy in host memory
+            classifier = load_reward_network(
+                model,
+                dtype=self.dtype,
+                pad_token_id=self.texts.tokenizer.pad_token_id,
+                attention=resolve_padded_attention("auto", on_gpu),
+                num_labels=self.texts.layout.num_labels,
+            )
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
-        return RewardNetwork(classifier.to(self._device).eval(), self.texts.tokenizer.pad_token_id, packed)
+        return RewardNetwork(classifier.eval(), self.texts.tokenizer.pad_token_id, packed)
 
-    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> tuple[RewardColumn, RewardHeader]:
+    def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
         Args:
             prompts: of the shard, by prompt id.
         """
-        encoded = [self._encode_sample(rollout, index, prompts) for index in range(rollout.num_samples)]
-        column = self.score_encoded(encoded).column()
-        return column, column.header()
+        encoded: list[Encoded] = []
+        causes: dict[int, str] = {}
+        for index in range(rollout.num_samples):
+            try:
+                encoded.append(self._encode_sample(rollout, index, prompts[int(rollout.prompt_ids[index])]))
+            except RowError as problem:
+                encoded.append(([], False))
+                causes[index] = problem.found
+        return self.score_encoded(encoded, causes).column()
 
     def score_texts(self, texts: Sequence[str], *, templated: bool = False) -> ScoredTexts:
         """A score, or the cause why there is none, for every whole text.
@@ -135,24 +148,33 @@ class RewardScorer:
         """As `score_texts`, for texts that are tokens already, special ones included."""
         return self.score_encoded([(list(ids), False) for ids in token_ids])
 
-    def _encode_sample(self, rollout: Rollout, index: int, prompts: Mapping[int, Conversation]) -> Encoded:
-        tokens = rollout.sample_tokens(index)
-        prompt = prompts[int(rollout.prompt_ids[index])]
-        if self._same_tokenizer:
-            return self.texts.finish(tokens.tolist())
-        assert self._policy_tokenizer is not None, "rollouts are scored with a policy's tokenizer"
-        response_ids = tokens[int(rollout.prompt_lengths[index]) :]
-        response = self._policy_tokenizer.decode(response_ids, skip_special_tokens=True)
+    def _encode_sample(self, rollout: Rollout, index: int, prompt: Conversation) -> Encoded:
+        """What the reward model is shown of one sample.
+
+        Raises:
+            RowError: there is nothing that it could be shown.
+        """
+        assert self._responses is not None, "rollouts are scored with a policy's tokenizer"
+        if self._shared_ids is SharedIds.ALL or (self._shared_ids is SharedIds.TEXTS and prompt.messages is None):
+            self._responses.token_ids(rollout, index)
+            return self.texts.finish(rollout.sample_tokens(index).tolist())
+        response = self._responses.text(rollout, index)
         if prompt.messages is None:
             return self.texts.encode(prompt.text + response)
         return self.texts.encode_messages([*prompt.messages, {"role": "assistant", "content": response}])
 
-    def score_encoded(self, encoded: Sequence[Encoded]) -> ScoredTexts:
-        """As `score_texts`, for what `encode` returned."""
+    def score_encoded(self, encoded: Sequence[Encoded], causes: Mapping[int, str] | None = None) -> ScoredTexts:
+        """As `score_texts`, for what `encode` returned.
+
+        Args:
+            causes: why some of them, by their place, cannot be scored.
+        """
         failures = [""] * len(encoded)
         wanted: list[int] = []
         for index, (token_ids, was_cut) in enumerate(encoded):
-            if was_cut and self._settings.on_too_long == "fail":
+            if causes and index in causes:
+                failures[index] = causes[index]
+            elif was_cut and self._settings.on_too_long == "fail":
                 failures[index] = f"the text is longer than {self.texts.max_length} tokens"
             elif not token_ids:
                 failures[index] = "the text has no tokens"

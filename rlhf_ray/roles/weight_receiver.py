@@ -16,7 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.models.buckets import Snapshot
 
 BACKEND = "object_store"
 
@@ -28,13 +28,13 @@ class InitInfo:
 
 @dataclass
 class UpdateInfo:
-    """One bucket of weights."""
+    """All trained weights of one version."""
 
-    bucket: WeightBucket
+    snapshot: Snapshot
 
 
 class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads buckets that have come through the object store."""
+    """Loads snapshots from the object store."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -51,7 +51,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(update_info.bucket.tensors())
+        self.model.load_weights(update_info.snapshot.tensors())
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

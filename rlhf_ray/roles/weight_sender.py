@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,42 +10,66 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from rlhf_ray.models.token_models import gathered
+from rlhf_ray.models.token_models import gathered, named_as_saved, shapes_as_saved
 
 
 class LearnerWeightSource(WeightSource):
-    """A module's weights in full, one after another; ZeRO-3 gathers each on all ranks.
+    """Weights in full, one after another; ZeRO-3 gathers each on all ranks.
 
     vLLM's own `ModuleSource` knows DTensors, not DeepSpeed's partitions.
 
     Args:
-        module: as the engine holds it.
-        strip: prefix before the Hugging Face names.
+        model: the transformers model.
+        parameters: of it, by name.
     """
 
-    def __init__(self, module: torch.nn.Module, strip: str) -> None:
-        self._module, self._strip = module, strip
+    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._model, self._parameters = model, parameters
 
     def metadata(self) -> list[ParamMeta]:
         return [
-            ParamMeta(
-                name.removeprefix(self._strip), parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape))
-            )
-            for name, parameter in self._module.named_parameters()
+            ParamMeta(saved, tensor.dtype, tuple(tensor.shape))
+            for name, parameter in self._parameters.items()
+            for saved, tensor in shapes_as_saved(self._model, name, parameter)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters.items():
             with gathered([parameter], read_only=True):
-                yield name.removeprefix(self._strip), parameter.data
+                yield from named_as_saved(self._model, name, parameter.data)
 
 
-def open_sender(source: LearnerWeightSource, client: Any, rank: int, address: str, port: int, world_size: int) -> Any:
+class _DriverAsksTheEngines:
+    """vLLM's `VLLMWeightSyncClient` without a call of its own.
+
+    The driver asks both sides and waits for them together. If the sender asked the engines, an engine that fails before
+    it joins the broadcast would leave the sender waiting in it, and nobody would hear of the failure.
+    """
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+def open_sender(source: LearnerWeightSource, rank: int, group: Mapping[str, Any]) -> Any:
     """Meet the engines. All learner ranks call it; rank 0 sends.
 
     Args:
-        client: reaches the engines, vLLM's `VLLMWeightSyncClient`.
-        world_size: the sender and all engine workers.
+        group: `NCCLTrainerInitInfo` without the rank.
     """
-    info = NCCLTrainerInitInfo(rank=rank, master_address=address, master_port=port, world_size=world_size)
-    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    info = NCCLTrainerInitInfo(rank=rank, **group)
+    return WeightTransferTrainerFactory.trainer_init(info, client=_DriverAsksTheEngines(), source=source)
+
+
+def update_info(source: LearnerWeightSource) -> dict[str, Any]:
+    """`NCCLWeightTransferUpdateInfo` of one broadcast, the same each time."""
+    metadata = source.metadata()
+    return {
+        "names": [meta.name for meta in metadata],
+        "dtype_names": [str(meta.dtype).removeprefix("torch.") for meta in metadata],
+        "shapes": [list(meta.shape) for meta in metadata],
+    }

@@ -1,19 +1,32 @@
-"""The replicas of a role as one group: started together, called together, and each with a name and a node."""
+"""The replicas of a role as one group: started together, built together, and each asked by the role's own methods.
+
+`replica.ask(Role.method, argument)` is a call that an editor, mypy and a reader can follow into the role: arguments
+have the types of the method's, or are `Deferred` values of these types, and the answer has the type that it returns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_ray.config.settings import ActorSettings
-from rlhf_ray.runtime.role_host import RoleHost
-from rlhf_ray.runtime.waiting import Pending, collect
+from rlhf_ray.rollout import Shipped
+from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
+from rlhf_ray.runtime.role_host import Activity, RoleHost
+
+R = TypeVar("R")
+T = TypeVar("T")
+S = TypeVar("S", bound=Shipped)
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
@@ -25,28 +38,75 @@ class Deadlines:
 
 
 @dataclass(frozen=True)
-class Member:
-    """One replica."""
+class Replica(Generic[R]):
+    """One process of a role.
+
+    Attributes:
+        name: role and number, `generator-1`.
+        node: address of the node it runs on.
+        host: the actor around the role.
+    """
 
     name: str
     node: str
     host: Any
 
+    @overload
+    def ask(self, method: Callable[[R], T], /) -> Answer[T]: ...
+    @overload
+    def ask(self, method: Callable[[R, A], T], a: A | Deferred[A], /) -> Answer[T]: ...
+    @overload
+    def ask(self, method: Callable[[R, A, B], T], a: A | Deferred[A], b: B | Deferred[B], /) -> Answer[T]: ...
+    @overload
+    def ask(
+        self,
+        method: Callable[[R, A, B, C], T],
+        a: A | Deferred[A],
+        b: B | Deferred[B],
+        c: C | Deferred[C],
+        /,
+    ) -> Answer[T]: ...
+    @overload
+    def ask(
+        self,
+        method: Callable[[R, A, B, C, D], T],
+        a: A | Deferred[A],
+        b: B | Deferred[B],
+        c: C | Deferred[C],
+        d: D | Deferred[D],
+        /,
+    ) -> Answer[T]: ...
+    def ask(self, method: Callable[..., Any], /, *args: Any) -> Answer[Any]:
+        """Call one of the role's methods; returns at once."""
+        reference = self.host.call.remote(method.__name__, *map(_as_argument, args))
+        return Answer(reference, self.name, self.node, method.__name__)
 
-@dataclass(frozen=True)
-class Parts:
-    """Objects that stay in the store, and the acknowledgement that they are there."""
+    @overload
+    def keep(self, method: Callable[[R, A], S], a: A | Deferred[A], /) -> Stored[S]: ...
+    @overload
+    def keep(self, method: Callable[[R, A, B], S], a: A | Deferred[A], b: B | Deferred[B], /) -> Stored[S]: ...
+    def keep(self, method: Callable[..., Any], /, *args: Any) -> Stored[Any]:
+        """As `ask`, for rows and columns: they stay in the object store, and their header comes apart from them."""
+        name = method.__name__
+        data, header = self.host.keep.options(num_returns=2).remote(name, *map(_as_argument, args))
+        return Stored(Answer(data, self.name, self.node, name), Answer(header, self.name, self.node, name))
 
-    references: tuple[ray.ObjectRef, ...]
-    done: Pending
+    def activity(self) -> Answer[Activity]:
+        """What the process did since this was last asked."""
+        return Answer(self.host.activity.remote(), self.name, self.node, "activity")
 
 
-class ActorGroup:
+def _as_argument(value: Any) -> Any:
+    # Ray itself waits for a reference that is an argument, and brings it to the process before the call begins.
+    return value.reference if isinstance(value, Answer) else value
+
+
+class ActorGroup(Generic[R]):
     """Replicas of one role."""
 
-    def __init__(self, role: str, members: Sequence[Member], deadlines: Deadlines) -> None:
+    def __init__(self, role: str, replicas: Sequence[Replica[R]], deadlines: Deadlines) -> None:
         self.role = role
-        self.members = list(members)
+        self.replicas = list(replicas)
         self._deadlines = deadlines
 
     @classmethod
@@ -58,20 +118,21 @@ class ActorGroup:
         first_bundle: int,
         logs: Path,
         deadlines: Deadlines,
-    ) -> ActorGroup:
+    ) -> ActorGroup[Any]:
         """Start the processes; the roles in them are made by `build`.
 
         Args:
             first_bundle: where this role's bundles begin in the placement group.
         """
         hosts = []
-        for replica in range(settings.replicas):
-            name = f"{role}-{replica}"
+        for number in range(settings.replicas):
+            name = f"{role}-{number}"
             options = {
                 "num_cpus": settings.cpus,
                 "num_gpus": settings.gpus,
+                "max_concurrency": settings.concurrent_calls,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=first_bundle + replica
+                    placement_group=group, placement_group_bundle_index=first_bundle + number
                 ),
                 "runtime_env": {"env_vars": environment(settings)},
             }
@@ -81,62 +142,59 @@ class ActorGroup:
                 .remote(name, str(logs.absolute() / f"{name}.log"), settings.threads, deadlines.call_s)
             )
             hosts.append((name, host))
-        nodes = collect([Pending(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s)
-        return cls(role, [Member(name, node, host) for (name, host), node in zip(hosts, nodes, strict=True)], deadlines)
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def build(self, role: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Pending]:
-        """Begin to make the role in every process, with arguments of its own; `collect` the answers."""
-        return [
-            Pending(member.host.build.remote(role, *own), member.name, member.node, "loading its model")
-            for member, own in zip(self.members, arguments, strict=True)
-        ]
-
-    def build_all(self, role: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> None:
-        """Make the role in every process and wait until all have it."""
-        collect(self.build(role, arguments), self._deadlines.start_s)
-
-    def submit(self, index: int, method: str, *args: Any, num_returns: int = 1) -> list[Pending]:
-        """Ask one replica; an answer of several parts has a reference for each."""
-        member = self.members[index]
-        references = member.host.call.options(num_returns=num_returns).remote(method, *args)
-        references = [references] if num_returns == 1 else references
-        return [Pending(reference, member.name, member.node, method) for reference in references]
-
-    def submit_parts(self, index: int, method: str, *args: Any, num_parts: int) -> Parts:
-        """Ask one replica for a list, each part of which becomes an object that the caller need not fetch."""
-        member = self.members[index]
-        *references, done = member.host.parts.options(num_returns=num_parts + 1).remote(method, *args)
-        return Parts(tuple(references), Pending(done, member.name, member.node, method))
-
-    def call(self, index: int, method: str, *args: Any) -> Any:
-        """Ask one replica and wait."""
-        return collect(self.submit(index, method, *args), self._deadlines.call_s)[0]
-
-    def call_all(self, method: str, *args: Any) -> list[Any]:
-        """Ask all replicas the same and wait for all."""
-        return self.wait([pending for index in range(len(self)) for pending in self.submit(index, method, *args)])
-
-    def stream_all(self, method: str, *args: Any) -> list[list[ray.ObjectRef]]:
-        """References of what an iterating method yields, for each replica."""
-        return self.wait(
-            [
-                Pending(member.host.stream.remote(method, *args), member.name, member.node, method)
-                for member in self.members
-            ]
+        nodes: list[str] = collect(
+            [Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s
+        )
+        return cls(
+            role, [Replica(name, node, host) for (name, host), node in zip(hosts, nodes, strict=True)], deadlines
         )
 
-    def wait(self, pending: Sequence[Pending]) -> list[Any]:
+    def __len__(self) -> int:
+        return len(self.replicas)
+
+    def __iter__(self) -> Iterator[Replica[R]]:
+        return iter(self.replicas)
+
+    def of(self, index: int) -> Replica[R]:
+        """The replica whose turn it is: work is dealt out by its place, never by who is free first."""
+        return self.replicas[index % len(self.replicas)]
+
+    def build(self, *roles: Callable[[], R]) -> list[Answer[None]]:
+        """Begin to build the role in every process; `collect` the answers.
+
+        Args:
+            roles: a constructor with its arguments for each process, or one for all of them.
+        """
+        each = roles * len(self) if len(roles) == 1 else roles
+        return [
+            Answer(replica.host.build.remote(role), replica.name, replica.node, "loading its model")
+            for replica, role in zip(self.replicas, each, strict=True)
+        ]
+
+    def build_all(self, *roles: Callable[[], R]) -> None:
+        """Build the role in every process and wait until all have it."""
+        collect(self.build(*roles), self._deadlines.start_s)
+
+    @overload
+    def call_all(self, method: Callable[[R], T], /) -> list[T]: ...
+    @overload
+    def call_all(self, method: Callable[[R, A], T], a: A | Deferred[A], /) -> list[T]: ...
+    @overload
+    def call_all(self, method: Callable[[R, A, B], T], a: A | Deferred[A], b: B | Deferred[B], /) -> list[T]: ...
+    def call_all(self, method: Callable[..., Any], /, *args: Any) -> list[Any]:
+        """Ask all replicas the same and wait for all."""
+        return self.wait([replica.ask(method, *args) for replica in self])
+
+    def wait(self, answers: Sequence[Answer[T]]) -> list[T]:
         """Wait with this group's deadline."""
-        return collect(pending, self._deadlines.call_s)
+        return collect(answers, self._deadlines.call_s)
 
 
-def meeting_point(group: ActorGroup) -> tuple[str, int]:
+def meeting_point(group: ActorGroup[Any]) -> tuple[str, int]:
     """Address and free port on the first replica's node, for a process group."""
-    first = group.members[0]
-    [port] = collect([Pending(first.host.free_port.remote(), first.name, first.node, "finding a port")], 60.0)
+    first = group.replicas[0]
+    asked: Answer[int] = Answer(first.host.free_port.remote(), first.name, first.node, "finding a port")
+    [port] = collect([asked], 60.0)
     return first.node, port
 
 

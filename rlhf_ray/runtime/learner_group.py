@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def connected(cluster: ClusterSettings, phases: Sequence[Sequence[RoleRequest]])
 
 
 @contextmanager
-def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> Iterator[ActorGroup]:
+def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> Iterator[ActorGroup[Any]]:
     """The processes of one role, for the length of a block."""
     placement = reserve([request], cluster)
     try:
@@ -38,17 +38,7 @@ def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> It
         release(placement)
 
 
-def build_learners(group: ActorGroup, role: Callable[..., Any], arguments: Callable[[Rank], tuple[Any, ...]]) -> None:
-    """All ranks of one learner, with their model loaded.
-
-    Args:
-        role: the learner's class.
-        arguments: of its constructor, for each rank.
-    """
-    group.build_all(role, [arguments(rank) for rank in ranks(group)])
-
-
-def ranks(group: ActorGroup) -> list[Rank]:
+def ranks(group: ActorGroup[Any]) -> list[Rank]:
     """A place in one process group for every replica."""
     address, port = meeting_point(group)
     return [Rank(rank, len(group), address, port) for rank in range(len(group))]

@@ -6,30 +6,46 @@ import gc
 import os
 import socket
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from rlhf_ray.failures import RoleFailure, classify
+from rlhf_ray.runtime.answers import fetched
 
 
 @dataclass(frozen=True)
-class Assemble:
-    """An argument that is made where it is used: a class and the references of its fields."""
+class Span:
+    """One call of a role.
 
-    cls: Callable[..., Any]
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    Attributes:
+        task: the method.
+        start_s, end_s: seconds since the epoch.
+        cpu_s: core-seconds that the process used in between, for whatever it was doing.
+    """
+
+    task: str
+    start_s: float
+    end_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
-class OneByOne:
-    """An argument that is an iterator over references, fetched as they are used."""
+class Activity:
+    """What a process did in a while.
 
-    references: tuple[ray.ObjectRef, ...]
+    Attributes:
+        spans: its calls.
+        cpu_s: core-seconds that it used in all.
+    """
+
+    spans: tuple[Span, ...]
+    cpu_s: float
 
 
 class RoleHost:
@@ -46,6 +62,8 @@ class RoleHost:
         self._name = name
         self._fetch_timeout_s = fetch_timeout_s
         self._role: Any = None
+        self._spans: list[Span] = []
+        self._cpu_s = 0.0
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
         # Engines print from C++ as well, so the descriptors themselves are turned.
         descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -68,43 +86,34 @@ class RoleHost:
             listener.bind(("", 0))
             return int(listener.getsockname()[1])
 
-    def build(self, cls: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Make the role; one that was there before is gone first, with its memory."""
+    def build(self, role: Callable[[], Any]) -> None:
+        """Build the role; one that was there before is gone first, with its memory."""
         self._role = None
         gc.collect()
-        self._role = self._guarded(lambda: cls(*args, **kwargs))
+        self._role = self._guarded(role)
 
     def call(self, method: str, *args: Any) -> Any:
-        """One method of the role; references inside lists and `Assemble` are fetched first."""
-        return self._guarded(lambda: getattr(self._role, method)(*(self._fetched(argument) for argument in args)))
+        """One method of the role; deferred arguments are fetched first."""
+        return self._guarded(lambda: self._timed(method, args))
 
-    def parts(self, method: str, *args: Any) -> list[Any]:
-        """One method that returns a list: its parts, and at the end an acknowledgement that can be waited for."""
-        return [*self.call(method, *args), True]
+    def keep(self, method: str, *args: Any) -> tuple[Any, Any]:
+        """As `call`, for rows and columns: the value, and its header apart from it."""
+        value = self.call(method, *args)
+        return value, value.header()
 
-    def stream(self, method: str, *args: Any) -> list[ray.ObjectRef]:
-        """What an iterating method yields, each put into the object store as it comes."""
+    def activity(self) -> Activity:
+        """What happened since this was last asked."""
+        spans, self._spans = self._spans, []
+        before, self._cpu_s = self._cpu_s, time.process_time()
+        return Activity(tuple(spans), self._cpu_s - before)
 
-        def run() -> list[ray.ObjectRef]:
-            values = getattr(self._role, method)(*(self._fetched(argument) for argument in args))
-            return [ray.put(value) for value in values]
-
-        return self._guarded(run)
-
-    def _fetched(self, value: Any) -> Any:
-        if isinstance(value, ray.ObjectRef):
-            return ray.get(value, timeout=self._fetch_timeout_s)
-        if isinstance(value, OneByOne):
-            return self._one_by_one(value.references)
-        if isinstance(value, Assemble):
-            return value.cls(**{name: self._fetched(part) for name, part in value.fields.items()})
-        if isinstance(value, list):
-            return [self._fetched(part) for part in value]
-        return value
-
-    def _one_by_one(self, references: tuple[ray.ObjectRef, ...]) -> Iterator[Any]:
-        for reference in references:
-            yield ray.get(reference, timeout=self._fetch_timeout_s)
+    def _timed(self, method: str, args: tuple[Any, ...]) -> Any:
+        arguments = [fetched(argument, self._fetch_timeout_s) for argument in args]
+        started, cpu_before = time.time(), time.process_time()
+        try:
+            return getattr(self._role, method)(*arguments)
+        finally:
+            self._spans.append(Span(method, started, time.time(), time.process_time() - cpu_before))
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """Run, and classify what goes wrong here, where it is still known what it was."""

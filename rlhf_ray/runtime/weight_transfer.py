@@ -1,146 +1,212 @@
-"""New weights from the policy learner to the generators, and the proof that they arrived.
+"""New weights from the policy learner to the generators, and the proof that the engines compute with them.
 
-Two transports behind one call: buckets through the object store, everywhere; or vLLM's own NCCL engine, when
-learner and engine sit on separate GPUs. After either, the engine samples a probe and the learner computes the
-same log-probs. Weights that were not taken in, a stale cache or a wrong temperature all show there.
+Weights are a versioned object. With the object store, the learner writes a snapshot bucket by bucket, and the engines
+load the first while it writes the second; the references belong to the driver. Each shard names the snapshot that it is
+sampled with, so that a generator that is behind pulls it. With NCCL, learner and engines meet in vLLM's own broadcast.
+After either, the engines and the learner compute log-probs of the same fixed tokens (`rlhf_ray.algorithms.parity`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.roles.generator import ShardPlan
-from rlhf_ray.roles.policy_learner import ParityReport
+from rlhf_ray.models.buckets import Snapshot, WeightBucket
+from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
-from rlhf_ray.runtime.role_host import OneByOne
-from rlhf_ray.runtime.waiting import Pending
+from rlhf_ray.runtime.answers import Answer, Assembly, Deferred, OneByOne, collect
+
+Probe = tuple[NDArray[np.int32], ...]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights on their way.
+
+    Attributes:
+        snapshot: what a shard carries.
+        answers: of everybody who takes part in sending it.
+    """
+
+    snapshot: Deferred[Snapshot]
+    answers: list[Answer[Any]]
 
 
 class WeightTransport(Protocol):
-    """Moves the learner's weights into all generators."""
+    """Moves the learner's weights to all generators."""
 
-    def send(self, version: int) -> None:
-        """Afterwards every generator samples with these weights and calls them `version`."""
+    def publish(self, version: int) -> Published:
+        """Begin to send the weights that the learner has when it gets there."""
         ...
 
 
 class ObjectStoreTransport:
-    """Buckets that the first learner rank puts and every generator fetches, one by one."""
+    """Buckets that the first learner rank stores and every generator fetches, one by one."""
 
-    def __init__(self, policy: ActorGroup, generators: ActorGroup, bucket_mib: int) -> None:
-        self._policy, self._generators, self._bucket_bytes = policy, generators, bucket_mib << 20
+    def __init__(self, policy: ActorGroup[PolicyLearner], bucket_mib: int, timeout_s: float) -> None:
+        self._policy = policy
+        asked = [rank.ask(PolicyLearner.weight_layout, bucket_mib << 20) for rank in policy]
+        self._layout = collect(asked, timeout_s)[0]
 
-    def send(self, version: int) -> None:
-        buckets = self._policy.stream_all("weight_buckets", self._bucket_bytes)[0]
-        self._generators.call_all("load_weights", OneByOne(tuple(buckets)), version)
-
-
-class GeneratorClient:
-    """The generators as vLLM's trainer side wants them (`VLLMWeightSyncClient`): one call goes to all."""
-
-    def __init__(self, generators: ActorGroup) -> None:
-        self._generators = generators
-        self.version = 0
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        # Each engine has its own place in the NCCL group, behind the sender.
-        pending: list[Pending] = []
-        for index in range(len(self._generators)):
-            own = {**init_info, "rank_offset": init_info["rank_offset"] + index * self._workers_each(init_info)}
-            pending += self._generators.submit(index, "init_weight_transfer_engine", own)
-        self._generators.wait(pending)
-
-    def start_weight_update(self) -> None:
-        self._generators.call_all("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._generators.call_all("update_weights", update_info)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._generators.call_all(
-            "finish_weight_update", self.version if weight_version is None else int(weight_version)
+    def publish(self, version: int) -> Published:
+        # Gathering a bucket is a collective in ZeRO-3; what is in it comes from the first rank.
+        asked = [
+            [rank.ask(PolicyLearner.weight_bucket, index) for rank in self._policy]
+            for index in range(len(self._layout))
+        ]
+        first: list[Answer[WeightBucket | None]] = [ranks[0] for ranks in asked]
+        snapshot = Assembly(
+            Snapshot,
+            {
+                "version": version,
+                "names": frozenset(name for bucket in self._layout for name in bucket),
+                "buckets": OneByOne(tuple(first)),
+            },
         )
-
-    def _workers_each(self, init_info: dict[str, Any]) -> int:
-        return (init_info["world_size"] - init_info["rank_offset"]) // len(self._generators)
+        return Published(snapshot, [answer for ranks in asked for answer in ranks[1:]])
 
 
 class NcclTransport:
-    """vLLM's dense NCCL engine. Not run on the machines that test this project; its wiring is."""
+    """vLLM's dense NCCL engine. Not run on the machines that test this project; its wiring is.
 
-    def __init__(self, policy: ActorGroup, generators: ActorGroup, workers_per_generator: int) -> None:
-        self._policy = policy
+    Both sides are asked by the driver and waited for together: where one fails, the other would wait for it for ever.
+    """
+
+    def __init__(
+        self,
+        policy: ActorGroup[PolicyLearner],
+        generators: ActorGroup[Generator],
+        workers_per_generator: int,
+        bucket_mib: int,
+        timeout_s: float,
+    ) -> None:
+        self._policy, self._generators = policy, generators
         address, port = meeting_point(policy)
-        world_size = 1 + len(generators) * workers_per_generator
-        self._policy.call_all("open_nccl_sender", GeneratorClient(generators), address, port, world_size)
+        group = {
+            "master_address": address,
+            "master_port": port,
+            "world_size": 1 + len(generators) * workers_per_generator,
+            "packed": True,
+            "packed_buffer_size_bytes": bucket_mib << 20,
+            "packed_num_buffers": 2,
+        }
+        senders = [rank.ask(PolicyLearner.open_sender, group) for rank in policy]
+        # Each engine has its own places in the NCCL group, behind the sender.
+        receivers = [
+            generator.ask(Generator.join_senders, {**group, "rank_offset": 1 + index * workers_per_generator})
+            for index, generator in enumerate(generators)
+        ]
+        met: list[Any] = collect([*senders, *receivers], timeout_s)
+        self._update_info: dict[str, Any] = met[0]
 
-    def send(self, version: int) -> None:
-        self._policy.call_all("send_weights_nccl", version)
+    def publish(self, version: int) -> Published:
+        answers: list[Answer[Any]] = [rank.ask(PolicyLearner.broadcast_weights) for rank in self._policy]
+        answers += [generator.ask(Generator.receive, self._update_info, version) for generator in self._generators]
+        return Published(Assembly(Snapshot, {"version": version, "names": frozenset(), "buckets": ()}), answers)
 
 
 @dataclass(frozen=True)
-class Parity:
-    """The probe's result over all generators: the worst of each."""
+class Sync:
+    """A sync under way.
 
-    max_abs: float
-    mean_ratio: float
+    Attributes:
+        parity: each generator's comparison.
+        answers: of everybody else who takes part.
+    """
+
+    version: int
+    snapshot: Deferred[Snapshot]
+    parity: list[Answer[Parity]]
+    answers: list[Answer[Any]]
 
 
-def open_transport(
-    settings: WeightSettings, policy: ActorGroup, generators: ActorGroup, workers_per_generator: int
-) -> WeightTransport:
-    if settings.transport == "nccl":
-        return NcclTransport(policy, generators, workers_per_generator)
-    return ObjectStoreTransport(policy, generators, settings.bucket_mib)
-
-
-def verify(
-    settings: WeightSettings, policy: ActorGroup, generators: ActorGroup, plan: ShardPlan, version: int, exact: bool
-) -> Parity:
-    """Let every generator sample the probe, and the learner compute its log-probs.
+class WeightSync:
+    """Sends new weights and verifies that the engines compute with them.
 
     Args:
-        plan: the probe.
-        version: which the generators must say they sampled with.
-        exact: engine and learner both compute in float32.
-
-    Raises:
-        RoleFailure: a generator disagrees; the run must not sample with it.
+        policy: the learner.
+        generators: the engines.
+        settings: the transport and the limits.
+        workers_per_generator: processes of one engine.
+        probe: the tokens to compare on.
+        timeout_s: for one sync.
     """
-    asked = [generators.submit(index, "generate", plan, num_returns=2) for index in range(len(generators))]
-    headers = generators.wait([header for _, header in asked])
-    worst = Parity(0.0, 1.0)
-    reports: dict[str, ParityReport] = {}
-    for member, (rollout, _), header in zip(generators.members, asked, headers, strict=True):
-        if header.version_min != version or header.version_max != version:
-            raise RoleFailure(
-                FailureKind.FATAL,
-                member.name,
-                member.node,
-                f"samples with weights of version {header.version_min}–{header.version_max} after a sync to {version}",
-            )
-        if header.digest not in reports:
-            # Generators that sampled the same to the bit need only one comparison.
-            reports[header.digest] = policy.call_all("compare", rollout.reference)[0]
-        report = reports[header.digest]
-        worst = Parity(max(worst.max_abs, report.max_abs), max(worst.mean_ratio, report.mean_ratio))
-        near = (
-            report.max_abs <= settings.max_abs_dlogp_float32
-            if exact
-            else report.mean_ratio <= settings.max_mean_ratio_bfloat16
+
+    def __init__(
+        self,
+        policy: ActorGroup[PolicyLearner],
+        generators: ActorGroup[Generator],
+        settings: WeightSettings,
+        workers_per_generator: int,
+        probe: Probe,
+        timeout_s: float,
+    ) -> None:
+        self._policy, self._generators, self._probe, self._timeout_s = policy, generators, probe, timeout_s
+        self._transport: WeightTransport = (
+            NcclTransport(policy, generators, workers_per_generator, settings.bucket_mib, timeout_s)
+            if settings.transport == "nccl"
+            else ObjectStoreTransport(policy, settings.bucket_mib, timeout_s)
         )
-        if not near:
-            raise RoleFailure(
-                FailureKind.FATAL,
-                member.name,
-                member.node,
-                f"engine and learner disagree after the sync to version {version}: max |Δ log-prob| "
-                f"{report.max_abs:.2e}, mean exp|Δ| {report.mean_ratio:.4f} (allowed: weights.max_abs_dlogp_float32 "
-                f"{settings.max_abs_dlogp_float32:g}, weights.max_mean_ratio_bfloat16 "
-                f"{settings.max_mean_ratio_bfloat16:g}); the weights did not arrive, or the two compute "
-                "different things",
-            )
-    return worst
+
+    def begin(self, version: int) -> Sync:
+        """Send the weights, once the learner has done what it was asked for before."""
+        published = self._transport.publish(version)
+        learner = [rank.keep(PolicyLearner.probe, self._probe) for rank in self._policy]
+        parity = [
+            generator.ask(Generator.synchronize, published.snapshot, self._probe, learner[0].data)
+            for generator in self._generators
+        ]
+        headers = [column.header for column in learner]
+        return Sync(version, published.snapshot, parity, [*published.answers, *headers])
+
+    def verified(self, sync: Sync, reports: Sequence[Parity]) -> tuple[Sync, Parity, list[str]]:
+        """The sync that engines may sample with, the worst of its comparisons, and the faults of a first attempt.
+
+        An engine that disagrees is given the weights once more before the run is ended.
+
+        Args:
+            reports: what `sync.parity` came to.
+
+        Raises:
+            RoleFailure: an engine still disagrees; the run must not sample with it.
+        """
+        first_faults = [
+            f"{generator.name}: {report.fault}"
+            for generator, report in zip(self._generators, reports, strict=True)
+            if report.fault
+        ]
+        if first_faults:
+            sync = self.begin(sync.version)
+            reports = collect([*sync.parity, *sync.answers], self._timeout_s)[: len(sync.parity)]
+            for generator, report in zip(self._generators, reports, strict=True):
+                if report.fault:
+                    raise RoleFailure(
+                        FailureKind.FATAL,
+                        generator.name,
+                        generator.node,
+                        f"engine and learner disagree after two syncs to version {sync.version}: {report.fault}",
+                    )
+        return sync, max(reports, key=lambda report: report.max_abs), first_faults
+
+
+def probe_rows(prompts: Sequence[NDArray[np.int32]], num_tokens: int, context_tokens: int) -> Probe:
+    """Tokens to compare engine and learner on: the prompts one after another, in rows that the engine can take.
+
+    Args:
+        prompts: token ids.
+        num_tokens: to be compared, about.
+        context_tokens: longest sequence of the engine.
+    """
+    row = max(min(context_tokens - 1, 64), 2)
+    wanted = max(num_tokens // row, 1) * row
+    tokens = np.concatenate(prompts[:wanted])
+    tokens = np.resize(tokens, wanted)  # repeats what there is, where it is too short
+    return tuple(tokens[start : start + row].astype(np.int32) for start in range(0, wanted, row))

@@ -245,14 +245,21 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "sync/max_abs_dlogp",
         "nats",
-        "Largest |Δ log-prob| on the probe batch, right after the new weights reached the engine. The run stops "
-        "when it exceeds `weights.max_abs_dlogp_float32` (float32 on both sides).",
+        "Largest |Δ log-prob| between engine and learner on the probe's tokens, right after the new weights reached "
+        "the engine; the worst engine. Where both compute in float32, the weights are sent again when it exceeds "
+        "`weights.max_abs_dlogp_float32`, and the run ends when that did not help.",
     ),
     Metric(
-        "sync/mean_ratio",
-        "",
-        "Mean exp|Δ log-prob| on the probe batch after the sync. The run stops above "
-        "`weights.max_mean_ratio_bfloat16`: the engine does not hold the weights that the learner has.",
+        "sync/change",
+        "nats",
+        "Median |change| of the learner's log-probs on the probe's tokens since the weights before: how far one step "
+        "moved the policy. 0 at the first sync.",
+    ),
+    Metric(
+        "sync/residual",
+        "nats",
+        "Median |engine's change − learner's change| on the probe's tokens. Rounding, far below `sync/change` in "
+        "float32; when it grows, the engine does not get the weights that the learner has, and the run ends.",
     ),
     Metric(
         "weights/version",
@@ -310,9 +317,10 @@ PPO_METRICS: tuple[Metric, ...] = (
         "Time to bring the new weights into every generator, without the check.",
     ),
     Metric(
-        "time/probe_s",
-        "s",
-        "Time to check the sync by log-prob parity on the probe batch.",
+        "utilization/busy",
+        "",
+        "Core-seconds that the roles' processes used in the step, over the cluster's cores times the step's time. Low "
+        "where processes wait for each other: look at `trace.json`. On GPUs it says how busy the host is.",
     ),
     Metric(
         "throughput/samples_per_s",

@@ -147,6 +147,11 @@ class RunFolder:
         return self.path / "training.png"
 
     @property
+    def trace(self) -> Path:
+        """A timeline of the first steps."""
+        return self.path / "trace.json"
+
+    @property
     def samples_page(self) -> Path:
         """Samples before and after, to look at."""
         return self.path / "samples.html"

@@ -93,7 +93,8 @@ class Tracker:
         self.display.phase(text)
 
     def step(self, row: Mapping[str, float | int | None]) -> None:
-        """Log one step everywhere."""
+        """Log one step everywhere, with the time since this process took up the run."""
+        row = {**row, "wall_s": self.wall_s}
         check_known(self._kind, row)
         self.metrics.write(row)
         number = int(row["step"] or 0)

@@ -148,5 +148,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
     """What a second run with the same seed must repeat."""
     return {
-        name: value for name, value in row.items() if name != "wall_s" and not name.startswith(("time/", "throughput/"))
+        name: value
+        for name, value in row.items()
+        if name != "wall_s" and not name.startswith(("time/", "throughput/", "utilization/"))
     }

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ray.util.placement_group import remove_placement_group
 
@@ -12,7 +13,7 @@ from rlhf_ray.runtime.cluster import RoleRequest, reserve
 
 
 @contextmanager
-def started(logs: Path, roles: dict[str, ActorSettings]) -> Iterator[list[ActorGroup]]:
+def started(logs: Path, roles: dict[str, ActorSettings]) -> Iterator[list[ActorGroup[Any]]]:
     """Empty processes of some roles; they end with the block."""
     requests = [RoleRequest(role, role, settings) for role, settings in roles.items()]
     placement = reserve(requests, ClusterSettings(placement_timeout_s=60))

@@ -154,6 +154,16 @@ def test_prompts_that_cannot_be_used_are_named_by_line(
     assert re.search(message, found)
 
 
+def test_chat_messages_need_a_chat_template_of_the_reward_model(
+    refused: Callable[..., str], edited: Callable[[str, Edit], Path], tmp_path: Path
+) -> None:
+    prompts = jsonl(tmp_path / "prompts.jsonl", {"prompt": [{"role": "user", "content": "I think the movie was"}]})
+    model = edited("reward_model", lambda folder: (folder / "chat_template.jinja").unlink())
+    message = refused(f"prompts.path={prompts}", f"reward.model={model}")
+    assert message.startswith(f"reward.model: '{model}' cannot be shown the prompts, which are chat messages: ")
+    assert "no chat template" in message
+
+
 @pytest.fixture
 def configuration(tmp_path: Path, data_root: Path) -> Path:
     """A file that is wrong in its sixth line."""

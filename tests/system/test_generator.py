@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from rlhf_ray.runtime.waiting import collect
 
 from rlhf_ray.config.settings import ActorSettings, GeneratorSettings, PolicySettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
@@ -23,7 +24,6 @@ from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.role_host import OneByOne
-from rlhf_ray.runtime.waiting import collect
 from rlhf_ray.runtime.weight_transfer import ObjectStoreTransport, verify
 from tests.making import KL_COEFFICIENT, LOSS, SPEC, learner_settings, random_rollout, shard_of
 from tests.system.groups import started
@@ -130,6 +130,7 @@ def test_engine_and_learner_agree_before_and_after_every_sync(
     plan = plan_for(policy_tokenizer, temperature=temperature)
     rollout, _ = generate(generators, plan)
     assert policy.compare(rollout).max_abs <= PARITY
+    assert generators.call_all("dtype") == [policy.dtype()] == ["float32"]
     for version in (1, 2, 3):
         train(policy, rollout, version)
         stale = policy.compare(rollout)

@@ -20,6 +20,7 @@ from rlhf_ray.reward_model.policy_samples import (
     score_samples,
 )
 from rlhf_ray.roles.reward_scorer import RewardScorer
+from tests.making import SCORE_ROUNDING
 
 CLUSTER = ClusterSettings(placement_timeout_s=60, start_timeout_s=280, call_timeout_s=120)
 NUM_PROMPTS, NUM_SAMPLES = 5, 4
@@ -67,7 +68,7 @@ def test_a_reward_model_is_judged_on_them(samples: PolicySamples, tiny: Path, po
         samples, policy_tokenizer, lambda texts, templated: scorer.score_texts(texts, templated=templated).scores
     )
     first = scorer.score_texts([samples.prompts[1].text + samples.responses[1][2]]).scores[0]
-    assert scores[1, 2] == pytest.approx(first, abs=1e-6)
+    assert scores[1, 2] == pytest.approx(first, abs=SCORE_ROUNDING)
     report = report_best_of_n(scores, judge_samples(samples, "vader"), "vader", 0, 100)
     assert (report.prompts, report.samples_per_prompt, report.failed_prompts) == (NUM_PROMPTS, NUM_SAMPLES, 0)
     proxy = [point.proxy for point in report.curve.points]

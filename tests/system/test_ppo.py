@@ -109,6 +109,9 @@ def stopped(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
     """The stopped run taken up again, and the step it was stopped after."""
     last_step = stopped.metrics[-1]["step"]
+    # As if the evaluation had changed: the policy before training is judged again, not the one of the checkpoint.
+    [judged] = stopped.folder.glob("held_out_before-*.jsonl")
+    judged.unlink()
     run = begin(data_root, stopped.folder.parent, "--resume")
     run.command.wait(DEADLINE_S)
     assert run.command.process.returncode == 0, run.command.stderr
@@ -199,6 +202,17 @@ def test_the_terminal_shows_nothing_but_our_lines(finished: Run) -> None:
 def test_no_process_outlives_the_run(finished: Run) -> None:
     assert len(finished.command.descendants) > len(ROLES)
     assert finished.command.left_running() == []
+
+
+def test_the_timeline_has_every_role(finished: Run) -> None:
+    events = json.loads((finished.folder / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert set(names.values()) == ROLES
+    calls = {(names[event["pid"]], event["name"]) for event in events if event["ph"] == "X"}
+    assert {("generator-0", "generate"), ("reward-0", "score"), ("policy-0", "train"), ("critic-0", "values")} <= calls
+    assert {event["args"]["step"] for event in events if event["ph"] == "X"} == {1, 2, 3}
+    assert all(event["dur"] > 0 and event["args"]["cpu_s"] >= 0 for event in events if event["ph"] == "X")
+    assert all(0 < row["utilization/busy"] <= 1 for row in finished.metrics)
 
 
 def test_one_seed_gives_one_run(twins: tuple[Run, Run]) -> None:

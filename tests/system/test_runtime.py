@@ -6,20 +6,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 
 from rlhf_ray.config.settings import ActorSettings, ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
-from rlhf_ray.rollout import Rollout, RolloutHeader, TokenColumn, refuse_rollouts_in_this_process
+from rlhf_ray.ppo.metrics import StepClock
+from rlhf_ray.rollout import Rollout, TokenColumn, refuse_rollouts_in_this_process
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
+from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, OneByOne, collect
 from rlhf_ray.runtime.cluster import RoleRequest, check_resources, reserve
-from rlhf_ray.runtime.role_host import Assemble, OneByOne
-from rlhf_ray.runtime.waiting import collect
 from tests.making import random_rollout
 from tests.system.groups import started
 
@@ -52,12 +52,11 @@ class Player:
         os.system("echo spoken by a child")
         return {**os.environ, "torch threads": str(torch.get_num_threads())}
 
-    def sample(self, index: int) -> tuple[Rollout, RolloutHeader]:
-        rollout = random_rollout(index)
-        return rollout, rollout.header()
+    def sample(self, index: int) -> Rollout:
+        return random_rollout(index)
 
-    def columns(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
-        return [TokenColumn(rollout.logprobs * 2) for rollout in rollouts]
+    def column(self, rollout: Rollout) -> TokenColumn:
+        return TokenColumn(rollout.logprobs * 2)
 
     def paired(self, pairs: Sequence[Pairing]) -> list[float]:
         assert all(type(pair.rollout) is Rollout for pair in pairs)
@@ -66,10 +65,6 @@ class Player:
     def lengths(self, rollouts: Iterator[Rollout]) -> list[int]:
         assert iter(rollouts) is rollouts, "an iterator, so that one is held at a time"
         return [len(rollout.tokens) for rollout in rollouts]
-
-    def count(self, to: int) -> Iterator[np.ndarray]:
-        for value in range(to):
-            yield np.full(3, value)
 
     def wait(self, seconds: float) -> str:
         threading.Event().wait(seconds)
@@ -86,38 +81,42 @@ class Player:
 
 
 @contextmanager
-def playing(logs: Path, settings: ActorSettings, role: str = "player") -> Iterator[ActorGroup]:
+def playing(logs: Path, settings: ActorSettings, role: str = "player") -> Iterator[ActorGroup[Player]]:
     """Players in processes of their own, numbered through."""
     with started(logs, {role: settings}) as [group]:
-        collect(group.build(Player, [(number,) for number in range(settings.replicas)]), 120)
+        collect(group.build(*(partial(Player, number) for number in range(settings.replicas))), 120)
         yield group
 
 
 @pytest.fixture(scope="module")
-def players(local_ray: Path) -> Iterator[ActorGroup]:
+def players(local_ray: Path) -> Iterator[ActorGroup[Player]]:
     """Two replicas."""
     with playing(local_ray, SETTINGS) as group:
         yield group
 
 
-def failure_of(group: ActorGroup, method: str, *args: Any, timeout_s: float = 30) -> RoleFailure:
+def failure_of(answer: Answer[Any], timeout_s: float = 30) -> RoleFailure:
     with pytest.raises(RoleFailure) as caught:
-        collect(group.submit(1, method, *args), timeout_s)
+        collect([answer], timeout_s)
     return caught.value
 
 
-def test_replicas_are_processes_of_their_own(players: ActorGroup):
-    answers = players.call_all("whoami")
+def environment_of(group: ActorGroup[Player]) -> dict[str, str]:
+    return collect([group.of(0).ask(Player.environment)], 60)[0]
+
+
+def test_replicas_are_processes_of_their_own(players: ActorGroup[Player]):
+    answers = players.call_all(Player.whoami)
     assert [number for number, _ in answers] == [0, 1]
     assert len({os.getpid(), *(pid for _, pid in answers)}) == 3
-    assert [member.name for member in players.members] == ["player-0", "player-1"]
+    assert [replica.name for replica in players] == ["player-0", "player-1"]
     address, port = meeting_point(players)
-    assert address == players.members[0].node
+    assert address == players.replicas[0].node
     assert 1024 <= port < 65536
 
 
-def test_a_process_has_its_threads_its_environment_and_its_log(players: ActorGroup, local_ray: Path):
-    environment = players.call(0, "environment")
+def test_a_process_has_its_threads_its_environment_and_its_log(players: ActorGroup[Player], local_ray: Path):
+    environment = environment_of(players)
     assert environment["torch threads"] == environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "1"
     assert environment["FAVOURITE"] == "amber"
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -127,46 +126,50 @@ def test_a_process_has_its_threads_its_environment_and_its_log(players: ActorGro
 
 def test_threads_are_the_settings(local_ray: Path):
     with playing(local_ray, ActorSettings(threads=2), role="threaded") as group:
-        environment = group.call(0, "environment")
+        environment = environment_of(group)
     assert environment["torch threads"] == environment["OMP_NUM_THREADS"] == "2"
 
 
-def test_references_are_fetched_where_they_are_used(players: ActorGroup):
+def test_references_are_fetched_where_they_are_used(players: ActorGroup[Player]):
     """The driver of this test could not read what it hands around."""
     refuse_rollouts_in_this_process()
     try:
-        asked = [players.submit(index % 2, "sample", index, num_returns=2) for index in range(3)]
-        headers = players.wait([header for _, header in asked])
+        asked = [players.of(index).keep(Player.sample, index) for index in range(3)]
+        headers = players.wait([stored.header for stored in asked])
         assert [header.num_samples for header in headers] == [4, 4, 4]
-        references = [rollout.reference for rollout, _ in asked]
         with pytest.raises(
             RoleFailure, match="the answer to 'sample' cannot be read: RolloutFetchedByDriver"
         ) as caught:
-            players.wait(asked[0])
+            players.wait([asked[0].data])
         assert caught.value.kind is FailureKind.FATAL
 
-        columns = players.submit_parts(1, "columns", references, num_parts=3).references
-        pairs = [
-            Assemble(Pairing, {"rollout": rollout, "column": column})
-            for rollout, column in zip(references, columns, strict=True)
-        ]
-        assert players.call(0, "paired", pairs) == pytest.approx([2.0] * 3)
-        lengths = players.call(1, "lengths", OneByOne(tuple(references)))
-        assert lengths == [header.num_tokens for header in headers]
+        columns = [players.of(1).keep(Player.column, stored.data) for stored in asked]
+        assert players.wait([column.header for column in columns]) == [header.num_response_tokens for header in headers]
+        pairs = AllOf(
+            tuple(
+                Assembly(Pairing, {"rollout": stored.data, "column": column.data})
+                for stored, column in zip(asked, columns, strict=True)
+            )
+        )
+        assert players.wait([players.of(0).ask(Player.paired, pairs)])[0] == pytest.approx([2.0] * 3)
+        in_turn = OneByOne(tuple(stored.data for stored in asked))
+        assert players.wait([players.of(1).ask(Player.lengths, in_turn)])[0] == [h.num_tokens for h in headers]
     finally:
         refuse_rollouts_in_this_process(False)
 
 
-def test_a_list_of_one_part_is_that_part(players: ActorGroup):
-    parts = players.submit_parts(0, "columns", [random_rollout(0)], num_parts=1)
-    players.wait([parts.done])
-    [reference] = parts.references
-    assert type(ray.get(reference)) is TokenColumn
-
-
-def test_what_is_yielded_becomes_objects(players: ActorGroup):
-    streams = players.stream_all("count", 4)
-    assert [[array.tolist() for array in ray.get(stream)] for stream in streams] == [[[v] * 3 for v in range(4)]] * 2
+def test_a_process_says_when_it_was_busy(players: ActorGroup[Player]):
+    [first, _] = players
+    players.wait([first.activity()])
+    players.wait([first.ask(Player.wait, 0.3), first.ask(Player.whoami)])
+    [activity] = players.wait([first.activity()])
+    waited, asked = activity.spans
+    assert (waited.task, asked.task) == ("wait", "whoami")
+    assert waited.end_s - waited.start_s >= 0.3
+    assert waited.end_s <= asked.start_s <= asked.end_s
+    assert 0 <= waited.cpu_s < 0.3, "a process that waits uses no core"
+    assert 0 < activity.cpu_s < 0.5
+    assert players.wait([first.activity()])[0].spans == ()
 
 
 @pytest.mark.parametrize(
@@ -178,17 +181,24 @@ def test_what_is_yielded_becomes_objects(players: ActorGroup):
         ("silent", FailureKind.FATAL, "KeyError: no message"),
     ],
 )
-def test_an_exception_is_classified_where_it_happens(players: ActorGroup, how: str, kind: FailureKind, cause: str):
-    failure = failure_of(players, "fail", how)
+def test_an_exception_is_classified_where_it_happens(
+    players: ActorGroup[Player], how: str, kind: FailureKind, cause: str
+):
+    failure = failure_of(players.of(1).ask(Player.fail, how))
     assert (failure.kind, failure.role, failure.cause) == (kind, "player-1", cause)
-    assert failure.node == players.members[1].node
+    assert failure.node == players.replicas[1].node
     assert "in fail" in failure.details, "the traceback of the far side is kept"
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_failure_keeps_the_name_of_the_role_that_had_it(players: ActorGroup, nested: bool):
-    broken = players.submit(0, "fail", "data")[0].reference
-    failure = failure_of(players, "columns", [broken] if nested else broken)
+def test_a_failure_keeps_the_name_of_the_role_that_had_it(players: ActorGroup[Player], nested: bool):
+    broken = players.of(0).ask(Player.fail, "data")
+    asked = (
+        players.of(1).ask(Player.paired, AllOf((Assembly(Pairing, {"rollout": broken}),)))
+        if nested
+        else players.of(1).ask(Player.column, broken)
+    )
+    failure = failure_of(asked)
     assert (failure.kind, failure.role) == (FailureKind.DATA, "player-0")
     assert failure.cause == "this sample is broken"
 
@@ -198,39 +208,58 @@ def test_a_role_that_cannot_be_made_says_why(local_ray: Path):
         started(local_ray, {"other": ActorSettings()}) as [group],
         pytest.raises(RoleFailure, match=r"other-0 on .*BadInput: number: -1; 0 or more"),
     ):
-        collect(group.build(Player, [(-1,)]), 120)
+        collect(group.build(partial(Player, -1)), 120)
 
 
-def test_a_late_answer_names_role_and_task(players: ActorGroup):
+def test_a_late_answer_names_role_and_task(players: ActorGroup[Player]):
     began = time.monotonic()
-    failure = failure_of(players, "wait", 3.0, timeout_s=0.5)
+    failure = failure_of(players.of(1).ask(Player.wait, 3.0), timeout_s=0.5)
     assert time.monotonic() - began < 2.5
     assert failure.kind is FailureKind.INFRASTRUCTURE
     assert failure.role == "player-1"
     assert "player-1 (wait)" in failure.cause
-    assert players.call(1, "whoami")[0] == 1, "the role itself is well"
+    assert players.wait([players.of(1).ask(Player.whoami)])[0][0] == 1, "the role itself is well"
 
 
-def test_the_first_failure_ends_the_wait(players: ActorGroup):
+def test_the_first_failure_ends_the_wait(players: ActorGroup[Player]):
     began = time.monotonic()
-    pending = [*players.submit(0, "wait", 12.0), *players.submit(1, "fail", "value")]
+    answers: list[Answer[Any]] = [players.of(0).ask(Player.wait, 12.0), players.of(1).ask(Player.fail, "value")]
     with pytest.raises(RoleFailure, match="player-1"):
-        collect(pending, 60)
+        collect(answers, 60)
     assert time.monotonic() - began < 6
+
+
+def test_a_step_ends_with_the_first_failure_of_any_phase(players: ActorGroup[Player]):
+    """A critic that dies is not noticed only when generation has ended."""
+    began = time.monotonic()
+    phases = {"generate": [players.of(0).ask(Player.wait, 12.0)], "values": [players.of(1).ask(Player.fail, "value")]}
+    with pytest.raises(RoleFailure, match="player-1"):
+        StepClock(60).wait(phases)
+    assert time.monotonic() - began < 6
+
+
+def test_phases_add_up_to_the_wait(players: ActorGroup[Player]):
+    clock = StepClock(60)
+    slow, fast = players.of(0).ask(Player.wait, 0.6), players.of(1).ask(Player.wait, 0.3)
+    values = clock.wait({"generate": [slow], "reward": [fast], "reference": []})
+    assert values == {"generate": ["done"], "reward": ["done"], "reference": []}
+    assert clock.phases["time/generate_s"] >= 0.5
+    assert clock.phases["time/reward_s"] == clock.phases["time/reference_s"] == 0, "it was there when it was waited for"
+    assert sum(clock.phases.values()) <= clock.step_s
 
 
 def test_a_killed_actor_is_noticed_at_once(local_ray: Path):
     with playing(local_ray, ActorSettings(), role="victim") as group:
-        pending = group.submit(0, "wait", 60.0)
+        waiting = group.of(0).ask(Player.wait, 60.0)
         began = time.monotonic()
-        ray.kill(group.members[0].host)
+        ray.kill(group.replicas[0].host)
         with pytest.raises(RoleFailure) as caught:
-            collect(pending, 60)
+            collect([waiting], 60)
         assert time.monotonic() - began < 15
         assert (caught.value.kind, caught.value.role) == (FailureKind.INFRASTRUCTURE, "victim-0")
         assert "went away during 'wait'" in caught.value.cause
         with pytest.raises(RoleFailure, match="victim-0"):
-            group.call(0, "whoami")
+            group.call_all(Player.whoami)
 
 
 def test_no_room_is_said_in_time_with_what_was_asked(local_ray: Path):

@@ -178,6 +178,9 @@ def test_dump_and_load_give_the_same_settings(load):
         (["critic.learner.replicas=3"], "critic.learner.replicas"),
         (["algorithm.minibatches=33"], "algorithm.minibatches"),
         (["weights.transport=nccl"], "weights.transport"),
+        (["generator.gpus=2"], "generator: gpus"),
+        (["generator.gpus=0.5", "generator.tensor_parallel=2"], "generator: gpus"),
+        (["generator.tensor_parallel=2"], "generator: tensor_parallel"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_by_key(refuse, overrides, key):
@@ -187,6 +190,21 @@ def test_settings_that_contradict_each_other_are_refused_by_key(refuse, override
 def test_what_the_rules_ask_for_is_accepted(load):
     load(COMPLETE, "critic=null", "algorithm.advantage=rloo", "reference=null", "algorithm.kl.coefficient=0")
     load(COMPLETE, "weights.transport=nccl", "generator.gpus=1", "policy.learner.gpus=1")
+
+
+@pytest.mark.parametrize(("gpus", "tensor_parallel"), [(1, 1), (8, 8), (0.5, 1)])
+def test_an_engine_has_the_gpus_it_is_spread_over_or_shares_one(load, gpus, tensor_parallel):
+    load(COMPLETE, f"generator.gpus={gpus}", f"generator.tensor_parallel={tensor_parallel}")
+
+
+def test_only_on_a_cpu_does_the_kv_cache_have_a_size_unless_given(load):
+    def kv_cache_bytes(*overrides: str) -> int | None:
+        return load(COMPLETE, *overrides).generator.kv_cache_bytes
+
+    assert kv_cache_bytes() == 1 << 29
+    assert kv_cache_bytes("generator.gpus=1") is None
+    assert kv_cache_bytes("generator.gpus=1", "generator.kv_cache_gib=2") == 2 << 30
+    assert kv_cache_bytes("generator.kv_cache_gib=0.25") == 1 << 28
 
 
 def test_other_commands_have_their_own_keys(tmp_path):

@@ -156,6 +156,13 @@ def test_types_and_attention():
     assert resolve_attention("eager", on_gpu=False) == "eager"
 
 
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_faster_type_of_this_cpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool, expected: str):
+    monkeypatch.setattr("rlhf_ray.models.loading.cpu_has_bf16", lambda: has_bf16)
+    assert resolve_dtype("auto", on_gpu=False) == expected
+    assert resolve_dtype("float32", on_gpu=False) == "float32"
+
+
 def bert() -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 

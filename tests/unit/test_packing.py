@@ -13,7 +13,7 @@ from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import RolloutRows, micro_batches, pack, packed_sdpa
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.rollout import offsets
-from tests.making import random_rollout
+from tests.making import HIDDEN_SIZE, random_rollout, rounding
 
 LENGTHS = (13, 2, 29, 7, 21)
 
@@ -49,13 +49,13 @@ def test_packed_equals_one_at_a_time_in_loss_and_gradients(policy_model: str, pa
     expected = torch.cat(alone)
     (expected * weights).sum().backward()
 
-    torch.testing.assert_close(packed_logprobs, expected, rtol=0, atol=2e-6)
-    assert abs(float(((packed_logprobs - expected) * weights).mean().detach())) <= 1e-6
+    torch.testing.assert_close(packed_logprobs, expected, rtol=0, atol=rounding(HIDDEN_SIZE))
+    assert abs(float(((packed_logprobs - expected) * weights).mean().detach())) <= rounding(HIDDEN_SIZE)
     of_packed = dict(packed_model.language_model.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         scale = float(parameter.grad.abs().max())
-        assert float((of_packed[name].grad - parameter.grad).abs().max()) <= 1e-6 * max(scale, 1.0), name
+        assert float((of_packed[name].grad - parameter.grad).abs().max()) <= rounding(HIDDEN_SIZE, max(scale, 1)), name
 
 
 def test_changing_a_neighbour_changes_nothing(packed_model: PolicyModel):
@@ -107,9 +107,10 @@ def test_attention_equals_sdpa_on_each_sequence(causal: bool, key_heads: int):
     expected = torch.cat(parts, dim=1)
     expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)
 
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    # A score is a sum over a head's 32 channels; entries are normal, so of about 1, and gradients sum several of them.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=rounding(32))
     for our_gradient, gradient in zip(our_gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=2e-6)
+        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=rounding(32, max(LENGTHS) ** 0.5))
 
 
 def test_an_explicit_is_causal_outranks_the_module():

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlhf_ray.failures import BadInput, FailureKind, classify
 from rlhf_ray.roles.remote_scorer import RemoteScorer, check_reward_service
 from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
 from tests.loopback import serving
-from tests.making import rollout_of
+from tests.making import SCORE_ROUNDING, rollout_of
 
 PROMPTS = ["I think the movie was", "I think the story was", "I think the music was"]
 RESPONSES = [" good from start to end.", " bad." * 30, ""]
@@ -120,9 +121,10 @@ CHATS = dict(enumerate(Conversation("not this", ({"role": "user", "content": pro
 def test_texts_score_as_with_a_model_of_the_runs_own(
     local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
 ):
-    expected, _ = local.score(sampled(policy_tokenizer), TEXTS)
-    column, header = remote(url, policy_model, batch_size=2).score(sampled(policy_tokenizer), TEXTS)
-    np.testing.assert_allclose(column.scores, expected.scores, rtol=0, atol=1e-6)
+    expected = local.score(sampled(policy_tokenizer), TEXTS)
+    column = remote(url, policy_model, batch_size=2).score(sampled(policy_tokenizer), TEXTS)
+    header = column.header()
+    np.testing.assert_allclose(column.scores, expected.scores, rtol=0, atol=SCORE_ROUNDING)
     assert np.ptp(column.scores) > 0.1
     assert (column.version, column.num_truncated) == (local.version, expected.num_truncated)
     assert column.num_truncated == 1
@@ -133,17 +135,35 @@ def test_texts_score_as_with_a_model_of_the_runs_own(
 def test_chat_messages_are_left_to_the_services_template(
     local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
 ):
-    column, _ = remote(url, policy_model).score(sampled(policy_tokenizer), CHATS)
+    column = remote(url, policy_model).score(sampled(policy_tokenizer), CHATS)
     for index, response in enumerate(RESPONSES):
         ids, _ = local.texts.encode_messages([*CHATS[index].messages, {"role": "assistant", "content": response}])
-        assert column.scores[index] == pytest.approx(local.score_tokens([ids]).scores[0], abs=1e-6)
+        assert column.scores[index] == pytest.approx(local.score_tokens([ids]).scores[0], abs=SCORE_ROUNDING)
 
 
 def test_what_cannot_be_scored_is_a_failure_in_its_place(url: str, policy_model: str, policy_tokenizer: Any):
-    column, header = remote(url, policy_model, on_too_long="fail").score(sampled(policy_tokenizer), TEXTS)
+    column = remote(url, policy_model, on_too_long="fail").score(sampled(policy_tokenizer), TEXTS)
+    header = column.header()
     assert column.failures == ("", "the text is longer than 64 tokens", "")
     assert np.isnan(column.scores[1])
     assert header.num_scored == 2
+
+
+def test_a_response_that_nobody_can_read_is_not_sent(
+    service: StubService, local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
+):
+    whole = sampled(policy_tokenizer)
+    expected = local.score(whole, TEXTS)
+    unreadable = whole.tokens.copy()
+    unreadable[int(whole.prompt_lengths[0])] = len(policy_tokenizer)
+    column = remote(url, policy_model).score(replace(whole, tokens=unreadable), TEXTS)
+    header = column.header()
+    assert header.failure_causes == {"the response has a token id that the policy's tokenizer does not know": 1}
+    assert column.ok.tolist() == [False, True, True]
+    np.testing.assert_allclose(column.scores[1:], expected.scores[1:], rtol=0, atol=SCORE_ROUNDING)
+    every = np.full_like(whole.tokens, len(policy_tokenizer))
+    column = remote(url, policy_model).score(replace(whole, tokens=every), TEXTS)
+    assert not column.ok.any()
 
 
 def test_a_pause_is_waited_out_and_a_longer_one_is_the_fleets(
@@ -151,7 +171,7 @@ def test_a_pause_is_waited_out_and_a_longer_one_is_the_fleets(
 ):
     scorer = remote(url, policy_model, timeout_s=1.0)
     service.plan.extend([error(503, "unavailable", "it is starting")] * 2)
-    assert scorer.score(sampled(policy_tokenizer), TEXTS)[0].ok.all()
+    assert scorer.score(sampled(policy_tokenizer), TEXTS).ok.all()
     service.plan.extend([error(503, "unavailable", "it is starting")] * 1000)
     with pytest.raises(ConnectionError) as caught:
         scorer.score(sampled(policy_tokenizer), TEXTS)
@@ -164,7 +184,8 @@ def test_the_column_names_the_version_that_scored_it(
     scorer = remote(url, policy_model)
     assert scorer.version == service.version
     service.version = "v2"
-    column, header = scorer.score(sampled(policy_tokenizer), TEXTS)
+    column = scorer.score(sampled(policy_tokenizer), TEXTS)
+    header = column.header()
     assert column.version == header.version == scorer.version == "v2"
 
 
@@ -172,8 +193,8 @@ def test_ensembles_bring_their_disagreement_and_the_temperature_divides_both(
     service: StubService, local: RewardScorer, url: str, policy_model: str, policy_tokenizer: Any
 ):
     service.num_members, service.disagreement, service.temperature = 3, 0.5, 2.0
-    plain, _ = remote(url, policy_model).score(sampled(policy_tokenizer), TEXTS)
-    scaled, _ = remote(url, policy_model, apply_temperature=True).score(sampled(policy_tokenizer), TEXTS)
+    plain = remote(url, policy_model).score(sampled(policy_tokenizer), TEXTS)
+    scaled = remote(url, policy_model, apply_temperature=True).score(sampled(policy_tokenizer), TEXTS)
     assert plain.disagreement is not None
     assert scaled.disagreement is not None
     np.testing.assert_array_equal(plain.disagreement, [0.5] * 3)

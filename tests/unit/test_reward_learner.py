@@ -13,7 +13,7 @@ from rlhf_ray.models.reward_card import MemberLayout
 from rlhf_ray.models.reward_models import head_hash
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.reward_learner import EncodedPair, RewardLearner
-from tests.making import largest_difference, learner_settings, parameters_of, weights_in
+from tests.making import SCORE_ROUNDING, largest_difference, learner_settings, parameters_of, weights_in
 
 TOTAL_STEPS = 20
 LAYOUT = MemberLayout(attributes=("preference", "helpfulness", "safety"), heads=2)
@@ -144,7 +144,7 @@ def test_step_does_not_depend_on_the_micro_batches(bert: str, single_rank: Rank)
         report = learner.train_pairs(pairs_of(LAYOUT))
         results.append((report, trained(learner)))
     (small, small_weights), (large, large_weights) = results
-    assert small.loss == pytest.approx(large.loss, abs=1e-6)
+    assert small.loss == pytest.approx(large.loss, abs=SCORE_ROUNDING)
     assert largest_difference(small_weights, large_weights) <= 2e-6
 
 
@@ -164,7 +164,7 @@ def test_scores_do_not_depend_on_the_company(bert: str, single_rank: Rank):
     texts = [pair.chosen for pair in pairs_of(LAYOUT)] + [pair.rejected for pair in pairs_of(LAYOUT)]
     together = learner.score_tokens(texts)
     apart = np.concatenate([learner.score_tokens([text]) for text in texts])
-    np.testing.assert_allclose(together, apart, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(together, apart, rtol=0, atol=SCORE_ROUNDING)
 
 
 @pytest.mark.parametrize("modules", [[], ["query", "value"]])

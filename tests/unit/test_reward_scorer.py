@@ -1,6 +1,7 @@
 """A score depends on its own text alone, and what cannot be scored is a failure, never a number."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
-from tests.making import rollout_of
+from tests.making import HIDDEN_SIZE, SCORE_ROUNDING, rollout_of, rounding
 from tests.planting import write_encoder
 
 PROMPTS = [f"I think the {noun} was" for noun in ("movie", "story", "music", "actor", "ending", "book")]
@@ -71,7 +72,7 @@ def test_scores_are_the_models(scorer: RewardScorer, tiny: Path):
     for text, score in zip(texts(), column.scores, strict=True):
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
         with torch.no_grad():
-            assert abs(float(model(input_ids=ids).logits[0, 0]) - score) <= 1e-6
+            assert abs(float(model(input_ids=ids).logits[0, 0]) - score) <= SCORE_ROUNDING
     assert np.ptp(column.scores) > 0.1, "the texts must have scores that differ, or this proves nothing"
     assert column.version == scorer.version != ""
 
@@ -82,13 +83,14 @@ def test_neighbours_and_order_change_nothing(scorer: RewardScorer, tiny: Path, b
     order = [3, 0, 5, 1, 4, 2]
     other = RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_size=batch_size))
     found = other.score_texts([texts()[index] for index in order] + ["They say the song is dull " * 6]).scores
-    np.testing.assert_allclose(found[:-1], expected[order], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[:-1], expected[order], rtol=0, atol=SCORE_ROUNDING)
 
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_sampled_tokens_score_like_their_text(scorer: RewardScorer, policy_tokenizer: Any, ended: bool):
-    column, header = scorer.score(sampled(policy_tokenizer, ended), conversations())
-    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
+    column = scorer.score(sampled(policy_tokenizer, ended), conversations())
+    header = column.header()
+    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=SCORE_ROUNDING)
     assert header == column.header()
     assert header.num_scored == len(PROMPTS)
 
@@ -107,8 +109,8 @@ def foreign_policy(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_another_tokenizer_is_scored_by_its_text(scorer: RewardScorer, tiny: Path, foreign_policy: str):
     foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
     tokenizer = load_tokenizer(foreign_policy, "policy.model")
-    column, _ = foreign.score(sampled(tokenizer), conversations())
-    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
+    column = foreign.score(sampled(tokenizer), conversations())
+    np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=SCORE_ROUNDING)
 
 
 def test_chat_messages_are_rendered_with_the_reward_models_template(
@@ -117,13 +119,77 @@ def test_chat_messages_are_rendered_with_the_reward_models_template(
     foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
     tokenizer = load_tokenizer(foreign_policy, "policy.model")
     prompts = [Conversation("not this", ({"role": "user", "content": prompt},)) for prompt in PROMPTS]
-    column, _ = foreign.score(sampled(tokenizer), conversations(prompts))
+    column = foreign.score(sampled(tokenizer), conversations(prompts))
     rendered = [
         # As in training: white space behind the end-of-sequence token is left out.
         f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>"
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
-    np.testing.assert_allclose(column.scores, scorer.score_texts(rendered, templated=True).scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        column.scores, scorer.score_texts(rendered, templated=True).scores, rtol=0, atol=SCORE_ROUNDING
+    )
+
+
+OTHER_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos>' + message['role'] + ': ' + message['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos>assistant: ' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("same_template", [True, False])
+def test_sampled_ids_of_a_chat_are_shared_only_under_the_same_template(
+    scorer: RewardScorer, altered: Path, tiny: Path, policy_tokenizer: Any, same_template: bool
+):
+    """One vocabulary. Under another template the ids that the policy sampled are not what the model was trained on."""
+    template = policy_tokenizer.chat_template if same_template else OTHER_TEMPLATE
+    card_of(chat_template=template, append_eos=True).save(altered)
+    own = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    rendered = [policy_tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+    rollout = rollout_of(
+        [policy_tokenizer(text, add_special_tokens=False).input_ids for text in rendered],
+        [[*policy_tokenizer(response).input_ids, policy_tokenizer.eos_token_id] for response in RESPONSES],
+    )
+    prompts = [Conversation(text, tuple(chat)) for text, chat in zip(rendered, chats, strict=True)]
+    column = own.score(rollout, conversations(prompts))
+    shape = (
+        "<bos>user\n{}<eos>\n<bos>assistant\n{}<eos>" if same_template else "<bos>user: {}<eos><bos>assistant: {}<eos>"
+    )
+    seen = [shape.format(prompt, response) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    expected = scorer.score_texts(seen, templated=True).scores
+    np.testing.assert_allclose(column.scores, expected, rtol=0, atol=SCORE_ROUNDING)
+
+
+@pytest.mark.parametrize("shared_ids", [True, False])
+def test_an_id_that_no_token_has_fails_its_own_sample(
+    scorer: RewardScorer, tiny: Path, foreign_policy: str, shared_ids: bool
+):
+    """A policy whose embedding was padded to a round number of rows samples one of the rows behind the last token."""
+    own = scorer if shared_ids else RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(str(tiny / "policy") if shared_ids else foreign_policy, "policy.model")
+    whole = sampled(tokenizer)
+    expected = own.score(whole, conversations())
+    tokens = whole.tokens.copy()
+    tokens[int(whole.token_starts()[2]) + int(whole.prompt_lengths[2]) + 1] = len(tokenizer)
+    column = own.score(replace(whole, tokens=tokens), conversations())
+    header = column.header()
+    assert [bool(cause) for cause in column.failures] == [False, False, True, False, False, False]
+    assert header.failure_causes == {"the response has a token id that the policy's tokenizer does not know": 1}
+    np.testing.assert_allclose(np.delete(column.scores, 2), np.delete(expected.scores, 2), rtol=0, atol=SCORE_ROUNDING)
+
+
+def test_a_chat_that_the_reward_models_template_refuses_fails_its_own_sample(
+    altered: Path, tiny: Path, policy_tokenizer: Any
+):
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn only') }}{% endif %}" + OTHER_TEMPLATE
+    card_of(chat_template=refusing).save(altered)
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
+    chats = [({"role": "user", "content": prompt},) for prompt in PROMPTS]
+    prompts = [Conversation("", ((*turns, *chat) if index == 4 else chat)) for index, chat in enumerate(chats)]
+    own = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    column = own.score(sampled(policy_tokenizer), conversations(prompts))
+    assert column.ok.tolist() == [True, True, True, True, False, True]
+    assert "one turn only" in column.failures[4]
 
 
 def test_a_text_that_is_too_long_fails_or_is_cut_and_counted(scorer: RewardScorer, tiny: Path):
@@ -140,7 +206,7 @@ def test_a_text_that_is_too_long_fails_or_is_cut_and_counted(scorer: RewardScore
     assert cut.column().ok.all()
     assert cut.column().num_truncated == header.num_samples - header.num_scored
     kept = failing.column().ok
-    np.testing.assert_allclose(cut.scores[kept], failing.scores[kept], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(cut.scores[kept], failing.scores[kept], rtol=0, atol=SCORE_ROUNDING)
 
 
 @pytest.fixture
@@ -162,7 +228,7 @@ def test_scores_that_are_not_finite_are_failures(altered: Path, tiny: Path):
     assert np.isnan(column.scores[2])
     others = [0, 1, 3, 4, 5]
     assert [column.failures[index] for index in others] == [""] * 5, "a neighbour's NaN spread over the batch"
-    np.testing.assert_allclose(column.scores[others], expected[others], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(column.scores[others], expected[others], rtol=0, atol=SCORE_ROUNDING)
 
 
 def test_the_card_decides_as_in_training(scorer: RewardScorer, altered: Path):
@@ -234,8 +300,10 @@ def test_heads_members_and_models_become_one_score(altered: Path, tiny: Path):
             (member - origin) / scale * unit + offset
             for member, origin, scale in zip(members, aggregation.offsets, aggregation.scales, strict=True)
         ]
-        assert scored.scores[index] == pytest.approx(min(brought) - 0.01 * len(ids), abs=1e-6)
-        assert scored.disagreement[index] == pytest.approx(np.std(brought), abs=1e-6)
+        # A logit is multiplied by at most 1.25 / 0.5 on the way.
+        tolerance = rounding(HIDDEN_SIZE, 2.5)
+        assert scored.scores[index] == pytest.approx(min(brought) - 0.01 * len(ids), abs=tolerance)
+        assert scored.disagreement[index] == pytest.approx(np.std(brought), abs=tolerance)
     assert scored.column().disagreement is scored.disagreement
 
 
@@ -278,7 +346,7 @@ def test_the_modes_agree(tiny: Path):
         RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_invariant=invariant)).score_tokens(tokens)
         for invariant in (False, True)
     )
-    np.testing.assert_allclose(packed.scores, fixed.scores, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(packed.scores, fixed.scores, rtol=0, atol=SCORE_ROUNDING)
 
 
 def test_a_head_that_was_not_saved_is_refused(altered: Path):
@@ -294,7 +362,7 @@ def test_a_head_that_was_not_saved_is_refused(altered: Path):
 def test_the_cards_temperature_is_applied_on_request(altered: Path, scorer: RewardScorer):
     card_of(temperature=2.5).save(altered)
     raw = RewardScorer(RewardSettings(model=str(altered))).score_texts(texts()).scores
-    np.testing.assert_allclose(raw, scorer.score_texts(texts()).scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(raw, scorer.score_texts(texts()).scores, rtol=0, atol=SCORE_ROUNDING)
     scaled = RewardScorer(RewardSettings(model=str(altered), apply_temperature=True)).score_texts(texts()).scores
     np.testing.assert_allclose(scaled, raw / 2.5, rtol=1e-12)
 
@@ -305,4 +373,4 @@ def test_an_encoder_is_read_at_its_first_token(tmp_path: Path):
     found = RewardScorer(RewardSettings(model=model)).score_texts(texts).scores
     padded = RewardScorer(RewardSettings(model=model, batch_invariant=True)).score_texts(texts).scores
     assert len(np.unique(found.round(4))) == 3
-    np.testing.assert_allclose(found, padded, atol=5e-6)
+    np.testing.assert_allclose(found, padded, rtol=0, atol=SCORE_ROUNDING)

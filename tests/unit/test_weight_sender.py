@@ -3,49 +3,38 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.distributed.weight_transfer import nccl_engine
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
-from rlhf_ray.config.settings import WeightSettings
-from rlhf_ray.models.token_models import CriticModel, PolicyModel
-from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender
+from rlhf_ray.models.token_models import PolicyModel
+from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 from rlhf_ray.runtime import weight_transfer
-from rlhf_ray.runtime.weight_transfer import GeneratorClient, NcclTransport, ObjectStoreTransport, open_transport
+from rlhf_ray.runtime.answers import Answer
+from rlhf_ray.runtime.weight_transfer import NcclTransport, ObjectStoreTransport, Published, probe_rows
 
 
 @dataclass
-class StubGroup:
-    """Stands for an `ActorGroup`: writes down what each replica is asked."""
+class StubReplica:
+    """Stands for a `Replica`: writes down what it is asked, and answers what it was told to."""
 
-    size: int
-    calls: list[tuple[int | str, str, tuple[Any, ...]]] = field(default_factory=list)
+    name: str
+    calls: list[tuple[str, str, tuple[Any, ...]]]
+    answers: dict[str, Any] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return self.size
-
-    def submit(self, index: int, method: str, *args: Any) -> list[str]:
-        self.calls.append((index, method, args))
-        return [f"{method}-{index}"]
-
-    def call_all(self, method: str, *args: Any) -> list[None]:
-        self.calls.append(("all", method, args))
-        return [None] * self.size
-
-    def stream_all(self, method: str, *args: Any) -> list[list[str]]:
-        self.calls.append(("all", method, args))
-        return [["first", "second"], []]
-
-    def wait(self, pending: list[Any]) -> list[None]:
-        self.calls.append(("wait", ", ".join(pending), ()))
-        return [None] * len(pending)
-
-    def named(self, method: str) -> list[tuple[Any, ...]]:
-        """Arguments of every call of a method."""
-        return [args for _, name, args in self.calls if name == method]
+    def ask(self, method: Any, *args: Any) -> Answer[Any]:
+        self.calls.append((self.name, method.__name__, args))
+        return Answer(self.answers.get(method.__name__), self.name, "here", method.__name__)
 
 
-def module() -> PolicyModel:
+def stubs(role: str, size: int, **answers: Any) -> tuple[list[StubReplica], list[tuple[str, str, tuple[Any, ...]]]]:
+    calls: list[tuple[str, str, tuple[Any, ...]]] = []
+    return [StubReplica(f"{role}-{index}", calls, answers) for index in range(size)], calls
+
+
+def parameters() -> dict[str, torch.nn.Parameter]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -58,75 +47,59 @@ def module() -> PolicyModel:
     )
     model = PolicyModel(LlamaForCausalLM(config).to(torch.bfloat16))
     model.language_model.model.norm.to(torch.float32)
-    return model
+    return dict(model.language_model.named_parameters())
 
 
 def test_metadata_says_what_iteration_gives():
-    source = LearnerWeightSource(module(), "language_model.")
+    source = LearnerWeightSource(parameters())
     for _ in range(2):
         given = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
         assert given == [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
     names = [meta.name for meta in source.metadata()]
     assert names[0] == "model.embed_tokens.weight"
     assert "lm_head.weight" not in names, "tied weights travel once"
-    assert {meta.dtype for meta in source.metadata()} == {torch.bfloat16, torch.float32}
+    told = update_info(source)
+    assert told["names"] == names
+    assert set(told["dtype_names"]) == {"bfloat16", "float32"}
+    assert told["shapes"][0] == [32, 16]
 
 
 def test_metadata_of_partitioned_weights_has_their_full_shape():
     """ZeRO-3 leaves an empty tensor and notes the shape."""
-    model = CriticModel(torch.nn.Linear(3, 5))
-    weight = model.token_classifier.weight
-    weight.ds_shape = torch.Size((5, 3))
-    weight.data = torch.empty(0)
-    [meta, _] = LearnerWeightSource(model, "token_classifier.").metadata()
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_shape = torch.Size((5, 3))  # type: ignore[attr-defined]
+    [meta] = LearnerWeightSource({"weight": weight}).metadata()
     assert (meta.name, meta.shape) == ("weight", (5, 3))
 
 
-@pytest.mark.parametrize("workers_each", [1, 4])
-def test_each_engine_has_its_own_ranks(workers_each: int):
-    generators = StubGroup(3)
-    info = {"rank_offset": 1, "world_size": 1 + 3 * workers_each, "master_address": "10.0.0.1"}
-    GeneratorClient(generators).init_weight_transfer_engine(info)  # type: ignore[arg-type]
-    sent = [args[0] for args in generators.named("init_weight_transfer_engine")]
-    assert [own["rank_offset"] for own in sent] == [1 + index * workers_each for index in range(3)]
-    assert all(own["master_address"] == "10.0.0.1" and own["world_size"] == info["world_size"] for own in sent)
-    # All are asked before any is waited for: they meet each other.
-    assert [which for which, _, _ in generators.calls] == [0, 1, 2, "wait"]
+GROUP = {
+    "master_address": "10.0.0.1",
+    "master_port": 4711,
+    "world_size": 3,
+    "packed": True,
+    "packed_buffer_size_bytes": 3 << 20,
+    "packed_num_buffers": 2,
+}
 
 
-def test_vllms_sender_drives_the_engines(monkeypatch: pytest.MonkeyPatch):
+def test_vllms_sender_broadcasts_without_asking_the_engines(monkeypatch: pytest.MonkeyPatch):
     """A handshake and two rounds of vLLM's trainer engine; only NCCL itself is a stub."""
     broadcast: list[list[str]] = []
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: f"stub group of {info.world_size}")
-    monkeypatch.setattr(
-        nccl_engine,
-        "packed_nccl_broadcast_producer",
-        lambda iterator, **kwargs: broadcast.append([name for name, _ in iterator]),
-    )
-    generators = StubGroup(2)
-    client = GeneratorClient(generators)  # type: ignore[arg-type]
-    source = LearnerWeightSource(module(), "language_model.")
 
-    sender = open_sender(source, client, rank=0, address="10.0.0.1", port=4711, world_size=3)
-    sent = [args[0] for args in generators.named("init_weight_transfer_engine")]
-    assert [(own["rank_offset"], own["world_size"], own["master_port"]) for own in sent] == [(1, 3, 4711), (2, 3, 4711)]
-    for version in (1, 2):
-        generators.calls.clear()
-        client.version = version
+    def producer(iterator: Any, **kwargs: Any) -> None:
+        assert (kwargs["buffer_size_bytes"], kwargs["num_buffers"]) == (3 << 20, 2)
+        broadcast.append([name for name, _ in iterator])
+
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", producer)
+    source = LearnerWeightSource(parameters())
+    sender = open_sender(source, 0, GROUP)
+    for _ in range(2):
         sender.send_weights()
-        assert [name for _, name, _ in generators.calls] == [
-            "start_weight_update",
-            "update_weights",
-            "finish_weight_update",
-        ]
-        [(update,)] = generators.named("update_weights")
-        assert update["names"] == broadcast[-1] == [meta.name for meta in source.metadata()]
-        assert set(update["dtype_names"]) == {"bfloat16", "float32"}
-        assert generators.named("finish_weight_update") == [(version,)]
+    assert broadcast == [update_info(source)["names"]] * 2
 
 
 def test_other_ranks_only_take_part_in_gathering():
-    generators = StubGroup(1)
     passes = []
 
     class CountingSource(LearnerWeightSource):
@@ -134,34 +107,66 @@ def test_other_ranks_only_take_part_in_gathering():
             passes.append(1)
             return super().__iter__()
 
-    client = GeneratorClient(generators)  # type: ignore[arg-type]
-    source = CountingSource(module(), "language_model.")
-    engine = open_sender(source, client, rank=1, address="10.0.0.1", port=4711, world_size=2)
-    engine._broadcast(source, source.metadata())
+    sender = open_sender(CountingSource(parameters()), 1, GROUP)
+    sender.send_weights()
     assert passes == [1]
-    assert generators.calls == []
 
 
-def test_transport_opens_once_and_sends_by_version(monkeypatch: pytest.MonkeyPatch):
+def test_both_sides_are_asked_by_the_driver_and_waited_for_together(monkeypatch: pytest.MonkeyPatch):
+    """An engine that fails before it joins the broadcast must end the wait for the sender that waits in it."""
+    policy, asked_policy = stubs("policy", 2, open_sender={"names": ["a"]})
+    generators, asked_generators = stubs("generator", 3)
+    collected: list[list[Answer[Any]]] = []
+
+    def collect(answers: list[Answer[Any]], timeout_s: float) -> list[Any]:
+        collected.append(list(answers))
+        return [answer.reference for answer in answers]
+
     monkeypatch.setattr(weight_transfer, "meeting_point", lambda group: ("10.0.0.1", 4711))
-    policy, generators = StubGroup(2), StubGroup(3)
-    transport = open_transport(WeightSettings(transport="nccl"), policy, generators, 4)  # type: ignore[arg-type]
-    assert isinstance(transport, NcclTransport)
-    [(client, address, port, world_size)] = policy.named("open_nccl_sender")
-    assert (address, port, world_size) == ("10.0.0.1", 4711, 13)
-    assert isinstance(client, GeneratorClient)
-    transport.send(1)
-    transport.send(2)
-    assert policy.named("send_weights_nccl") == [(1,), (2,)]
-    assert generators.calls == [], "engines hear from the learner alone"
+    monkeypatch.setattr(weight_transfer, "collect", collect)
+    transport = NcclTransport(policy, generators, 4, bucket_mib=3, timeout_s=9.0)  # type: ignore[arg-type]
+    assert len(collected[0]) == 5, "nobody is waited for before all are asked: they meet each other"
+    assert {args[0]["world_size"] for _, _, args in [*asked_policy, *asked_generators]} == {13}
+    infos = [args[0] for _, _, args in asked_generators]
+    assert [info["rank_offset"] for info in infos] == [1, 5, 9], "each engine has its own ranks"
+    for info in infos:
+        NCCLWeightTransferInitInfo(**info)
+
+    for version in (1, 2):
+        asked_policy.clear()
+        asked_generators.clear()
+        published = transport.publish(version)
+        assert [name for _, name, _ in asked_policy] == ["broadcast_weights"] * 2
+        assert [(name, args) for _, name, args in asked_generators] == [("receive", ({"names": ["a"]}, version))] * 3
+        assert len(published.answers) == 5
 
 
-def test_object_store_transport_hands_the_first_ranks_buckets_to_all():
-    policy, generators = StubGroup(2), StubGroup(3)
-    settings = WeightSettings(bucket_mib=3)
-    transport = open_transport(settings, policy, generators, 1)  # type: ignore[arg-type]
-    assert isinstance(transport, ObjectStoreTransport)
-    transport.send(7)
-    assert policy.named("weight_buckets") == [(3 << 20,)]
-    [(buckets, version)] = generators.named("load_weights")
-    assert (buckets.references, version) == (("first", "second"), 7)
+def test_the_first_ranks_buckets_go_to_all_in_order(monkeypatch: pytest.MonkeyPatch):
+    policy, asked = stubs("policy", 2)
+    layout = [("a", "b"), ("c",)]
+    monkeypatch.setattr(weight_transfer, "collect", lambda answers, timeout_s: [layout] * len(answers))
+    transport = ObjectStoreTransport(policy, bucket_mib=3, timeout_s=9.0)  # type: ignore[arg-type]
+    assert [(name, args) for _, name, args in asked] == [("weight_layout", (3 << 20,))] * 2
+    asked.clear()
+    published: Published = transport.publish(7)
+    assert [(rank, args) for rank, _, args in asked] == [
+        ("policy-0", (0,)),
+        ("policy-1", (0,)),
+        ("policy-0", (1,)),
+        ("policy-1", (1,)),
+    ], "every rank gathers every bucket, in the same order"
+    fields = published.snapshot.fields  # type: ignore[attr-defined]
+    assert (fields["version"], fields["names"]) == (7, {"a", "b", "c"})
+    assert [answer.role for answer in fields["buckets"].items] == ["policy-0", "policy-0"]
+    assert [answer.role for answer in published.answers] == ["policy-1", "policy-1"]
+
+
+@pytest.mark.parametrize(("num_tokens", "context_tokens", "rows"), [(256, 100, 4), (10, 100, 1), (64, 17, 4)])
+def test_the_probe_is_made_of_the_prompts(num_tokens: int, context_tokens: int, rows: int):
+    prompts = [np.arange(start, start + 5, dtype=np.int32) for start in range(0, 500, 5)]
+    probe = probe_rows(prompts, num_tokens, context_tokens)
+    assert len(probe) == rows
+    assert np.concatenate(probe).tolist() == list(range(sum(map(len, probe))))
+    assert max(map(len, probe)) < context_tokens
+    short = probe_rows(prompts[:1], num_tokens, context_tokens)
+    assert np.concatenate(short).tolist()[:7] == [0, 1, 2, 3, 4, 0, 1], "what is too short is repeated"

@@ -1,0 +1,140 @@
+"""The roles of a PPO run as actor groups: reserved, started and built together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray.util.placement_group import PlacementGroup
+
+from rlhf_ray.config.settings import ActorSettings, PPOConfig
+from rlhf_ray.ppo.inputs import Inputs
+from rlhf_ray.roles.critic_learner import CriticLearner
+from rlhf_ray.roles.evaluator import Evaluator
+from rlhf_ray.roles.generator import Generator
+from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.roles.reference import Reference
+from rlhf_ray.roles.remote_scorer import RemoteScorer, service_token
+from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
+from rlhf_ray.rollout import RewardColumn, Rollout
+from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
+from rlhf_ray.runtime.answers import Answer, collect
+from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.learner_group import ranks
+
+_EVALUATOR = ActorSettings(cpus=0.05)
+
+
+class Scorer(Protocol):
+    """What the loop knows of a reward model."""
+
+    def score(self, rollout: Rollout, prompts: dict[int, Conversation]) -> RewardColumn:
+        """A score, or the cause why there is none, for every sample of a shard."""
+        ...
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Actor groups of one PPO run."""
+
+    generators: ActorGroup[Generator]
+    scorers: ActorGroup[Scorer]
+    policy: ActorGroup[PolicyLearner]
+    references: ActorGroup[Reference] | None
+    critic: ActorGroup[CriticLearner] | None
+    evaluator: ActorGroup[Evaluator] | None
+
+    def groups(self) -> list[ActorGroup[Any]]:
+        """All groups there are."""
+        every = (self.generators, self.scorers, self.policy, self.references, self.critic, self.evaluator)
+        return [group for group in every if group is not None]
+
+    def save_checkpoint(self, folder: str) -> list[Answer[None]]:
+        """Every learner's state."""
+        asked = [rank.ask(PolicyLearner.save_checkpoint, folder) for rank in self.policy]
+        return asked + [rank.ask(CriticLearner.save_checkpoint, folder) for rank in self.critic or ()]
+
+    def load_checkpoint(self, folder: str) -> list[Answer[None]]:
+        """Every learner back at a saved state."""
+        asked = [rank.ask(PolicyLearner.load_checkpoint, folder) for rank in self.policy]
+        return asked + [rank.ask(CriticLearner.load_checkpoint, folder) for rank in self.critic or ()]
+
+
+def role_requests(config: PPOConfig) -> list[RoleRequest]:
+    """What each role asks of the cluster, with the key where that is said."""
+    requests = [
+        RoleRequest("generator", "generator", config.generator),
+        RoleRequest("reward", "reward", config.reward),
+        RoleRequest("policy", "policy.learner", config.policy.learner),
+    ]
+    if config.reference is not None:
+        requests.append(RoleRequest("reference", "reference", config.reference))
+    if config.critic is not None:
+        requests.append(RoleRequest("critic", "critic.learner", config.critic.learner))
+    if config.evaluation.prompts is not None:
+        requests.append(RoleRequest("evaluator", "evaluation", _EVALUATOR))
+    return requests
+
+
+def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
+    """Start every process and load every model, all at once.
+
+    Raises:
+        RoleFailure: no room in the cluster, or a role could not be built.
+    """
+    deadlines = Deadlines(config.cluster.start_timeout_s, config.cluster.call_timeout_s)
+    requests = role_requests(config)
+    placement: PlacementGroup = reserve(requests, config.cluster)
+    groups: dict[str, ActorGroup[Any]] = {}
+    first_bundle = 0
+    for request in requests:
+        groups[request.role] = ActorGroup.start(
+            request.role, request.settings, placement, first_bundle, logs, deadlines
+        )
+        first_bundle += request.settings.replicas
+    roles = Roles(
+        generators=groups["generator"],
+        scorers=groups["reward"],
+        policy=groups["policy"],
+        references=groups.get("reference"),
+        critic=groups.get("critic"),
+        evaluator=groups.get("evaluator"),
+    )
+    collect(_build(roles, config, inputs), deadlines.start_s)
+    return roles
+
+
+def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]]:
+    policy, algorithm, temperature = config.policy, config.algorithm, config.sampling.temperature
+    updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
+    answers = roles.generators.build(
+        partial(Generator, policy.model, config.generator, inputs.context_tokens, inputs.eos_token_id, config.weights)
+    )
+    if config.reward.url is not None:
+        # The token is read here: the processes of the cluster may have neither the file nor the variable.
+        token = service_token(config.reward.token_file)
+        answers += roles.scorers.build(partial(RemoteScorer, config.reward, policy.model, token))
+    else:
+        answers += roles.scorers.build(partial(RewardScorer, config.reward, policy.model))
+    answers += roles.policy.build(
+        *(
+            partial(PolicyLearner, policy, algorithm, rank, total_steps=updates, temperature=temperature, seed=seed)
+            for rank in ranks(roles.policy)
+        )
+    )
+    if roles.references is not None and config.reference is not None:
+        model = config.reference.model or policy.model
+        answers += roles.references.build(partial(Reference, model, config.reference, temperature))
+    if roles.critic is not None and config.critic is not None:
+        model = config.critic.model or policy.model
+        answers += roles.critic.build(
+            *(
+                partial(CriticLearner, config.critic, model, algorithm, rank, total_steps=updates, seed=seed)
+                for rank in ranks(roles.critic)
+            )
+        )
+    if roles.evaluator is not None:
+        answers += roles.evaluator.build(partial(Evaluator, policy.model, config.evaluation.judge))
+    return answers

@@ -1,0 +1,172 @@
+"""What a role owes the driver, and every wait for it.
+
+The driver never holds data, only an `Answer`: the reference to what a role will return, and who owes it. An answer can
+be handed to another role in place of the value (it is a `Deferred` value, fetched where it is used), or waited for with
+`collect`, which has a deadline and says who did not answer, where, and to what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import ray
+
+from rlhf_ray.failures import FailureKind, RoleFailure
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Deferred(Generic[T_co]):
+    """Stands for a value that will exist in the process that uses it."""
+
+
+@dataclass(frozen=True)
+class Answer(Deferred[T_co]):
+    """What one call of a role will return.
+
+    Attributes:
+        reference: of the value, in the object store.
+        role, node: who owes it, and where.
+        task: the role's method.
+    """
+
+    reference: ray.ObjectRef
+    role: str
+    node: str
+    task: str
+
+
+@dataclass(frozen=True)
+class Stored(Generic[T_co]):
+    """Rows or a column that a role keeps in the object store for other roles, and the header that the driver may read.
+
+    Attributes:
+        data: handed on, never fetched by the driver.
+        header: the data's own `header()`.
+    """
+
+    data: Answer[T_co]
+    header: Answer[Any]
+
+
+@dataclass(frozen=True)
+class Assembly(Deferred[T_co]):
+    """A value that is put together where it is used.
+
+    Args:
+        make: a class or function.
+        fields: keyword arguments; deferred ones are fetched first.
+    """
+
+    make: Callable[..., T_co]
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AllOf(Deferred[list[T_co]]):
+    """Several deferred values as a list."""
+
+    items: tuple[Deferred[T_co], ...]
+
+
+@dataclass(frozen=True)
+class OneByOne(Deferred[Iterator[T_co]]):
+    """Several answers as an iterator that fetches each when it gets there, so that one is held at a time."""
+
+    items: tuple[Answer[T_co], ...]
+
+
+def fetched(value: Any, timeout_s: float) -> Any:
+    """A call's argument as the role sees it: deferred values are fetched or put together.
+
+    Args:
+        timeout_s: how long each reference may take to arrive.
+    """
+    if isinstance(value, Answer):
+        return ray.get(value.reference, timeout=timeout_s)
+    if isinstance(value, Assembly):
+        return value.make(**{name: fetched(part, timeout_s) for name, part in value.fields.items()})
+    if isinstance(value, AllOf):
+        return [fetched(item, timeout_s) for item in value.items]
+    if isinstance(value, OneByOne):
+        return (ray.get(item.reference, timeout=timeout_s) for item in value.items)
+    return value
+
+
+def collect(
+    answers: Sequence[Answer[T]], timeout_s: float, arrived: Callable[[Answer[T]], None] | None = None
+) -> list[T]:
+    """The values, in the order asked for.
+
+    The first failure ends the wait at once, whoever else is still busy.
+
+    Args:
+        timeout_s: for all of them together.
+        arrived: told of each answer as it comes in.
+
+    Raises:
+        RoleFailure: of the role that failed, died, or did not answer in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    waiting = {answer.reference: answer for answer in answers}
+    values: dict[ray.ObjectRef, T] = {}
+    while waiting:
+        left = max(deadline - time.monotonic(), 0.0)
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left, fetch_local=False)
+        if not ready:
+            late = ", ".join(f"{answer.role} ({answer.task})" for answer in waiting.values())
+            first = next(iter(waiting.values()))
+            raise RoleFailure(
+                FailureKind.INFRASTRUCTURE, first.role, first.node, f"no answer within {timeout_s:.0f} s from {late}"
+            )
+        answer = waiting.pop(ready[0])
+        values[answer.reference] = fetch(answer, max(deadline - time.monotonic(), 1.0))
+        if arrived is not None:
+            arrived(answer)
+    return [values[answer.reference] for answer in answers]
+
+
+def fetch(answer: Answer[T], timeout_s: float) -> T:
+    """An answer that is there (here or on another node), or the failure that took its place."""
+    try:
+        return ray.get(answer.reference, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError:
+        raise RoleFailure(
+            FailureKind.INFRASTRUCTURE,
+            answer.role,
+            answer.node,
+            f"the answer to '{answer.task}' did not arrive within {timeout_s:.0f} s",
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, RoleFailure):
+            raise cause from None
+        raise RoleFailure(
+            FailureKind.FATAL,
+            answer.role,
+            answer.node,
+            f"{answer.task}: {str(cause).strip() or type(cause).__name__}".splitlines()[-1],
+            str(error),
+        ) from None
+    except ray.exceptions.RaySystemError as error:
+        # The answer is here and cannot be read by this process: asking again would not help.
+        cause = error.client_exc
+        raise RoleFailure(
+            FailureKind.FATAL,
+            answer.role,
+            answer.node,
+            f"the answer to '{answer.task}' cannot be read: {type(cause).__name__}: {cause}",
+            str(error),
+        ) from None
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())
+        raise RoleFailure(
+            FailureKind.INFRASTRUCTURE,
+            answer.role,
+            answer.node,
+            f"the process went away during '{answer.task}': {reason[:400]}",
+        ) from None

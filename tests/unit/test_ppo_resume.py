@@ -1,0 +1,119 @@
+"""What a resumed run may take from before, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.data.prompts import Prompt, PromptSet
+from rlhf_ray.data.rows import BadRows
+from rlhf_ray.failures import BadInput
+from rlhf_ray.ppo.evaluation import before_file
+from rlhf_ray.ppo.inputs import Inputs
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
+from rlhf_ray.ppo.step import conversations
+from rlhf_ray.runtime.run import write_state
+from rlhf_ray.tracking.run_folder import RunFolder
+from tests.conftest import REPOSITORY
+
+
+def config_of(*overrides: str) -> PPOConfig:
+    return load_config(PPOConfig, REPOSITORY / "configs" / "tiny" / "ppo.yaml", overrides)
+
+
+def prompt(index: int, text: str = "I think", **more: Any) -> Prompt:
+    return Prompt(index, np.array([3, 4, 5 + index], dtype=np.int32), text, **{"label": None, **more})
+
+
+def inputs_of(*prompts: Prompt) -> Inputs:
+    held_out = PromptSet(prompts or [prompt(0)], BadRows("fail", "evaluation.prompts.on_bad_row"))
+    return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, reward_card=None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """Of a run with one checkpoint."""
+    folder = RunFolder(tmp_path)
+    checkpoint = folder.checkpoint_path(4)
+    checkpoint.mkdir(parents=True)
+    write_state(checkpoint, LoopState(step=4, learners=learner_shapes(config_of())))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("policy.learner.replicas=2", r"policy\.learner\.replicas: 2, but the checkpoint of step 4 was written with 1"),
+        ("critic.learner.replicas=2", r"critic\.learner\.replicas: 2, but .* with 1"),
+        ("policy.learner.zero_stage=3", r"policy\.learner\.zero_stage: 3, but .* with 1"),
+        ("critic.learner.trainable_top_layers=1", r"critic\.learner\.trainable_top_layers: 1, but .* with none"),
+    ],
+)
+def test_a_checkpoint_that_the_learners_could_not_read_is_refused(folder: RunFolder, override: str, message: str):
+    with pytest.raises(BadInput, match=message):
+        check_resumable(config_of(override), folder)
+
+
+def test_a_critic_without_a_checkpoint_is_refused(folder: RunFolder):
+    without = config_of("critic=null", "algorithm.advantage=rloo")
+    check_resumable(without, folder)
+    write_state(_made(folder.checkpoint_path(8)), LoopState(step=8, learners=learner_shapes(without)))
+    with pytest.raises(BadInput, match=r"critic\.learner\.replicas: 1, but .* with no such learner"):
+        check_resumable(config_of(), folder)
+
+
+def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
+    check_resumable(config_of("policy.learner.learning_rate=1", "generator.replicas=2", "reference.replicas=2"), folder)
+
+
+def test_a_checkpoint_of_before_there_was_a_record_is_tried(folder: RunFolder):
+    state = folder.checkpoint_path(4) / "state.json"
+    written = json.loads(state.read_text())
+    del written["learners"]
+    state.write_text(json.dumps(written))
+    check_resumable(config_of("policy.learner.replicas=2"), folder)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "policy.model=other",
+        "run.seed=7",
+        "evaluation.samples_per_prompt=2",
+        "evaluation.judge=none",
+        "sampling.temperature=0.5",
+        "sampling.max_response_tokens=5",
+        "reward.model=other",
+        "reward.on_too_long=truncate",
+    ],
+)
+def test_samples_before_training_are_not_taken_for_those_of_another_evaluation(override: str):
+    assert before_file(config_of(override), inputs_of()) != before_file(config_of(), inputs_of())
+
+
+def test_samples_before_training_are_those_of_their_prompts_alone():
+    names = [
+        before_file(config_of(), inputs_of(*prompts))
+        for prompts in ([prompt(0)], [prompt(0, "I hope")], [prompt(1)], [prompt(0), prompt(1)])
+    ]
+    assert len(set(names)) == 4
+    elsewhere = config_of("reward.replicas=2", "generator.replicas=2", "steps=3", "policy.learner.learning_rate=1")
+    assert before_file(elsewhere, inputs_of()) == names[0]
+
+
+def test_labels_and_messages_reach_the_scorers():
+    messages = ({"role": "user", "content": "1 + 1?"},)
+    drawn = [(7, prompt(0, "1 + 1?", label={"answer": 2}, messages=messages)), (9, prompt(1))]
+    asked = conversations(drawn)
+    assert asked[7].label == {"answer": 2}
+    assert asked[7].messages == messages
+    assert (asked[9].text, asked[9].label) == ("I think", None)
