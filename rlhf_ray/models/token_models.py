@@ -40,6 +40,14 @@ class PolicyModel(nn.Module):
         return logprobs_of(outputs.logits[0], batch.targets, self.temperature, entropy)
 
 
+class ValueHead(nn.Linear):
+    """A linear layer that computes in float32, whatever the type of its weights and of what it is given."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
 class CriticModel(nn.Module):
     """A language model's backbone with a value head: the expected return after each position.
 
@@ -48,7 +56,7 @@ class CriticModel(nn.Module):
         value_head: `hidden -> 1`.
     """
 
-    def __init__(self, backbone: Any, value_head: nn.Linear) -> None:
+    def __init__(self, backbone: Any, value_head: ValueHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = value_head
@@ -56,7 +64,7 @@ class CriticModel(nn.Module):
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """`[R]` float32 values of the states in which the predicted tokens were chosen."""
         hidden = self.backbone(**batch.model_inputs()).last_hidden_state
-        return self.value_head(hidden[0, batch.predict_at])[:, 0].float()
+        return self.value_head(hidden[0, batch.predict_at])[:, 0]
 
 
 def logprobs_of(
@@ -117,18 +125,17 @@ def load_critic_model(model: str, *, dtype: str, attention: str) -> CriticModel:
 
     options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     config = AutoConfig.from_pretrained(model)
-    scores = any("SequenceClassification" in name for name in config.architectures or ())
-    if scores and config.num_labels == 1:
+    if config.num_labels == 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         classifier = AutoModelForSequenceClassification.from_pretrained(model, **options)
-        backbone, head = classifier.base_model, classifier.score
+        backbone, head = classifier.base_model, ValueHead(1, 1, bias=False)
+        head.weight = classifier.score.weight
     else:
         backbone = AutoModel.from_pretrained(model, **options)
         # Not the configuration's hidden size: OPT's smaller models project their last states.
-        head = nn.Linear(backbone.get_input_embeddings().embedding_dim, 1, dtype=options["dtype"])
+        head = ValueHead(backbone.get_input_embeddings().embedding_dim, 1, dtype=options["dtype"])
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
     _remove_noise(backbone)
-    _project_in_float32(head)
     return CriticModel(backbone, head)
 
 
