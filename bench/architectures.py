@@ -21,18 +21,23 @@ import torch
 from numpy.typing import NDArray
 
 from bench.results import Report, Result
-from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, ReferenceSettings, WeightSettings
+from rlhf_ray.config.settings import (
+    CriticSettings,
+    GeneratorSettings,
+    PolicySettings,
+    ReferenceSettings,
+    WeightSettings,
+)
 from rlhf_ray.models.buckets import UNTRAINED, Snapshot
 from rlhf_ray.models.loading import load_policy_tokenizer
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
-from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.rollout import Rollout
-from tests.making import KL_COEFFICIENT, LOSS, SPEC, learner_settings, shard_of
+from tests.making import ALGORITHM, KL_COEFFICIENT, learner_settings, shard_of
 
 PARITY = 1e-4
 RATIO_ROUNDING = 1e-5
@@ -201,9 +206,9 @@ class Agreement:
 
 def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3) -> Agreement:
     """Train policy and critic on what the engine samples, and compare after every sync."""
-    settings = learner_settings()
-    policy = PolicyLearner(PolicySettings(model=model, learner=settings), rank, 20)
-    critic = CriticLearner(model, settings, rank, 20)
+    learner = learner_settings(micro_batch_tokens=128)
+    policy = PolicyLearner(PolicySettings(model=model, learner=learner), ALGORITHM, rank, total_steps=20)
+    critic = CriticLearner(CriticSettings(learner=learner), model, ALGORITHM, rank, total_steps=20, seed=0)
     frozen = Reference(model, ReferenceSettings(dtype="float32"), 1.0)
     # Where vLLM runs transformers' own class, it patches it, for the learners of this process too.
     type(policy._engine.unwrapped.language_model.base_model).do_not_compile = True
@@ -217,22 +222,21 @@ def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3) -> Agreeme
     )
 
     def apart(rollout: Rollout) -> float:
-        return _largest(policy.logprobs([rollout])[0].data, rollout.logprobs)
+        return _largest(policy.logprobs(rollout).data, rollout.logprobs)
 
     rollout = generator.generate(plan, UNTRAINED)
     before, tokens = apart(rollout), len(rollout.logprobs)
-    reference = _largest(policy.logprobs([rollout])[0].data, frozen.logprobs([rollout])[0].data)
+    reference = _largest(policy.logprobs(rollout).data, frozen.logprobs(rollout).data)
     after: list[float] = []
     stale: list[float] = []
     ratio_errors: list[float] = []
     value_changes: list[float] = []
-    spec = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=128, seed=0)
     for version in range(1, steps + 1):
-        values = critic.values([rollout])[0]
-        shards = [shard_of(rollout, policy.logprobs([rollout])[0], values)]
-        ratio_errors.append(policy.train(version, shards, SPEC, spec, LOSS, KL_COEFFICIENT).first_ratio_error)
-        critic.train(version, shards, SPEC, spec, 0.2, KL_COEFFICIENT)
-        value_changes.append(_largest(critic.values([rollout])[0].data, values.data))
+        values = critic.values(rollout)
+        shards = [shard_of(rollout, policy.logprobs(rollout), values)]
+        ratio_errors.append(policy.train(version, shards, KL_COEFFICIENT).first_ratio_error)
+        critic.train(version, shards, KL_COEFFICIENT)
+        value_changes.append(_largest(critic.values(rollout).data, values.data))
         stale.append(apart(rollout))
         rollout = generator.generate(plan, snapshot_of(policy, version))
         after.append(apart(rollout))

@@ -7,32 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_ray.algorithms.experience import ExperienceShard, ExperienceSpec
-from rlhf_ray.config.settings import LearnerSettings
-from rlhf_ray.roles.policy_learner import PolicyLossSpec
+from rlhf_ray.algorithms.experience import ExperienceShard
+from rlhf_ray.config.settings import AlgorithmSettings, LearnerSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
-SPEC = ExperienceSpec(
-    advantage="gae",
-    gamma=1.0,
-    gae_lambda=0.95,
-    reward_whiten=False,
-    advantage_whiten=True,
-    score_clip=None,
-    missing_eos_penalty=0.0,
-    kl_estimator="k1",
-    kl_in_reward=True,
-    loss_aggregation="token",
-)
-LOSS = PolicyLossSpec(
-    clip_low=0.2,
-    clip_high=0.2,
-    dual_clip=None,
-    entropy_coefficient=0.01,
-    importance_cap=2.0,
-    kl_in_loss=False,
-    kl_estimator="k1",
-)
+ALGORITHM = AlgorithmSettings(entropy_coefficient=0.01, value_clip=0.2)
 KL_COEFFICIENT = 0.05
 
 

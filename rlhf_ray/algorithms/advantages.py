@@ -104,16 +104,12 @@ def grpo(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor, epsilo
     return torch.where(comparable(group_ids, ok), deviation / (std + epsilon), 0.0).to(scores.dtype)
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, moments: Moments, shift_mean: bool = True) -> torch.Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:
     """Standardised `values`, with the moments of all ranks; 0 outside the mask, whatever stands there.
 
     Args:
         values: any shape.
         mask: bool, same shape.
         moments: of the masked values on all ranks.
-        shift_mean: false keeps the mean where it is and only scales.
     """
-    whitened = (values - moments.mean) / (moments.variance + WHITEN_EPSILON) ** 0.5
-    if not shift_mean:
-        whitened = whitened + moments.mean
-    return torch.where(mask, whitened, 0.0)
+    return torch.where(mask, (values - moments.mean) / (moments.variance + WHITEN_EPSILON) ** 0.5, 0.0)

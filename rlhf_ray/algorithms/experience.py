@@ -9,49 +9,21 @@ in a mean, and its tokens weigh 0 in the losses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rlhf_ray.algorithms.advantages import comparable, gae, grpo, rloo, whiten
-from rlhf_ray.algorithms.kl import KLEstimator, kl_estimate
-from rlhf_ray.algorithms.losses import LossAggregation, token_weights
+from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.losses import token_weights
 from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, segment_sum, single_rank
+from rlhf_ray.config.settings import AlgorithmSettings
 from rlhf_ray.rollout import FINISH_STOP, RewardColumn, Rollout, TokenColumn
-
-
-@dataclass(frozen=True)
-class ExperienceSpec:
-    """How columns become advantages.
-
-    Attributes:
-        advantage: `gae` with a critic; `rloo` and `grpo` compare the samples of a prompt by their summed token rewards,
-            undiscounted, and give every token of a response the same advantage.
-        gamma: discount γ of `gae`.
-        gae_lambda: λ of `gae`.
-        reward_whiten: standardise the step's scores before they are shaped.
-        advantage_whiten: standardise the step's advantages over its response tokens.
-        score_clip: clip scores to ± this; None: off.
-        missing_eos_penalty: subtracted from the score of a response that did not end by itself.
-        kl_estimator: per-token estimator of the penalty.
-        kl_in_reward: subtract β·KL from each token's reward; false where the penalty is a term of the loss.
-        loss_aggregation: what the losses are a mean over.
-    """
-
-    advantage: Literal["gae", "rloo", "grpo"]
-    gamma: float
-    gae_lambda: float
-    reward_whiten: bool
-    advantage_whiten: bool
-    score_clip: float | None
-    missing_eos_penalty: float
-    kl_estimator: KLEstimator
-    kl_in_reward: bool
-    loss_aggregation: LossAggregation
 
 
 @dataclass(frozen=True)
@@ -63,7 +35,7 @@ class ExperienceShard:
         rewards: a score or a failure for each sample.
         reference: log-probs of the reference; None without one.
         values: the critic's values; None without a critic.
-        policy: the learner's own log-probs before its first update; None: those of the rollout are the old ones.
+        policy: the learner's own log-probs before its first update; None unless `algorithm.asks_old_logprobs`.
     """
 
     rollout: Rollout
@@ -81,33 +53,6 @@ class ExperienceShard:
 
 
 @dataclass(frozen=True)
-class ShardExperience:
-    """What the losses need of one shard. `[R]` floating-point tensors are of the type asked for.
-
-    Attributes:
-        lengths: `[B]` int64 response lengths.
-        ok: `[B]` bool, samples with a score.
-        weights: `[R]` loss weights, 0 for tokens of failed samples; see `token_weights`.
-        old_logprobs: `[R]` what the ratio is taken to.
-        engine_logprobs: `[R]` as the engine gave them.
-        reference_logprobs: `[R]`, or None.
-        advantages: `[R]`, whitened if so specified; 0 for failed samples.
-        values: `[R]` old values, or None.
-        returns: `[R]` targets of the critic, never whitened, or None without values; 0 for failed samples.
-    """
-
-    lengths: torch.Tensor
-    ok: torch.Tensor
-    weights: torch.Tensor
-    old_logprobs: torch.Tensor
-    engine_logprobs: torch.Tensor
-    reference_logprobs: torch.Tensor | None
-    advantages: torch.Tensor
-    values: torch.Tensor | None
-    returns: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class ExperienceStats:
     """Statistics of the step over all ranks. Means are over valid samples, and NaN where there are none.
 
@@ -120,7 +65,7 @@ class ExperienceStats:
         shaped_reward_mean: mean over sequences of the summed token rewards, what the advantages are made of: the shaped
             score, less β·KL where the penalty is in the reward.
         kl_reference: mean over sequences of the summed per-token k1 of old log-probs against the reference, nats; None
-            without a reference.
+            without a reference or old log-probs.
         advantage_mean: over tokens, before whitening.
         advantage_std: over tokens, before whitening.
         response_length_mean: tokens.
@@ -142,144 +87,118 @@ class ExperienceStats:
 
 @dataclass(frozen=True)
 class Experience:
-    """This rank's shards, in the order given, and the statistics of all ranks."""
+    """What the losses need of all shards of a rank, flat in their order, and the statistics of all ranks.
 
-    shards: list[ShardExperience]
-    stats: ExperienceStats
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """One shard as float64 tensors."""
+    Attributes:
+        lengths: `[B]` int64 response lengths.
+        ok: `[B]` bool, samples with a score.
+        weights: `[R]` loss weights, 0 for tokens of failed samples; see `token_weights`.
+        engine_logprobs: `[R]` as the engine gave them.
+        old_logprobs: `[R]` what the ratio is taken to; None where that is what the training pass itself computes.
+        reference_logprobs: `[R]`, or None.
+        advantages: `[R]`, whitened if so specified; 0 for failed samples.
+        values: `[R]` old values, or None.
+        returns: `[R]` targets of the critic, never whitened, or None without values; 0 for failed samples.
+        stats: of the step, over all ranks.
+    """
 
     lengths: torch.Tensor
     ok: torch.Tensor
-    ended: torch.Tensor
-    group_ids: torch.Tensor
-    scores: torch.Tensor
+    weights: torch.Tensor
     engine_logprobs: torch.Tensor
-    old_logprobs: torch.Tensor
+    old_logprobs: torch.Tensor | None
     reference_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
     values: torch.Tensor | None
+    returns: torch.Tensor | None
+    stats: ExperienceStats
 
-    @classmethod
-    def of(cls, shard: ExperienceShard) -> _Columns:
-        rollout = shard.rollout
-        engine_logprobs = _float64(rollout.logprobs)
-        return cls(
-            lengths=torch.tensor(rollout.response_lengths, dtype=torch.int64),
-            ok=torch.tensor(shard.rewards.ok),
-            ended=torch.tensor(rollout.finish_reasons == FINISH_STOP),
-            group_ids=torch.tensor(rollout.prompt_ids, dtype=torch.int64),
-            scores=_float64(shard.rewards.scores),
-            engine_logprobs=engine_logprobs,
-            old_logprobs=engine_logprobs if shard.policy is None else _float64(shard.policy.data),
-            reference_logprobs=None if shard.reference is None else _float64(shard.reference.data),
-            values=None if shard.values is None else _float64(shard.values.data),
+    def to(self, device: torch.device, dtype: torch.dtype) -> Experience:
+        """Tensors on a device, floating-point ones in a type."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(
+            self,
+            **{
+                name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+                for name, value in tensors.items()
+            },
         )
-
-    def token_mask(self, samples: torch.Tensor) -> torch.Tensor:
-        """`[R]` bool: tokens of the samples where `samples` (`[B]` bool) is true."""
-        return samples[segment_ids(self.lengths)]
-
-    def kl(self, estimator: KLEstimator) -> torch.Tensor:
-        """`[R]` nats against the reference; 0 without one and for failed samples."""
-        if self.reference_logprobs is None:
-            return torch.zeros_like(self.old_logprobs)
-        estimate = kl_estimate(self.old_logprobs, self.reference_logprobs, estimator)
-        return torch.where(self.token_mask(self.ok), estimate, 0.0)
-
-
-def _float64(array: NDArray[np.floating]) -> torch.Tensor:
-    # A copy: arrays out of the object store are read-only, which torch has no notion of.
-    return torch.tensor(array, dtype=torch.float64)
 
 
 def build_experience(
-    shards: list[ExperienceShard],
-    *,
-    spec: ExperienceSpec,
+    shards: Sequence[ExperienceShard],
+    algorithm: AlgorithmSettings,
     kl_coefficient: float,
     all_reduce: AllReduce = single_rank,
-    dtype: torch.dtype = torch.float32,
 ) -> Experience:
-    """Advantages, returns and statistics of one step.
+    """Advantages, returns and statistics of one step, in float64.
 
     Args:
-        shards: this rank's, with the same columns present in all of them and on all ranks. Samples of one prompt are in
-            one shard.
-        spec: how.
+        shards: this rank's, at least one, with the same columns present in all of them and on all ranks. Samples of one
+            prompt are in one shard.
+        algorithm: how.
         kl_coefficient: β of this step.
         all_reduce: sums over ranks; called twice.
-        dtype: of the resulting tensors. Everything before is computed in float64.
 
     Raises:
-        ValueError: a column is missing that the specification needs, or present in some shards only.
+        ValueError: a column is missing that the algorithm needs, or present in some shards only.
     """
-    _check_columns(shards, spec, kl_coefficient)
-    columns = [_Columns.of(shard) for shard in shards]
+    _check_columns(shards, algorithm, kl_coefficient)
+    rollouts = [shard.rollout for shard in shards]
+    lengths = _joined([rollout.response_lengths for rollout in rollouts], torch.int64)
+    group_ids = _joined([rollout.prompt_ids for rollout in rollouts], torch.int64)
+    ended = _joined([rollout.finish_reasons == FINISH_STOP for rollout in rollouts], torch.bool)
+    ok = _joined([shard.rewards.ok for shard in shards], torch.bool)
+    scores = _joined([shard.rewards.scores for shard in shards])
+    engine_logprobs = _joined([rollout.logprobs for rollout in rollouts])
+    reference_logprobs = _column([shard.reference for shard in shards])
+    values = _column([shard.values for shard in shards])
+    old_logprobs = _column([shard.policy for shard in shards])
+    if old_logprobs is None and algorithm.old_logprobs == "engine":
+        old_logprobs = engine_logprobs
+    counted = ok[segment_ids(lengths)]
 
-    score_moments = sum((Moments.of(each.scores, each.ok) for each in columns), Moments(0, 0, 0)).reduced(all_reduce)
+    def kl(estimator: Any) -> torch.Tensor:
+        """`[R]` nats against the reference; 0 where it is not known and for failed samples."""
+        if reference_logprobs is None or old_logprobs is None:
+            return torch.zeros_like(engine_logprobs)
+        return torch.where(counted, kl_estimate(old_logprobs, reference_logprobs, estimator), 0.0)
 
-    advantages: list[torch.Tensor] = []
-    returns: list[torch.Tensor | None] = []
-    informative: list[torch.Tensor] = []
-    advantage_moments = Moments(0, 0, 0)
-    sums = torch.zeros(6, dtype=torch.float64)
-    for each in columns:
-        shaped = shape_scores(
-            each.scores,
-            each.ok,
-            each.ended,
-            clip=spec.score_clip,
-            missing_eos_penalty=spec.missing_eos_penalty,
-            whiten_moments=score_moments if spec.reward_whiten else None,
-        )
-        coefficient = kl_coefficient if spec.kl_in_reward else 0.0
-        rewards = token_rewards(shaped, each.kl(spec.kl_estimator), each.lengths, coefficient)
-        shard_advantages, shard_returns, mask = _advantages(each, rewards, spec)
-        advantages.append(shard_advantages)
-        returns.append(shard_returns)
-        informative.append(mask)
-        advantage_moments += Moments.of(shard_advantages, mask)
-        sums += torch.stack(
-            [
-                torch.tensor(float(len(each.ok)), dtype=torch.float64),
-                each.ok.sum().double(),
-                each.lengths[each.ok].sum().double(),
-                (each.ok & ~each.ended).sum().double(),
-                rewards.sum(),
-                each.kl("k1").sum(),
-            ]
-        )
+    score_moments = Moments.of(scores, ok).reduced(all_reduce)
+    shaped = shape_scores(scores, ok, ended, algorithm, score_moments)
+    in_reward = kl_coefficient if algorithm.kl.placement == "reward" else 0.0
+    rewards = token_rewards(shaped, kl(algorithm.kl.estimator), lengths, in_reward)
+    if algorithm.advantage == "gae":
+        assert values is not None, "checked by _check_columns"
+        informative = counted
+        advantages, returns = gae(rewards, values, lengths, algorithm.gamma, algorithm.gae_lambda, counted)
+    else:
+        # A sample alone in its group has nothing to compare with: its advantage stays 0, and it is kept out of the
+        # whitening, which would give it the opposite of the mean.
+        informative, returns = comparable(group_ids, ok)[segment_ids(lengths)], None
+        compare = rloo if algorithm.advantage == "rloo" else grpo
+        advantages = compare(segment_sum(rewards, lengths), group_ids, ok)[segment_ids(lengths)]
 
-    local = torch.cat([sums, torch.tensor(advantage_moments.vector(), dtype=torch.float64)])
-    num_samples, num_valid, num_valid_tokens, truncated, reward_sum, kl_sum, *vector = all_reduce(local).tolist()
-    advantage_moments = Moments(*vector)
-    if spec.advantage_whiten:
-        advantages = [whiten(each, mask, advantage_moments) for each, mask in zip(advantages, informative, strict=True)]
+    sums = [len(ok), ok.sum(), lengths[ok].sum(), (ok & ~ended).sum(), rewards.sum(), kl("k1").sum()]
+    local = torch.tensor([*map(float, sums), *Moments.of(advantages, informative).vector()], dtype=torch.float64)
+    num_samples, num_valid, num_valid_tokens, truncated, reward_sum, kl_sum, *moments = all_reduce(local).tolist()
+    advantage_moments = Moments(*moments)
+    if algorithm.advantage_whiten:
+        advantages = whiten(advantages, informative, advantage_moments)
 
     def mean(total: float) -> float:
         return total / num_valid if num_valid else float("nan")
 
-    def typed(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
-
     return Experience(
-        shards=[
-            ShardExperience(
-                lengths=each.lengths,
-                ok=each.ok,
-                weights=token_weights(each.lengths, each.ok, spec.loss_aggregation).to(dtype),
-                old_logprobs=each.old_logprobs.to(dtype),
-                engine_logprobs=each.engine_logprobs.to(dtype),
-                reference_logprobs=typed(each.reference_logprobs),
-                advantages=shard_advantages.to(dtype),
-                values=typed(each.values),
-                returns=typed(shard_returns),
-            )
-            for each, shard_advantages, shard_returns in zip(columns, advantages, returns, strict=True)
-        ],
+        lengths=lengths,
+        ok=ok,
+        weights=token_weights(lengths, ok, algorithm.loss_aggregation),
+        engine_logprobs=engine_logprobs,
+        old_logprobs=old_logprobs,
+        reference_logprobs=reference_logprobs,
+        advantages=advantages,
+        values=values,
+        returns=returns,
         stats=ExperienceStats(
             num_samples=int(num_samples),
             num_valid=int(num_valid),
@@ -287,7 +206,7 @@ def build_experience(
             score_mean=score_moments.mean,
             score_std=score_moments.std,
             shaped_reward_mean=mean(reward_sum),
-            kl_reference=None if any(each.reference_logprobs is None for each in columns) else mean(kl_sum),
+            kl_reference=None if reference_logprobs is None or old_logprobs is None else mean(kl_sum),
             advantage_mean=advantage_moments.mean,
             advantage_std=advantage_moments.std,
             response_length_mean=mean(num_valid_tokens),
@@ -296,35 +215,24 @@ def build_experience(
     )
 
 
-def _advantages(
-    columns: _Columns, rewards: torch.Tensor, spec: ExperienceSpec
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """`[R]` advantages before whitening, `[R]` returns of the critic, `[R]` bool where there is an advantage at all.
-
-    A sample alone in its group has nothing to compare with: its advantage stays 0, and it is kept out of the whitening,
-    which would give it the opposite of the mean.
-    """
-    if spec.advantage == "gae":
-        assert columns.values is not None, "checked by _check_columns"
-        mask = columns.token_mask(columns.ok)
-        advantages, returns = gae(rewards, columns.values, columns.lengths, spec.gamma, spec.gae_lambda, mask)
-        return advantages, returns, mask
-    sequence_rewards = segment_sum(rewards, columns.lengths)
-    compare = rloo if spec.advantage == "rloo" else grpo
-    advantages = compare(sequence_rewards, columns.group_ids, columns.ok)[segment_ids(columns.lengths)]
-    return advantages, None, columns.token_mask(comparable(columns.group_ids, columns.ok))
+def _joined(arrays: Sequence[NDArray[Any]], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(np.concatenate(arrays), dtype=dtype)
 
 
-def _check_columns(shards: list[ExperienceShard], spec: ExperienceSpec, kl_coefficient: float) -> None:
-    if spec.advantage not in ("gae", "rloo", "grpo"):
-        raise ValueError(f"unknown advantage {spec.advantage!r}; one of gae, rloo, grpo")
+def _column(columns: Sequence[TokenColumn | None]) -> torch.Tensor | None:
+    present = [column.data for column in columns if column is not None]
+    return _joined(present) if present else None
+
+
+def _check_columns(shards: Sequence[ExperienceShard], algorithm: AlgorithmSettings, kl_coefficient: float) -> None:
+    needed = {
+        "values": algorithm.advantage == "gae",
+        "reference": kl_coefficient != 0,
+        "policy": algorithm.asks_old_logprobs,
+    }
     for index, shard in enumerate(shards):
-        if spec.advantage == "gae" and shard.values is None:
-            raise ValueError(f"shard {index} has no values, which gae needs")
-        if kl_coefficient != 0 and shard.reference is None:
-            raise ValueError(
-                f"shard {index} has no reference log-probs, which a KL coefficient of {kl_coefficient} needs"
-            )
-        for name in ("reference", "policy", "values"):
+        for name, is_needed in needed.items():
+            if is_needed and vars(shard)[name] is None:
+                raise ValueError(f"shard {index} has no {name} column, which the algorithm needs")
             if (vars(shard)[name] is None) != (vars(shards[0])[name] is None):
                 raise ValueError(f"shard {index} and shard 0 do not both have a {name} column")

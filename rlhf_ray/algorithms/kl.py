@@ -1,4 +1,4 @@
-"""The leash to the reference model: estimators of the KL divergence, and who sets the weight of the penalty."""
+"""KL penalty: estimators of the divergence from the reference model, and controllers of the penalty's weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from typing import Literal, Protocol
 
 import torch
+
+from rlhf_ray.config.settings import KLSettings
 
 KLEstimator = Literal["k1", "k2", "k3"]
 
@@ -19,6 +21,8 @@ def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estima
     The estimates are differentiable, but an unbiased value is not an unbiased gradient: on the policy's own samples the
     expected gradient of k1 is zero, that of k2 is the gradient of KL(policy || reference), that of k3 is the gradient
     of KL(reference || policy). As a term of the loss k1 therefore does nothing.
+
+    k3 grows like exp(−d) and is cut off at d = −20, beyond which it is constant: an infinity would make the loss NaN.
 
     Args:
         logprobs: `[R]` nats, under the policy.
@@ -34,6 +38,7 @@ def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estima
     if estimator == "k2":
         return 0.5 * difference.square()
     if estimator == "k3":
+        difference = difference.clamp(min=-20.0)
         # expm1 keeps the digits that exp(−d) − 1 would lose for small d, where most tokens are.
         return torch.expm1(-difference) + difference
     raise ValueError(f"unknown KL estimator {estimator!r}; one of k1, k2, k3")
@@ -105,12 +110,8 @@ class AdaptiveKLController:
         self.coefficient = state["coefficient"]
 
 
-def kl_controller(
-    controller: Literal["fixed", "adaptive"], coefficient: float, target: float, horizon: int
-) -> KLController:
-    """The controller of that name; `target` and `horizon` matter to the adaptive one only."""
-    if controller == "fixed":
-        return FixedKLController(coefficient)
-    if controller == "adaptive":
-        return AdaptiveKLController(coefficient, target, horizon)
-    raise ValueError(f"unknown KL controller {controller!r}; one of fixed, adaptive")
+def kl_controller(settings: KLSettings) -> KLController:
+    """The controller of a run."""
+    if settings.controller == "fixed":
+        return FixedKLController(settings.coefficient)
+    return AdaptiveKLController(settings.coefficient, settings.target, settings.horizon)

@@ -14,8 +14,12 @@ from typing import Literal
 import torch
 
 from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, single_rank
+from rlhf_ray.config.settings import AlgorithmSettings
 
-LossAggregation = Literal["token", "sequence"]
+MAX_LOG_RATIO = 20.0
+"""Ratios are taken as e^20 at the most (and e^-20 at the least), without gradient beyond: far outside of any clip, and
+far from what float32 can hold. An infinite ratio turns into NaN wherever it meets a 0, at the latest in the backward
+pass."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,17 @@ class ValueLoss:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How far two computations of the same log-probs are apart; adds up with `+`.
+    """How far two computations of the same log-probs are apart; float64 scalars.
 
     Attributes:
         kl_sum: sum of the k3 estimate of KL(engine || learner), nats.
         max_abs: largest |Δ log-prob|.
         ratio_sum: sum of exp|Δ log-prob|.
-        count: tokens.
     """
 
-    kl_sum: float
-    max_abs: float
-    ratio_sum: float
-    count: int
-
-    def __add__(self, other: Mismatch) -> Mismatch:
-        return Mismatch(
-            self.kl_sum + other.kl_sum,
-            max(self.max_abs, other.max_abs),
-            self.ratio_sum + other.ratio_sum,
-            self.count + other.count,
-        )
+    kl_sum: torch.Tensor
+    max_abs: torch.Tensor
+    ratio_sum: torch.Tensor
 
 
 def _counted(values: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
@@ -85,10 +79,7 @@ def policy_loss(
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
     weights: torch.Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None = None,
+    algorithm: AlgorithmSettings,
     importance_weights: torch.Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), `−min(r A, clip(r, 1 − low, 1 + high) A)` a token.
@@ -101,21 +92,20 @@ def policy_loss(
         old_logprobs: `[R]` under the policy that the ratio is taken to.
         advantages: `[R]`.
         weights: `[R]` from `token_weights`.
-        clip_low: the ratio is clipped below 1 − this.
-        clip_high: the ratio is clipped above 1 + this.
-        dual_clip: c, above 1; None: off.
+        algorithm: `clip_low`, `clip_high` and `dual_clip`.
         importance_weights: `[R]` from `truncated_importance_weights`, multiply the loss; None: 1.
     """
     active = weights != 0
     advantages = _counted(advantages, active)
-    log_ratio = _counted(logprobs, active) - _counted(old_logprobs, active)
+    distance = _counted(logprobs, active) - _counted(old_logprobs, active)
+    log_ratio = distance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantages * ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = torch.maximum(unclipped, clipped)
     is_clipped = clipped > unclipped
-    if dual_clip is not None:
-        bound = -advantages * dual_clip
+    if algorithm.dual_clip is not None:
+        bound = -advantages * algorithm.dual_clip
         is_bounded = (advantages < 0) & (loss > bound)
         loss = torch.where(is_bounded, bound, loss)
         is_clipped = is_clipped | is_bounded
@@ -130,7 +120,7 @@ def policy_loss(
         clip_fraction_sum=(weights * is_clipped).sum(),
         approx_kl_sum=(weights * approx_kl).sum(),
         ratio_sum=(weights * ratio).sum(),
-        max_abs_log_ratio=log_ratio.abs().max() if len(log_ratio) else log_ratio.new_zeros(()),
+        max_abs_log_ratio=distance.detach().abs().max() if len(distance) else distance.new_zeros(()),
     )
 
 
@@ -158,8 +148,8 @@ def value_loss(
     return ValueLoss((weights * 0.5 * torch.maximum(error, clipped_error)).sum(), (weights * is_clipped).sum())
 
 
-def token_weights(lengths: torch.Tensor, ok: torch.Tensor, aggregation: LossAggregation) -> torch.Tensor:
-    """Weights that turn a sum over tokens into the wanted mean, once it is divided by `loss_normalizer`.
+def token_weights(lengths: torch.Tensor, ok: torch.Tensor, aggregation: Literal["token", "sequence"]) -> torch.Tensor:
+    """Weights that turn a sum over tokens into the wanted mean, once it is divided by the sum of the weights.
 
     `token`: 1 each, so the result is the mean over all tokens. `sequence`: 1 / length, so it is the mean over
     sequences of each one's token mean.
@@ -179,19 +169,6 @@ def token_weights(lengths: torch.Tensor, ok: torch.Tensor, aggregation: LossAggr
     else:
         raise ValueError(f"unknown loss aggregation {aggregation!r}; one of token, sequence")
     return each[segment_ids(lengths)]
-
-
-def loss_normalizer(lengths: torch.Tensor, ok: torch.Tensor, aggregation: LossAggregation) -> float:
-    """What the sums of a minibatch are divided by: its valid tokens (`token`) or its valid sequences (`sequence`).
-
-    Sum it over the micro-batches and ranks of the minibatch and divide by the total. It equals the sum of
-    `token_weights`, without their rounding; 0 where no sample is valid, and then so is the loss.
-    """
-    if aggregation == "token":
-        return float(lengths[ok].sum())
-    if aggregation == "sequence":
-        return float(ok.sum())
-    raise ValueError(f"unknown loss aggregation {aggregation!r}; one of token, sequence")
 
 
 def explained_variance(
@@ -234,8 +211,7 @@ def mismatch(learner_logprobs: torch.Tensor, engine_logprobs: torch.Tensor) -> M
     log_ratio = learner_logprobs.detach().double() - engine_logprobs.detach().double()
     distance = log_ratio.abs()
     return Mismatch(
-        kl_sum=float((torch.expm1(log_ratio) - log_ratio).sum()),
-        max_abs=float(distance.max()) if len(distance) else 0.0,
-        ratio_sum=float(distance.exp().sum()),
-        count=len(distance),
+        kl_sum=(torch.expm1(log_ratio) - log_ratio).sum(),
+        max_abs=distance.max() if len(distance) else distance.new_zeros(()),
+        ratio_sum=distance.exp().sum(),
     )

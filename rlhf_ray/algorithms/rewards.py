@@ -10,16 +10,15 @@ import torch
 
 from rlhf_ray.algorithms.advantages import whiten
 from rlhf_ray.algorithms.segments import Moments, last_index
+from rlhf_ray.config.settings import AlgorithmSettings
 
 
 def shape_scores(
     scores: torch.Tensor,
     ok: torch.Tensor,
     ended: torch.Tensor,
-    *,
-    clip: float | None,
-    missing_eos_penalty: float,
-    whiten_moments: Moments | None = None,
+    algorithm: AlgorithmSettings,
+    moments: Moments,
 ) -> torch.Tensor:
     """Shaped scores, in this order: whitening, clip, penalty.
 
@@ -30,17 +29,16 @@ def shape_scores(
         scores: `[B]`; anything where not `ok`.
         ok: `[B]` bool, true where there is a score.
         ended: `[B]` bool, true where the response ended by itself.
-        clip: scores are clipped to ± this; None: off.
-        missing_eos_penalty: subtracted where not `ended`.
-        whiten_moments: of the valid scores on all ranks; None: no whitening.
+        algorithm: `reward_whiten`, `score_clip` and `missing_eos_penalty`.
+        moments: of the valid scores on all ranks.
 
     Returns:
         `[B]`, 0 where not `ok`.
     """
-    shaped = scores if whiten_moments is None else whiten(scores, ok, whiten_moments)
-    if clip is not None:
-        shaped = shaped.clamp(-clip, clip)
-    shaped = torch.where(ended, shaped, shaped - missing_eos_penalty)
+    shaped = whiten(scores, ok, moments) if algorithm.reward_whiten else scores
+    if algorithm.score_clip is not None:
+        shaped = shaped.clamp(-algorithm.score_clip, algorithm.score_clip)
+    shaped = torch.where(ended, shaped, shaped - algorithm.missing_eos_penalty)
     return torch.where(ok, shaped, 0.0)
 
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+
+from rlhf_ray.config.settings import LearnerSettings
 
 
-def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    warmup_steps: int,
-    total_steps: int,
-    schedule: Literal["constant", "linear", "cosine"],
-    min_lr_ratio: float,
-) -> float:
+def learning_rate(step: int, settings: LearnerSettings, total_steps: int) -> float:
     """Learning rate of one optimizer step: a linear warm-up, then the schedule.
 
     The first of w warm-up steps takes `peak / w`, the last one `peak`. After it `linear` and `cosine` (Loshchilov &
@@ -23,19 +16,14 @@ def learning_rate(
 
     Args:
         step: optimizer steps already made; 0 for the first.
-        peak: rate at the top.
-        warmup_steps: 0 starts at the peak.
+        settings: `learning_rate` (the peak), `warmup_steps`, `lr_schedule` and `min_lr_ratio`.
         total_steps: length of the run, warm-up included.
-        schedule: shape after the warm-up.
-        min_lr_ratio: where the schedule ends, as a share of the peak.
     """
+    peak, warmup_steps, ratio = settings.learning_rate, settings.warmup_steps, settings.min_lr_ratio
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
-    if schedule == "constant":
+    if settings.lr_schedule == "constant":
         return peak
-    if schedule == "linear":
-        return peak * (1 - (1 - min_lr_ratio) * progress)
-    if schedule == "cosine":
-        return peak * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
-    raise ValueError(f"unknown schedule {schedule!r}; one of constant, linear, cosine")
+    falling = 1 - progress if settings.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (ratio + (1 - ratio) * falling)

@@ -27,11 +27,6 @@ def segment_sum(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
-def segment_mean(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`[B]` mean of `values` (`[R]`) over the tokens of each sample."""
-    return segment_sum(values, lengths) / lengths
-
-
 def last_index(lengths: torch.Tensor) -> torch.Tensor:
     """`[B]` int64: where each sample's last token is in the flat data."""
     return torch.cumsum(lengths, 0) - 1

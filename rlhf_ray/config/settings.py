@@ -379,7 +379,15 @@ class AlgorithmSettings(Settings):
         None, description="Lower bound of the loss for negative advantages (Ye et al. 2020); empty: off."
     )
     value_clip: PositiveFloat | None = Field(
-        0.2, description="Values are clipped to ± this around the old ones; empty: off."
+        None,
+        description="Clip values to ± this around the old ones in the value loss; empty: off. It limits how far a "
+        "critic moves in one step, whatever the scale of the rewards: one that starts at 0 then needs (return / "
+        "clip) steps to reach the returns.",
+    )
+    critic_warmup_steps: NonNegativeInt = Field(
+        0,
+        description="First steps in which only the critic is trained. The policy is measured but not updated, so that "
+        "its first updates do not follow the advantages of a critic that knows nothing.",
     )
     entropy_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
     reward_whiten: bool = Field(False, description="Standardise the scores of a step before shaping.")
@@ -405,6 +413,16 @@ class AlgorithmSettings(Settings):
         "the mismatch between engine and learner (Yao et al. 2025); empty: off.",
     )
     kl: KLSettings = Field(default_factory=KLSettings, description="The leash to the reference model.")
+
+    @property
+    def asks_old_logprobs(self) -> bool:
+        """Whether the policy learner computes its log-probs before it trains.
+
+        With one update a step its training pass computes the same; only a KL penalty in the reward needs them earlier.
+        """
+        one_update = self.epochs == 1 and self.minibatches == 1
+        kl_in_reward = self.kl.placement == "reward" and self.kl.coefficient > 0
+        return self.old_logprobs == "learner" and (kl_in_reward or not one_update)
 
 
 class WeightSettings(Settings):
@@ -503,6 +521,8 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"critic: algorithm.advantage is '{algorithm.advantage}', which has no critic; remove the section"
             )
+        if algorithm.advantage != "gae" and algorithm.critic_warmup_steps:
+            raise ValueError(f"algorithm.critic_warmup_steps: '{algorithm.advantage}' has no critic to warm up")
         if algorithm.advantage != "gae" and sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"sampling.samples_per_prompt: '{algorithm.advantage}' compares the samples of a prompt; at least 2"

@@ -110,21 +110,44 @@ def pack(
     )
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequences, longest first, into packs of at most `max_tokens` (a longer one is alone).
+def micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Split sequences, longest first, into packs of about equally many tokens, at most `max_tokens` (a longer one is
+    alone). Sequences of like length share a pack, so laying a pack out as a padded batch wastes little.
 
-    Sequences of like length share a pack, so laying a pack out as a padded batch wastes little.
+    Args:
+        at_least: packs, where there are so many sequences.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    packs: list[list[int]] = []
+    ordered = [lengths[index] for index in order]
+    count = max(len(_cut(ordered, max_tokens)), min(at_least, len(order)))
+    # The smallest limit that needs no more packs; a limit of 1 gives each sequence its own.
+    low, high = 1, max([max_tokens, *ordered[:1]])
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(ordered, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    ends = _cut(ordered, low)
+    while len(ends) < count:
+        # Equal lengths can make the number of packs jump; halving the packs with most sequences fills it up.
+        starts = [0, *ends[:-1]]
+        widest = max(range(len(ends)), key=lambda pack: (ends[pack] - starts[pack], -pack))
+        ends.insert(widest, (starts[widest] + ends[widest]) // 2)
+    return [order[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _cut(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Where packs end that take sequences in this order while there is room."""
+    ends: list[int] = []
     room = 0
-    for index in order:
-        if not packs or lengths[index] > room:
-            packs.append([])
+    for index, length in enumerate(lengths):
+        if not ends or length > room:
+            ends.append(index)
             room = max_tokens
-        packs[-1].append(index)
-        room -= lengths[index]
-    return packs
+        room -= length
+        ends[-1] = index + 1
+    return ends
 
 
 class RolloutRows:
@@ -164,9 +187,9 @@ class RolloutRows:
         samples = self.samples_of(rollout)
         return slice(int(self.column_starts[samples.start]), int(self.column_starts[samples.stop]))
 
-    def pack(self, samples: Sequence[int], max_tokens: int) -> list[PackedBatch]:
-        """Packs of the chosen samples; every response token is predicted."""
-        groups = micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens)
+    def pack(self, samples: Sequence[int], max_tokens: int, at_least: int = 1) -> list[PackedBatch]:
+        """Packs of the chosen samples, cut as by `micro_batches`; every response token is predicted."""
+        groups = micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens, at_least)
         return [
             pack(
                 [self._sequences[samples[i]] for i in group],

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from rlhf_ray.models.packing import PackedBatch
-
-Entropy = Literal["none", "measured", "differentiable"]
-"""Whether a forward pass gives the entropy too, and with its gradient (another pass over the vocabulary)."""
+from rlhf_ray.models.token_loss import ChunkedHead, Objective
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that gives log-probabilities of the tokens that were sampled.
+    """A causal language model that gives log-probabilities of the tokens that were sampled, and a loss of them.
 
     Args:
         language_model: any `AutoModelForCausalLM`.
         temperature: logits are divided by it, as the engine did when it sampled.
+        float32_logits: compute the output projection in float32 whatever the type of the weights.
     """
 
-    def __init__(self, language_model: Any, temperature: float = 1.0) -> None:
+    def __init__(self, language_model: Any, temperature: float = 1.0, float32_logits: bool = True) -> None:
         super().__init__()
         self.language_model = language_model
-        self.temperature = temperature
+        self._head = ChunkedHead(language_model, temperature, float32_logits)
 
-    def forward(self, batch: PackedBatch, entropy: Entropy = "none") -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Log-probabilities of `batch.targets`, and the entropy of the distributions they were drawn from.
+    def forward(self, batch: PackedBatch, objective: Objective | None = None) -> Any:
+        """Log-probabilities of `batch.targets`, or an objective of them.
 
         Only the predicted positions reach the output projection, whose cost grows with the vocabulary.
 
         Returns:
-            `[R]` float32 log-probs in nats, `[R]` float32 entropies in nats (or nothing).
+            Without an objective, `[R]` float32 log-probs in nats, without gradient. With one, `(loss, logprobs,
+            entropies)`: the objective's sum over the tokens, which alone carries a gradient, and `[R]` float32 each.
         """
-        outputs = self.language_model(**batch.model_inputs(), logits_to_keep=batch.predict_at)
-        return logprobs_of(outputs.logits[0], batch.targets, self.temperature, entropy)
+        inputs = {**batch.model_inputs(), "logits_to_keep": batch.predict_at}
+        return self._head(self.language_model, inputs, batch.targets, objective)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Log-probs at another temperature than the sampling's, for the length of a block."""
+        usual = self._head.transform
+        self._head.transform = replace(usual, temperature=temperature)
+        try:
+            yield
+        finally:
+            self._head.transform = usual
 
 
 class ValueHead(nn.Linear):
@@ -67,26 +78,6 @@ class CriticModel(nn.Module):
         return self.value_head(hidden[0, batch.predict_at])[:, 0]
 
 
-def logprobs_of(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy: Entropy
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-softmax in float32 at a temperature, gathered at the targets.
-
-    Args:
-        logits: `[R, V]` in any float type.
-        targets: `[R]`.
-    """
-    scaled = logits.float()
-    if temperature != 1.0:
-        scaled = scaled / temperature
-    log_distribution = torch.log_softmax(scaled, dim=-1)
-    logprobs = log_distribution.gather(-1, targets[:, None])[:, 0]
-    if entropy == "none":
-        return logprobs, None
-    with torch.set_grad_enabled(entropy == "differentiable" and torch.is_grad_enabled()):
-        return logprobs, -(log_distribution.exp() * log_distribution).sum(-1)
-
-
 def load_policy_model(
     model: str, *, dtype: str, attention: str, temperature: float, float32_logits: bool
 ) -> PolicyModel:
@@ -101,19 +92,7 @@ def load_policy_model(
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
     _remove_noise(loaded)
-    if float32_logits and dtype != "float32":
-        _project_in_float32(loaded.get_output_embeddings())
-    return PolicyModel(loaded, temperature)
-
-
-def _project_in_float32(projection: nn.Linear) -> None:
-    """Let a linear layer compute in float32 while its weights stay as they are (hooks on the layer still act)."""
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        bias = None if projection.bias is None else projection.bias.float()
-        return nn.functional.linear(hidden.float(), projection.weight.float(), bias)
-
-    projection.forward = forward
+    return PolicyModel(loaded, temperature, float32_logits)
 
 
 def load_critic_model(model: str, *, dtype: str, attention: str) -> CriticModel:

@@ -70,8 +70,7 @@ class PPO:
     def __init__(self, config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> None:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._timeout_s = config.cluster.call_timeout_s
-        kl = config.algorithm.kl
-        self._kl = kl_controller(kl.controller, kl.coefficient, kl.target, kl.horizon)
+        self._kl = kl_controller(config.algorithm.kl)
         self._state = LoopState(learners=learner_shapes(config))
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
         prompts = [prompt.token_ids for prompt in inputs.prompts]

@@ -26,7 +26,7 @@ class LoopState:
     samples: int = 0
     tokens: int = 0
     kl_controller: dict[str, float] = field(default_factory=dict)
-    learners: dict[str, int | None] = field(default_factory=dict)
+    learners: dict[str, int | str | None] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:
         """One more step is done."""
@@ -35,15 +35,16 @@ class LoopState:
         self.tokens += tokens
 
 
-def learner_shapes(config: PPOConfig) -> dict[str, int | None]:
+def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
     """The settings, by their keys, that a learner's checkpoint must be read with as it was written.
 
-    Every rank keeps its own slice of the optimizer's state, and how it is sliced depends on them.
+    Every rank keeps its own slice of the optimizer's state, and which files it is in and how it is sliced depends on
+    them.
     """
     learners = {"policy.learner": config.policy.learner}
     if config.critic is not None:
         learners["critic.learner"] = config.critic.learner
-    names = ("replicas", "zero_stage", "trainable_top_layers")
+    names = ("replicas", "zero_stage", "trainable_top_layers", "dtype")
     return {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
 
 
@@ -51,7 +52,7 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     """See that the learners can read the run's latest checkpoint, before any of them is started.
 
     Raises:
-        BadInput: it was written by another number of ranks, at another ZeRO stage, or without a critic.
+        BadInput: it was written with other settings of those, or without a critic.
     """
     latest = folder.latest_checkpoint()
     if latest is None:
@@ -60,7 +61,8 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     written = read_state(path, LoopState).learners
     for key, now in learner_shapes(config).items() if written else ():
         before = written.get(key, "no such learner")
-        if before != now:
+        # What `auto` is becomes known on the learner's node.
+        if before != now and "auto" not in (before, now):
             raise BadInput(
                 key,
                 f"{_shown(now)}, but the checkpoint of step {step} was written with {_shown(before)}",

@@ -42,6 +42,11 @@ class StepReport:
     learning_rate: float
 
 
+def mean_grad_norm(updates: Sequence[StepReport]) -> float:
+    """Over the updates of one step."""
+    return sum(update.grad_norm for update in updates) / len(updates)
+
+
 def join_group(rank: Rank, on_gpu: bool) -> None:
     """Join the learner's process group (`nccl` on GPUs, `gloo` on CPUs), once a process."""
     os.environ.update(
@@ -85,8 +90,9 @@ class DeepSpeedEngine:
         self._settings = settings
         self._total_steps = total_steps
         self.steps_done = 0
-        configuration = deepspeed_configuration(settings, dtype)
-        if settings.zero_stage == 3:
+        configuration = deepspeed_configuration(settings, dtype, rank.world_size)
+        self._zero_stage = int(configuration["zero_optimization"]["stage"])
+        if self._zero_stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
             # transformers partitions while it loads as long as this object is alive.
@@ -120,12 +126,23 @@ class DeepSpeedEngine:
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a float64 vector over the ranks, in rank order whatever their timing."""
+        return self._of_all_ranks(values).sum(0)
+
+    def all_max(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest of each entry of a float64 vector over the ranks."""
+        return self._of_all_ranks(values).amax(0)
+
+    def most(self, count: int) -> int:
+        """The largest count of any rank."""
+        return int(self.all_max(torch.tensor([count], dtype=torch.float64))[0])
+
+    def _of_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
         if self.rank.world_size == 1:
-            return values
+            return values[None]
         local = values.to(self.device, torch.float64)
         parts = [torch.empty_like(local) for _ in range(self.rank.world_size)]
         dist.all_gather(parts, local)
-        return torch.stack(parts).sum(0).to(values.device)
+        return torch.stack(parts).to(values.device)
 
     def optimizer_step(self, batches: Sequence[Batch], loss: Callable[[Batch, bool], torch.Tensor]) -> StepReport:
         """Forward and backward over this rank's micro-batches, then one step.
@@ -136,56 +153,50 @@ class DeepSpeedEngine:
                 normaliser of the whole minibatch over all ranks. The second argument is false where a rank that has run
                 out goes along with a micro-batch it has had: the loss is dropped, and nothing may be counted again.
         """
-        rate = learning_rate(
-            self.steps_done,
-            peak=self._settings.learning_rate,
-            warmup_steps=self._settings.warmup_steps,
-            total_steps=self._total_steps,
-            schedule=self._settings.lr_schedule,
-            min_lr_ratio=self._settings.min_lr_ratio,
-        )
+        rate = learning_rate(self.steps_done, self._settings, self._total_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._engine.train()
-        rounds = self._common_rounds(len(batches))
-        for index in range(rounds):
-            real = index < len(batches)
-            value = loss(batches[index] if real else batches[-1], real)
+        rounds = list(self._common_rounds(batches))
+        for index, (batch, real) in enumerate(rounds):
             # DeepSpeed averages over ranks, ours is a sum; a rank that has run out joins in with nothing.
-            value = value * (self.rank.world_size if real else 0.0)
-            self._engine.set_gradient_accumulation_boundary(index == rounds - 1)
+            value = loss(batch, real) * (self.rank.world_size if real else 0.0)
+            self._engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
             self._engine.backward(value)
-        # Without ZeRO and mixed precision, DeepSpeed clips but does not say what the norm was.
-        plain = torch.nn.utils.get_total_norm(self._gradients()) if self._settings.zero_stage == 0 else None
+        norm = None
+        if self._zero_stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not say what the norm was; a second look would cost as much again.
+            norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self._settings.max_grad_norm)
         self._engine.step()
         self.steps_done += 1
-        norm = self._engine.get_global_grad_norm()
-        norm = plain if norm is None else norm
         if norm is None:
-            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._settings.zero_stage}")
+            norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._zero_stage}")
         return StepReport(grad_norm=float(norm), learning_rate=rate)
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [parameter.grad for parameter in self.unwrapped.parameters() if parameter.grad is not None]
+    def measure(self, batches: Sequence[Batch], loss: Callable[[Batch, bool], torch.Tensor]) -> StepReport:
+        """The same passes without gradients and without a step: only what the loss measures comes of it."""
+        self._engine.eval()
+        with torch.no_grad():
+            for batch, real in self._common_rounds(batches):
+                loss(batch, real)
+        return StepReport(grad_norm=0.0, learning_rate=0.0)
 
     def forward_each(self, batches: Sequence[Batch], forward: Callable[[Batch], Result]) -> list[Result]:
         """Results of a forward pass over this rank's batches, without gradients."""
         self._engine.eval()
         with torch.no_grad():
-            results = [forward(batch) for batch in batches]
-            for _ in range(self._common_rounds(len(batches)) - len(batches)):
-                forward(batches[-1])
-        return results
+            results = [forward(batch) for batch, _ in self._common_rounds(batches)]
+        return results[: len(batches)]
 
-    def _common_rounds(self, own: int) -> int:
-        """The most micro-batches any rank has: ZeRO's collectives need as many passes on each."""
-        if own == 0:
+    def _common_rounds(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
+        """Each batch, and the last one again, marked as not real, until all ranks have had as many: ZeRO's collectives
+        need as many passes on each."""
+        if not batches:
             raise ValueError("a learner rank needs at least one sample in every minibatch")
-        if self.rank.world_size == 1:
-            return own
-        rounds = torch.tensor([own], device=self.device)
-        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-        return int(rounds.item())
+        for index in range(self.most(len(batches))):
+            yield batches[min(index, len(batches) - 1)], index < len(batches)
 
     def full_weights(self, strip: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight in full and in the compute type, under its Hugging Face name.
@@ -228,21 +239,40 @@ class DeepSpeedEngine:
             part.save_pretrained(folder, state_dict=state)
 
 
-def deepspeed_configuration(settings: LearnerSettings, dtype: str) -> dict[str, Any]:
+def deepspeed_configuration(settings: LearnerSettings, dtype: str, world_size: int) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation and batch sizes are ours, so it is told of one."""
+    stage = _effective_stage(settings, dtype, world_size)
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        # Without ZeRO the engine above clips, because DeepSpeed would not tell the norm.
+        "gradient_clipping": settings.max_grad_norm if stage else 0.0,
+        "zero_optimization": {"stage": stage},
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_allow_untested_optimizer": True,
-        # Or an offloaded optimizer would have to be DeepSpeed's own, which is compiled on the machine. torch's fused
-        # AdamW steps on the CPU as well.
+        # Offloading would otherwise insist on an optimizer that has to be compiled first.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
     }
+    if dtype == "bfloat16":
+        # DeepSpeed's default is the compute type: 8 bits of sum, in which the many small gradients of a minibatch
+        # vanish beside one large one.
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+        configuration["communication_data_type"] = "fp32"
     return _merged(configuration, settings.deepspeed)
+
+
+def _effective_stage(settings: LearnerSettings, dtype: str, world_size: int) -> int:
+    """The ZeRO stage that does what the settings ask for.
+
+    DeepSpeed has no bfloat16 training without ZeRO that accumulates in float32; stage 1 gives the same result. On one
+    rank in float32 there is nothing to shard: stages 1 and 2 would only keep a second copy of weights and gradients.
+    """
+    if settings.zero_stage == 0 and dtype == "bfloat16":
+        return 1
+    if settings.zero_stage in (1, 2) and dtype == "float32" and world_size == 1:
+        return 0 if "zero_optimization" not in settings.deepspeed else settings.zero_stage
+    return settings.zero_stage
 
 
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

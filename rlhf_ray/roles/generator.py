@@ -191,14 +191,11 @@ class Generator:
             # other weights, leaves no trace in its arithmetic.
             self._calls += 1
             salt = f"{version}:{self._calls}"
-            requests = [
-                self._engine.llm_engine.add_request(
-                    f"{self._calls}-{index}",
-                    TokensPrompt(prompt_token_ids=plan.prompts[index // count].tolist(), cache_salt=salt),
-                    each,
-                )
-                for index, each in enumerate(sampling)
-            ]
+            # Outputs bear these names; those that `add_request` gives back are the engine's internal ones.
+            requests = [f"{self._calls}-{index}" for index in range(len(sampling))]
+            for index, (request, each) in enumerate(zip(requests, sampling, strict=True)):
+                ids = plan.prompts[index // count].tolist()
+                self._engine.llm_engine.add_request(request, TokensPrompt(prompt_token_ids=ids, cache_salt=salt), each)
         outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []

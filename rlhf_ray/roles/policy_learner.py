@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.experience import ExperienceShard, ExperienceSpec, ExperienceStats
-from rlhf_ray.algorithms.kl import KLEstimator, kl_estimate
-from rlhf_ray.algorithms.losses import Mismatch, mismatch, policy_loss, truncated_importance_weights
-from rlhf_ray.config.settings import PolicySettings
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceStats, build_experience
+from rlhf_ray.algorithms.kl import kl_estimate
+from rlhf_ray.algorithms.losses import mismatch, policy_loss, truncated_importance_weights
+from rlhf_ray.config.settings import AlgorithmSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
-from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
+from rlhf_ray.models.packing import PackedBatch, RolloutRows, micro_batches, pack
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
-from rlhf_ray.roles.learner import Meter, TrainSpec, checkpoint_folder, minibatches, read_step, token_columns
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
+from rlhf_ray.roles.learner import Meter, balanced_packs, checkpoint_folder, minibatches, token_column, total_weight
 from rlhf_ray.roles.policy_weights import PolicyWeights
 from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn
 
 _PREFIX = "language_model."
-
-
-@dataclass(frozen=True)
-class PolicyLossSpec:
-    """The policy's loss."""
-
-    clip_low: float
-    clip_high: float
-    dual_clip: float | None
-    entropy_coefficient: float
-    importance_cap: float | None
-    kl_in_loss: bool
-    kl_estimator: KLEstimator
+_SUMS = (
+    *("loss", "entropy", "clip", "approx_kl", "ratio", "weight", "importance"),
+    *("kl_reference", "mismatch_kl", "mismatch_ratio", "tokens"),
+)
+_MAXIMA = ("max_abs_log_ratio", "mismatch_max_abs")
 
 
 @dataclass(frozen=True)
@@ -81,15 +74,27 @@ class PolicyLearner:
 
     Args:
         settings: model and training.
+        algorithm: of the run; supervised training has no use for it.
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
         temperature: of the sampling, 1 for supervised training.
+        seed: keys the minibatches.
     """
 
-    def __init__(self, settings: PolicySettings, rank: Rank, total_steps: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        settings: PolicySettings,
+        algorithm: AlgorithmSettings,
+        rank: Rank,
+        *,
+        total_steps: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
         self._dtype = resolve_dtype(learner.dtype, on_gpu)
+        self._algorithm, self._seed = algorithm, seed
         self._micro_batch_tokens = learner.micro_batch_tokens
         self._model = settings.model
 
@@ -107,135 +112,82 @@ class PolicyLearner:
         self._engine = DeepSpeedEngine(build, learner, rank, self._dtype, total_steps)
         self._weights = PolicyWeights(self._engine, self._engine.unwrapped.language_model)
 
-    def logprobs(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
-        """The policy's log-probs of every response token, as the learner computes them now."""
-        return token_columns(
-            self._engine, rollouts, self._micro_batch_tokens, lambda batch: self._engine.module(batch)[0]
-        )
+    def logprobs(self, rollout: Rollout) -> TokenColumn:
+        """Log-probs of every response token of this rank's shard, as the learner computes them now."""
+        return token_column(self._engine, rollout, self._micro_batch_tokens, self._engine.module)
 
-    def train(
-        self,
-        step: int,
-        shards: Sequence[ExperienceShard],
-        experience: ExperienceSpec,
-        spec: TrainSpec,
-        loss_spec: PolicyLossSpec,
-        kl_coefficient: float,
-    ) -> PolicyReport:
+    def train(self, step: int, shards: Sequence[ExperienceShard], kl_coefficient: float) -> PolicyReport:
         """All epochs and minibatches of one step.
 
         Args:
             step: keys the minibatches.
-            shards: this rank's rows and columns; `policy` columns make the ratio exact.
+            shards: this rank's rows and columns.
             kl_coefficient: β.
         """
-        engine = self._engine
-        data = read_step(shards, experience, kl_coefficient, engine)
-        importance = None
-        own_logprobs = all(shard.policy is not None for shard in shards)
-        apart = mismatch(data.old_logprobs, data.engine_logprobs) if own_logprobs else Mismatch(0.0, 0.0, 0.0, 0)
-        if own_logprobs and loss_spec.importance_cap is not None:
-            importance = truncated_importance_weights(data.old_logprobs, data.engine_logprobs, loss_spec.importance_cap)
-        meter = Meter(("loss", "entropy", "clip", "approx_kl", "ratio", "weight", "importance"))
-        first: dict[str, float] | None = None
-        norms: list[float] = []
-        rate = 0.0
-        for packs in minibatches(data, shards, spec, step):
-            normalizer = self._normalizer([data.weights[pack.columns] for pack in packs])
-            before_update = first is None
-
-            def loss(
-                batch: PackedBatch, counts: bool, normalizer: float = normalizer, measure: bool = before_update
-            ) -> torch.Tensor:
-                nonlocal apart
-                batch = batch.to(engine.device)
-                at = batch.columns
-                logprobs, entropy = engine.module(
-                    batch, "differentiable" if loss_spec.entropy_coefficient else "measured"
-                )
-                weights = data.weights[at]
-                parts = policy_loss(
-                    logprobs,
-                    data.old_logprobs[at],
-                    data.advantages[at],
-                    weights,
-                    clip_low=loss_spec.clip_low,
-                    clip_high=loss_spec.clip_high,
-                    dual_clip=loss_spec.dual_clip,
-                    importance_weights=None if importance is None else importance[at],
-                )
-                entropy_sum = torch.where(weights != 0, weights * entropy, 0.0).sum()
-                total = parts.loss_sum - loss_spec.entropy_coefficient * entropy_sum
-                if loss_spec.kl_in_loss and data.reference_logprobs is not None:
-                    penalty = kl_estimate(logprobs, data.reference_logprobs[at], loss_spec.kl_estimator)
-                    total = total + kl_coefficient * torch.where(weights != 0, weights * penalty, 0.0).sum()
-                if not counts:
-                    return total / normalizer
-                if measure and not own_logprobs:
-                    apart = apart + mismatch(logprobs, data.engine_logprobs[at])
-                meter.add(
-                    loss=parts.loss_sum.detach(),
-                    entropy=entropy_sum.detach(),
-                    clip=parts.clip_fraction_sum,
-                    approx_kl=parts.approx_kl_sum,
-                    ratio=parts.ratio_sum,
-                    weight=weights.sum(),
-                    importance=weights.sum() if importance is None else (weights * importance[at]).sum(),
-                )
-                meter.maximum = max(meter.maximum, float(parts.max_abs_log_ratio))
-                return total / normalizer
-
-            report = engine.optimizer_step(packs, loss)
-            norms.append(report.grad_norm)
-            rate = report.learning_rate
-            if first is None:
-                first = meter.total(engine)
-        total = meter.total(engine)
-        assert first is not None, "there is at least one minibatch"
-        weight = total["weight"] or 1.0
-        sums = engine.all_reduce(torch.tensor([apart.kl_sum, apart.ratio_sum, apart.count], dtype=torch.float64))
-        apart_kl, apart_ratio, apart_count = sums.tolist()
+        engine, algorithm = self._engine, self._algorithm
+        rollouts = [shard.rollout for shard in shards]
+        rows = RolloutRows(rollouts)
+        experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
+        experience = experience.to(engine.device, torch.float32)
+        run = engine.measure if step < algorithm.critic_warmup_steps else engine.optimizer_step
+        meter = Meter(engine, _SUMS, _MAXIMA)
+        before_update: dict[str, float] = {}
+        updates: list[StepReport] = []
+        for samples in minibatches(rows, rollouts, algorithm, self._seed, step):
+            packs = balanced_packs(rows, samples, self._micro_batch_tokens, engine)
+            normalizer = total_weight(experience.weights, packs, engine)
+            loss = _MinibatchLoss(engine, algorithm, experience, kl_coefficient, normalizer, meter)
+            updates.append(run(packs, loss))
+            before_update = before_update or meter.total()
+        total = meter.total()
+        # The engine's log-probs are not the learner's own: those are only computed with the old weights at first.
+        apart = before_update if algorithm.old_logprobs == "engine" else total
+        weight, first_weight = total["weight"] or 1.0, before_update["weight"] or 1.0
         return PolicyReport(
-            stats=data.experience.stats,
+            stats=_with_own_kl(experience, total["kl_reference"]),
             loss=total["loss"] / weight,
             entropy=total["entropy"] / weight,
             clip_fraction=total["clip"] / weight,
             approx_kl=total["approx_kl"] / weight,
-            max_abs_log_ratio=self._maximum(meter.maximum),
-            grad_norm=sum(norms) / len(norms),
-            learning_rate=rate,
+            max_abs_log_ratio=total["max_abs_log_ratio"],
+            grad_norm=mean_grad_norm(updates),
+            learning_rate=updates[-1].learning_rate,
             importance_weight_mean=total["importance"] / weight,
-            first_approx_kl=first["approx_kl"] / (first["weight"] or 1.0),
-            first_ratio_error=abs(first["ratio"] - first["weight"]) / (first["weight"] or 1.0),
-            mismatch_kl=apart_kl / max(apart_count, 1),
-            mismatch_max_abs=self._maximum(apart.max_abs),
-            mismatch_mean_ratio=apart_ratio / max(apart_count, 1),
+            first_approx_kl=before_update["approx_kl"] / first_weight,
+            first_ratio_error=abs(before_update["ratio"] - before_update["weight"]) / first_weight,
+            mismatch_kl=apart["mismatch_kl"] / apart["tokens"],
+            mismatch_max_abs=apart["mismatch_max_abs"],
+            mismatch_mean_ratio=apart["mismatch_ratio"] / apart["tokens"],
         )
 
     def train_text(self, examples: Sequence[TextExample]) -> TextReport:
         """One supervised step on this rank's rows: mean negative log-likelihood of the learned tokens of all ranks."""
         engine = self._engine
-        groups = micro_batches([len(example.token_ids) for example in examples], self._micro_batch_tokens)
+        lengths = [len(example.token_ids) for example in examples]
+        fewest = len(micro_batches(lengths, self._micro_batch_tokens))
+        groups = micro_batches(lengths, self._micro_batch_tokens, engine.most(fewest))
         packs = [
             pack([examples[i].token_ids for i in group], [examples[i].learn_from for i in group]) for group in groups
         ]
         tokens = sum(len(each.targets) for each in packs)
-        all_tokens = float(engine.all_reduce(torch.tensor([tokens], dtype=torch.float64))[0])
-        meter = Meter(("loss",))
-
-        def loss(batch: PackedBatch, counts: bool) -> torch.Tensor:
-            logprobs, _ = engine.module(batch.to(engine.device))
-            if counts:
-                meter.add(loss=-logprobs.detach().sum())
-            return -logprobs.sum() / all_tokens
-
-        report = engine.optimizer_step(packs, loss)
+        [all_tokens] = engine.all_reduce(torch.tensor([tokens], dtype=torch.float64)).tolist()
+        meter = Meter(engine, ("loss",))
+        report = engine.optimizer_step(packs, partial(self._text_loss, meter, all_tokens))
         return TextReport(
-            loss=meter.total(engine)["loss"] / all_tokens,
+            loss=meter.total()["loss"],
             tokens=int(all_tokens),
             grad_norm=report.grad_norm,
             learning_rate=report.learning_rate,
         )
+
+    def _text_loss(self, meter: Meter, all_tokens: float, batch: PackedBatch, counts: bool) -> torch.Tensor:
+        """A micro-batch's part of the negative log-likelihood."""
+        batch = batch.to(self._engine.device)
+        summed, _, _ = self._engine.module(batch, lambda part, logprobs, entropies: -logprobs.sum())
+        loss = summed / all_tokens
+        if counts:
+            meter.add(loss=loss)
+        return loss
 
     def probe(self, probe: tuple[NDArray[np.int32], ...]) -> ProbeColumn:
         """Log-probs at temperature 1 of every token of the probe but each row's first.
@@ -243,13 +195,9 @@ class PolicyLearner:
         Args:
             probe: rows of token ids, the same on all ranks.
         """
-        model = self._engine.unwrapped
-        sampling_temperature, model.temperature = model.temperature, 1.0
-        try:
-            batch = pack(probe, [1] * len(probe)).to(self._engine.device)
-            [logprobs] = self._engine.forward_each([batch], lambda batch: self._engine.module(batch)[0])
-        finally:
-            model.temperature = sampling_temperature
+        batch = pack(probe, [1] * len(probe)).to(self._engine.device)
+        with self._engine.unwrapped.at_temperature(1.0):
+            [logprobs] = self._engine.forward_each([batch], self._engine.module)
         return ProbeColumn(logprobs.float().cpu().numpy(), self._dtype)
 
     def weight_layout(self, max_bytes: int) -> list[tuple[str, ...]]:
@@ -280,13 +228,85 @@ class PolicyLearner:
         if self._engine.rank.rank == 0:
             load_tokenizer(self._model, "policy.model").save_pretrained(folder)
 
-    def _normalizer(self, weights: list[torch.Tensor]) -> float:
-        """Total weight of the minibatch over all ranks, 1 where no sample of it has a score."""
-        own = sum(float(each.double().sum()) for each in weights)
-        return float(self._engine.all_reduce(torch.tensor([own], dtype=torch.float64))[0]) or 1.0
 
-    def _maximum(self, own: float) -> float:
-        """Largest over the ranks."""
-        spread = torch.zeros(self._engine.rank.world_size, dtype=torch.float64)
-        spread[self._engine.rank.rank] = own
-        return float(self._engine.all_reduce(spread).max())
+@dataclass(frozen=True)
+class _MinibatchLoss:
+    """The loss of one minibatch's micro-batches.
+
+    Attributes:
+        normalizer: weight of the minibatch over all ranks.
+        meter: where each micro-batch is measured.
+    """
+
+    engine: DeepSpeedEngine
+    algorithm: AlgorithmSettings
+    experience: Experience
+    kl_coefficient: float
+    normalizer: float
+    meter: Meter
+
+    def __call__(self, batch: PackedBatch, counts: bool) -> torch.Tensor:
+        batch = batch.to(self.engine.device)
+        loss, _, _ = self.engine.module(batch, partial(self._of_tokens, batch.columns, counts))
+        return loss / self.normalizer
+
+    def _of_tokens(
+        self, columns: torch.Tensor, counts: bool, part: slice, logprobs: torch.Tensor, entropies: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum over some tokens: clipped surrogate, entropy bonus, KL penalty.
+
+        Args:
+            columns: where the batch's tokens stand in the experience.
+            counts: false where nothing may be measured again.
+            part: of the batch.
+        """
+        experience, algorithm, at = self.experience, self.algorithm, columns[part]
+        weights, engine_logprobs = experience.weights[at], experience.engine_logprobs[at]
+        # Where there is one update only, the old log-probs are those of this very pass.
+        old_logprobs = logprobs.detach() if experience.old_logprobs is None else experience.old_logprobs[at]
+        importance = torch.ones_like(weights)
+        if algorithm.old_logprobs == "learner" and algorithm.importance_cap is not None:
+            importance = truncated_importance_weights(old_logprobs, engine_logprobs, algorithm.importance_cap)
+        surrogate = policy_loss(logprobs, old_logprobs, experience.advantages[at], weights, algorithm, importance)
+        entropy_sum = _weighted_sum(weights, entropies)
+        loss = surrogate.loss_sum
+        if algorithm.entropy_coefficient:
+            loss = loss - algorithm.entropy_coefficient * entropy_sum
+        kl_sum = torch.zeros_like(entropy_sum)
+        if experience.reference_logprobs is not None:
+            reference_logprobs = experience.reference_logprobs[at]
+            kl_sum = torch.where(weights != 0, old_logprobs - reference_logprobs, 0.0).sum()
+            if algorithm.kl.placement == "loss":
+                penalty = kl_estimate(logprobs, reference_logprobs, algorithm.kl.estimator)
+                loss = loss + self.kl_coefficient * _weighted_sum(weights, penalty)
+        if counts:
+            apart = mismatch(logprobs if algorithm.old_logprobs == "engine" else old_logprobs, engine_logprobs)
+            self.meter.add(
+                loss=surrogate.loss_sum,
+                entropy=entropy_sum,
+                clip=surrogate.clip_fraction_sum,
+                approx_kl=surrogate.approx_kl_sum,
+                ratio=surrogate.ratio_sum,
+                weight=weights.sum(),
+                importance=_weighted_sum(weights, importance),
+                kl_reference=kl_sum,
+                mismatch_kl=apart.kl_sum,
+                mismatch_ratio=apart.ratio_sum,
+                tokens=len(at),
+                max_abs_log_ratio=surrogate.max_abs_log_ratio,
+                mismatch_max_abs=apart.max_abs,
+            )
+        return loss
+
+
+def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Tokens of weight 0 may hold anything."""
+    return torch.where(weights != 0, weights * values, 0.0).sum()
+
+
+def _with_own_kl(experience: Experience, kl_sum: float) -> ExperienceStats:
+    """The step's statistics; where old log-probs were not known before training, with the KL that it has measured."""
+    stats = experience.stats
+    if experience.old_logprobs is not None or experience.reference_logprobs is None:
+        return stats
+    return replace(stats, kl_reference=kl_sum / stats.num_valid if stats.num_valid else float("nan"))

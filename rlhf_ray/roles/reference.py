@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -36,11 +34,10 @@ class Reference:
             ).eval()
 
     @torch.inference_mode()
-    def logprobs(self, rollouts: Sequence[Rollout]) -> list[TokenColumn]:
-        """`[R]` log-probs of every response token, a column for each rollout."""
-        rows = RolloutRows(rollouts)
+    def logprobs(self, rollout: Rollout) -> TokenColumn:
+        """Log-probs of every response token."""
+        rows = RolloutRows([rollout])
         column = np.zeros(rows.num_columns, dtype=np.float32)
         for pack in rows.pack(range(len(rows)), self._micro_batch_tokens):
-            logprobs, _ = self._model(pack.to(self._device))
-            column[pack.columns.numpy()] = logprobs.cpu().numpy()
-        return [TokenColumn(column[rows.columns_of(index)].copy()) for index in range(len(rollouts))]
+            column[pack.columns.numpy()] = self._model(pack.to(self._device)).cpu().numpy()
+        return TokenColumn(column)

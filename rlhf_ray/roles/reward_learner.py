@@ -131,7 +131,7 @@ class RewardLearner:
         attributes = range(len(self._layout.attributes))
         own = [sum(pair.weight for pair in pairs if pair.probabilities[a] is not None) for a in attributes]
         *weights, count = engine.all_reduce(torch.tensor([*own, len(pairs)], dtype=torch.float64)).tolist()
-        meter = Meter(("loss", "accuracy", "margin", "score", "score_square", "tokens"))
+        meter = Meter(engine, ("loss", "accuracy", "margin", "score", "score_square", "tokens"))
         self._computed_tokens = 0
 
         def loss(group: list[EncodedPair], counts: bool) -> torch.Tensor:
@@ -172,7 +172,7 @@ class RewardLearner:
 
         report = engine.optimizer_step(self._groups(pairs), loss)
         [computed_tokens] = engine.all_reduce(torch.tensor([self._computed_tokens], dtype=torch.float64)).tolist()
-        sums = meter.total(engine)
+        sums = meter.total()
         mean = sums["score"] / (2 * count)
         return PairReport(
             loss=sums["loss"],

@@ -5,6 +5,7 @@ One engine for the whole file, in an actor of its own.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,13 @@ from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
-from rlhf_ray.roles.learner import TrainSpec
 from rlhf_ray.roles.policy_learner import PolicyLearner
-from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader, TokenColumn
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.role_host import OneByOne
 from rlhf_ray.runtime.weight_transfer import ObjectStoreTransport, verify
-from tests.making import KL_COEFFICIENT, LOSS, SPEC, learner_settings, random_rollout, shard_of
+from tests.making import ALGORITHM, KL_COEFFICIENT, learner_settings, random_rollout, shard_of
 from tests.system.groups import started
 
 PARITY = 1e-4
@@ -53,7 +53,8 @@ def groups(local_ray: Path, tied_policy_model: str, policy_tokenizer: Any) -> It
         pending = generators.build(
             ObservedGenerator, [(tied_policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
         )
-        pending += policy.build(PolicyLearner, [(settings, rank, 20) for rank in ranks(policy)])
+        build = partial(PolicyLearner, total_steps=20)
+        pending += policy.build(build, [(settings, ALGORITHM, rank) for rank in ranks(policy)])
         collect(pending, 280)
         yield generators, policy
 
@@ -66,7 +67,9 @@ def generators(groups: tuple[ActorGroup, ActorGroup], tied_policy_model: str, si
 
 
 def learner(model: str, rank: Rank, temperature: float = 1.0) -> PolicyLearner:
-    return PolicyLearner(PolicySettings(model=model, learner=learner_settings()), rank, 20, temperature)
+    settings = PolicySettings(model=model, learner=learner_settings())
+    algorithm = ALGORITHM.model_copy(update={"minibatches": 2})
+    return PolicyLearner(settings, algorithm, rank, total_steps=20, temperature=temperature)
 
 
 def load(generators: ActorGroup, source: PolicyLearner, version: int) -> None:
@@ -96,8 +99,7 @@ def generate(generators: ActorGroup, plan: ShardPlan) -> tuple[Rollout, RolloutH
 
 
 def train(policy: PolicyLearner, rollout: Rollout, step: int) -> None:
-    shards = [shard_of(rollout, policy.logprobs([rollout])[0])]
-    policy.train(step, shards, SPEC, TrainSpec(1, 2, 4096, 0), LOSS, KL_COEFFICIENT)
+    policy.train(step, [shard_of(rollout, policy.logprobs(rollout))], KL_COEFFICIENT)
 
 
 def assert_equal(one: Rollout, other: Rollout) -> None:
@@ -217,8 +219,8 @@ def test_a_sync_is_verified(groups: tuple[ActorGroup, ActorGroup], policy_tokeni
         verify(settings, policy, generators, probe, version=6, exact=True)
     assert (caught.value.kind, caught.value.role) == (FailureKind.FATAL, "generator-0")
 
-    shards = [shard_of(random_rollout(0), None)]
-    policy.call_all("train", 0, shards, SPEC, TrainSpec(1, 1, 4096, 0), LOSS, KL_COEFFICIENT)
+    rollout = random_rollout(0)
+    policy.call_all("train", 0, [shard_of(rollout, TokenColumn(rollout.logprobs))], KL_COEFFICIENT)
     with pytest.raises(RoleFailure, match="disagree after the sync to version 5") as caught:
         verify(settings, policy, generators, probe, version=5, exact=True)
     assert (caught.value.kind, caught.value.role) == (FailureKind.FATAL, "generator-0")

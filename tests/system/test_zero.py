@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
-from rlhf_ray.config.settings import ActorSettings, PolicySettings
+from rlhf_ray.config.settings import ActorSettings, CriticSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket, fill_buckets
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
-from rlhf_ray.roles.deepspeed_engine import Rank
-from rlhf_ray.roles.learner import TrainSpec
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reward_learner import RewardLearner
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
+from tests import making
 from tests.making import (
     KL_COEFFICIENT,
-    LOSS,
-    SPEC,
     largest_difference,
     learner_settings,
     random_rollout,
@@ -29,34 +27,38 @@ from tests.making import (
     weights_in,
 )
 from tests.system.groups import started
+from tests.unit.test_learner import Weighted
 from tests.unit.test_reward_learner import LAYOUT as REWARD_LAYOUT
 from tests.unit.test_reward_learner import pairs_of
 
 ROLLOUTS = [random_rollout(index) for index in range(4)]
-SPLIT = TrainSpec(epochs=1, minibatches=2, micro_batch_tokens=48, seed=0)
+ALGORITHM = making.ALGORITHM.model_copy(update={"minibatches": 2})
 
 
 class Learners:
     """Policy and critic in one process, each rank with its part of the rollouts."""
 
     def __init__(self, model: str, rank: Rank, zero_stage: int) -> None:
-        settings = learner_settings(zero_stage=zero_stage, micro_batch_tokens=48, weight_decay=0.01)
-        self.policy = PolicyLearner(PolicySettings(model=model, learner=settings), rank, total_steps=20)
-        self.critic = CriticLearner(model, settings, rank, total_steps=20, seed=0)
+        settings = learner_settings(
+            zero_stage=zero_stage,
+            micro_batch_tokens=48,
+            weight_decay=0.01,
+            # As every configuration for GPUs has it; the result must not depend on it.
+            gradient_checkpointing=zero_stage == 3,
+        )
+        policy, critic = PolicySettings(model=model, learner=settings), CriticSettings(learner=settings)
+        self.policy = PolicyLearner(policy, ALGORITHM, rank, total_steps=20)
+        self.critic = CriticLearner(critic, model, ALGORITHM, rank, total_steps=20, seed=0)
         self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
 
     def values_are_zero(self) -> bool:
-        return all(not column.data.any() for column in self.critic.values(self._rollouts))
+        return not any(self.critic.values(rollout).data.any() for rollout in self._rollouts)
 
     def train(self, step: int) -> tuple[PolicyReport, CriticReport]:
-        columns = zip(
-            self._rollouts, self.policy.logprobs(self._rollouts), self.critic.values(self._rollouts), strict=True
-        )
-        shards = [shard_of(*each) for each in columns]
-        return (
-            self.policy.train(step, shards, SPEC, SPLIT, LOSS, KL_COEFFICIENT),
-            self.critic.train(step, shards, SPEC, SPLIT, 0.2, KL_COEFFICIENT),
-        )
+        shards = [
+            shard_of(rollout, self.policy.logprobs(rollout), self.critic.values(rollout)) for rollout in self._rollouts
+        ]
+        return self.policy.train(step, shards, KL_COEFFICIENT), self.critic.train(step, shards, KL_COEFFICIENT)
 
     def save(self, folder: str) -> None:
         self.policy.save_checkpoint(folder)
@@ -70,6 +72,17 @@ class Learners:
         """The policy as a directory, the critic's weights as they are."""
         self.policy.export(folder)
         return list(fill_buckets(self.critic._engine.full_weights("token_classifier."), 1 << 20))
+
+
+class Sum:
+    """A learner whose gradient is what it is given, in bfloat16."""
+
+    def __init__(self, rank: Rank, zero_stage: int) -> None:
+        settings = learner_settings(zero_stage=zero_stage, dtype="bfloat16", max_grad_norm=100.0)
+        self._engine = DeepSpeedEngine(Weighted, settings, rank, "bfloat16", 20)
+
+    def grad_norm(self, gradients: list[float]) -> float:
+        return self._engine.optimizer_step(gradients, lambda value, _: self._engine.module(value)).grad_norm
 
 
 def tensors_of(folder: Path, critic: list[WeightBucket]) -> dict[str, torch.Tensor]:
@@ -125,6 +138,14 @@ def test_two_ranks_equal_one_process(
     assert pair.call_all("train", 1) == reports[1]
     again = tensors_of(tmp_path / "again", pair.call_all("export", str(tmp_path / "again"))[0])
     assert largest_difference(again, weights) == 0
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_bfloat16_gradients_of_two_ranks_add_up_in_float32(pair: ActorGroup, zero_stage: int):
+    """In bfloat16, 1 + 2⁻⁹ is 1."""
+    pair.build_all(Sum, [(place, zero_stage) for place in ranks(pair)])
+    found = pair.wait([*pair.submit(0, "grad_norm", [1.0, 0.0]), *pair.submit(1, "grad_norm", [2.0**-9] * 2)])
+    assert found == pytest.approx([2 * (1 + 2 * 2.0**-9)] * 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -95,9 +95,6 @@ def test_whitening_gives_mean_0_and_std_1_within_the_mask() -> None:
     assert abs(float(whitened[mask].mean())) < 1e-12
     assert float(whitened[mask].std(correction=0)) == pytest.approx(1, abs=1e-8)
     assert (whitened[~mask] == 0).all()
-    kept = whiten(values, mask, moments, shift_mean=False)
-    assert float(kept[mask].mean()) == pytest.approx(moments.mean, abs=1e-12)
-    assert float(kept[mask].std(correction=0)) == pytest.approx(1, abs=1e-8)
 
 
 def test_whitening_equal_values_gives_0_and_not_infinity() -> None:

@@ -5,33 +5,38 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceSpec, build_experience
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
 from rlhf_ray.algorithms.segments import segment_ids, segment_sum
+from rlhf_ray.config.settings import AlgorithmSettings, KLSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
 SAMPLES, GROUP = 8, 4
-SPEC = ExperienceSpec(
-    advantage="gae",
+KL = KLSettings(estimator="k3")
+ALGORITHM = AlgorithmSettings(
     gamma=0.99,
-    gae_lambda=0.95,
     reward_whiten=True,
-    advantage_whiten=True,
     score_clip=1.5,
     missing_eos_penalty=0.5,
-    kl_estimator="k3",
-    kl_in_reward=True,
     loss_aggregation="sequence",
+    kl=KL,
 )
-SPECS = [
-    SPEC,
-    replace(SPEC, advantage="rloo", kl_estimator="k1", loss_aggregation="token"),
-    replace(SPEC, advantage="grpo", reward_whiten=False, kl_in_reward=False),
-    replace(SPEC, advantage_whiten=False, score_clip=None, kl_estimator="k2"),
+
+
+def changed(**values: Any) -> AlgorithmSettings:
+    return ALGORITHM.model_copy(update=values)
+
+
+ALGORITHMS = [
+    ALGORITHM,
+    changed(advantage="rloo", kl=KLSettings(estimator="k1"), loss_aggregation="token"),
+    changed(advantage="grpo", reward_whiten=False, kl=KLSettings(estimator="k3", placement="loss")),
+    changed(advantage_whiten=False, score_clip=None, kl=KLSettings(estimator="k2")),
 ]
 
 
@@ -61,8 +66,13 @@ def make_shard(index: int, failed: tuple[int, ...] = (2, 5)) -> ExperienceShard:
     return ExperienceShard(rollout, RewardColumn(scores, failures, "v1"), column(0.5), column(1.0), column(0.5))
 
 
-def build(shards: list[ExperienceShard], spec: ExperienceSpec = SPEC) -> Experience:
-    return build_experience(shards, spec=spec, kl_coefficient=0.1, dtype=torch.float64)
+def build(shards: list[ExperienceShard], algorithm: AlgorithmSettings = ALGORITHM) -> Experience:
+    return build_experience(shards, algorithm, kl_coefficient=0.1)
+
+
+def of_shard(flat: torch.Tensor, shards: list[ExperienceShard], index: int) -> torch.Tensor:
+    """One shard's part of tokens."""
+    return flat.split([len(shard.rollout.logprobs) for shard in shards])[index]
 
 
 class SimulatedRanks:
@@ -83,41 +93,34 @@ class SimulatedRanks:
         return reduce
 
 
-def assert_same(left: Experience, right: Experience) -> None:
-    assert vars(left.stats) == pytest.approx(vars(right.stats), rel=1e-12, abs=1e-12)
-    for one, other in zip(left.shards, right.shards, strict=True):
-        for name, expected in vars(one).items():
-            if expected is None:
-                assert vars(other)[name] is None
-            else:
-                torch.testing.assert_close(vars(other)[name], expected, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("spread", [([0, 1], [2, 3]), ([3], [1, 2, 0]), ([], [2, 0, 3, 1])])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("spread", [([0, 1], [2, 3]), ([3], [1, 2, 0])])
 def test_the_result_does_not_depend_on_how_shards_are_spread(
-    spec: ExperienceSpec, spread: tuple[list[int], list[int]]
+    algorithm: AlgorithmSettings, spread: tuple[list[int], list[int]]
 ) -> None:
     shards = [make_shard(index) for index in range(4)]
-    whole = build(shards, spec)
+    whole = build(shards, algorithm)
     ranks = SimulatedRanks(2)
 
     def run(rank: int) -> Experience:
-        mine = [shards[index] for index in spread[rank]]
-        return build_experience(
-            mine, spec=spec, kl_coefficient=0.1, all_reduce=ranks.all_reduce(rank), dtype=torch.float64
-        )
+        return build_experience([shards[index] for index in spread[rank]], algorithm, 0.1, ranks.all_reduce(rank))
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, range(2)))
     for rank, result in enumerate(results):
-        expected = Experience([whole.shards[index] for index in spread[rank]], whole.stats)
-        assert_same(result, expected)
+        assert vars(result.stats) == pytest.approx(vars(whole.stats), rel=1e-12, abs=1e-12)
+        for name in ("weights", "engine_logprobs", "old_logprobs", "advantages", "returns"):
+            flat = vars(whole)[name]
+            if flat is None:
+                assert vars(result)[name] is None
+                continue
+            expected = torch.cat([of_shard(flat, shards, index) for index in spread[rank]])
+            torch.testing.assert_close(vars(result)[name], expected, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, 1e6, -7.0])
-def test_failed_samples_have_no_influence(spec: ExperienceSpec, garbage: float) -> None:
+def test_failed_samples_have_no_influence(algorithm: AlgorithmSettings, garbage: float) -> None:
     shards = [make_shard(0), make_shard(1, failed=(0, 1, 2))]
 
     def spoil(shard: ExperienceShard) -> ExperienceShard:
@@ -143,23 +146,22 @@ def test_failed_samples_have_no_influence(spec: ExperienceSpec, garbage: float) 
             policy=spoiled(shard.policy),
         )
 
-    clean, spoilt = build(shards, spec), build([spoil(shard) for shard in shards], spec)
+    clean, spoilt = build(shards, algorithm), build([spoil(shard) for shard in shards], algorithm)
     assert vars(clean.stats) == vars(spoilt.stats)
-    for one, other in zip(clean.shards, spoilt.shards, strict=True):
-        failed = ~one.ok[segment_ids(one.lengths)]
-        assert torch.equal(one.advantages, other.advantages)
-        assert torch.equal(one.weights, other.weights)
-        assert (one.weights[failed] == 0).all()
-        assert (one.weights[~failed] > 0).all()
-        assert (one.advantages[failed] == 0).all()
-        assert (one.returns is None) == (other.returns is None)
-        if one.returns is not None:
-            assert torch.equal(one.returns, other.returns)
+    failed = ~clean.ok[segment_ids(clean.lengths)]
+    assert torch.equal(clean.advantages, spoilt.advantages)
+    assert torch.equal(clean.weights, spoilt.weights)
+    assert (clean.weights[failed] == 0).all()
+    assert (clean.weights[~failed] > 0).all()
+    assert (clean.advantages[failed] == 0).all()
+    assert (clean.returns is None) == (spoilt.returns is None)
+    if clean.returns is not None:
+        assert torch.equal(clean.returns, spoilt.returns)
 
 
 def test_statistics_by_hand() -> None:
     shards = [make_shard(0), make_shard(1)]
-    stats = build(shards, replace(SPEC, reward_whiten=False, score_clip=None, kl_estimator="k1")).stats
+    stats = build(shards, changed(reward_whiten=False, score_clip=None, kl=KLSettings())).stats
     scores, lengths, kls, rewards, truncated = [], [], [], [], []
     for shard in shards:
         assert shard.policy is not None
@@ -186,13 +188,16 @@ def test_statistics_by_hand() -> None:
 
 def test_whitened_advantages_of_all_valid_tokens_have_mean_0_and_std_1() -> None:
     experience = build([make_shard(0), make_shard(1)])
-    valid = torch.cat([each.advantages[each.weights > 0] for each in experience.shards])
+    valid = experience.advantages[experience.weights > 0]
     assert float(valid.mean()) == pytest.approx(0, abs=1e-12)
     assert float(valid.std(correction=0)) == pytest.approx(1, abs=1e-6)
 
 
 def test_the_kl_statistic_is_k1_whatever_the_penalty_is() -> None:
-    stats = [build([make_shard(0)], replace(SPEC, kl_estimator=name)).stats for name in ("k1", "k2", "k3")]
+    stats = [
+        build([make_shard(0)], changed(kl=KL.model_copy(update={"estimator": name}))).stats
+        for name in ("k1", "k2", "k3")
+    ]
     assert stats[0].kl_reference == stats[1].kl_reference == stats[2].kl_reference
     assert stats[0].shaped_reward_mean != stats[1].shaped_reward_mean != stats[2].shaped_reward_mean
 
@@ -203,25 +208,25 @@ def test_whitened_scores_do_not_depend_on_the_scale_of_the_reward_model() -> Non
 
     shards = [make_shard(0), make_shard(1)]
     for reward_whiten in (True, False):
-        spec = replace(SPEC, reward_whiten=reward_whiten, advantage_whiten=False)
-        one, other = build(shards, spec), build([scaled(shard) for shard in shards], spec)
-        same = torch.allclose(one.shards[0].advantages, other.shards[0].advantages, atol=1e-6)
+        algorithm = changed(reward_whiten=reward_whiten, advantage_whiten=False)
+        one, other = build(shards, algorithm), build([scaled(shard) for shard in shards], algorithm)
+        same = torch.allclose(one.advantages, other.advantages, atol=1e-6)
         assert same == reward_whiten
 
 
 def test_returns_are_not_whitened() -> None:
     shards = [make_shard(0)]
-    whitened, plain = build(shards), build(shards, replace(SPEC, advantage_whiten=False))
-    assert torch.equal(whitened.shards[0].returns, plain.shards[0].returns)
-    assert not torch.allclose(whitened.shards[0].advantages, plain.shards[0].advantages)
+    whitened, plain = build(shards), build(shards, changed(advantage_whiten=False))
+    assert torch.equal(whitened.returns, plain.returns)
+    assert not torch.allclose(whitened.advantages, plain.advantages)
 
 
 def test_leave_one_out_compares_summed_rewards_and_spreads_them_over_the_response() -> None:
     shard = make_shard(0, failed=())
-    spec = replace(
-        SPEC, advantage="rloo", advantage_whiten=False, reward_whiten=False, score_clip=None, kl_estimator="k1"
+    result = build(
+        [shard],
+        changed(advantage="rloo", advantage_whiten=False, reward_whiten=False, score_clip=None, kl=KLSettings()),
     )
-    result = build([shard], spec).shards[0]
     kl = segment_sum(result.old_logprobs - result.reference_logprobs, result.lengths)
     penalty = 0.5 * torch.tensor(shard.rollout.finish_reasons == FINISH_LENGTH)
     rewards = (torch.tensor(shard.rewards.scores) - penalty - 0.1 * kl).view(-1, GROUP)
@@ -231,7 +236,7 @@ def test_leave_one_out_compares_summed_rewards_and_spreads_them_over_the_respons
 
 def test_a_sample_without_valid_peers_keeps_advantage_0_through_whitening() -> None:
     lonely = make_shard(0, failed=(0, 1, 2))
-    result = build([lonely, make_shard(1)], replace(SPEC, advantage="rloo")).shards[0]
+    result = build([lonely, make_shard(1)], changed(advantage="rloo"))
     advantages = result.advantages.split(result.lengths.tolist())
     assert (advantages[3] == 0).all()
     assert (advantages[4] != 0).all()
@@ -239,41 +244,60 @@ def test_a_sample_without_valid_peers_keeps_advantage_0_through_whitening() -> N
 
 def test_a_penalty_in_the_loss_is_not_in_the_reward() -> None:
     shard = make_shard(0)
-    spec = replace(SPEC, kl_in_reward=False)
-    with_kl = build_experience([shard], spec=spec, kl_coefficient=5.0)
-    without = build_experience([shard], spec=spec, kl_coefficient=0.0)
-    assert torch.equal(with_kl.shards[0].advantages, without.shards[0].advantages)
-    assert with_kl.shards[0].reference_logprobs is not None
+    algorithm = changed(kl=KLSettings(estimator="k3", placement="loss"))
+    with_kl = build_experience([shard], algorithm, kl_coefficient=5.0)
+    without = build_experience([shard], algorithm, kl_coefficient=0.0)
+    assert torch.equal(with_kl.advantages, without.advantages)
+    assert with_kl.reference_logprobs is not None
     assert with_kl.stats.kl_reference == without.stats.kl_reference
 
 
-def test_without_the_learners_logprobs_the_engines_are_the_old_ones() -> None:
+def test_which_logprobs_are_the_old_ones() -> None:
     shard = make_shard(0)
     assert shard.policy is not None
-    recomputed = build_experience([shard], spec=SPEC, kl_coefficient=0.1).shards[0]
-    behaviour = build_experience([replace(shard, policy=None)], spec=SPEC, kl_coefficient=0.1).shards[0]
+    recomputed = build([shard]).to(torch.device("cpu"), torch.float32)
     assert np.array_equal(recomputed.old_logprobs.numpy(), shard.policy.data)
     assert np.array_equal(recomputed.engine_logprobs.numpy(), shard.rollout.logprobs)
-    assert np.array_equal(behaviour.old_logprobs.numpy(), shard.rollout.logprobs)
+    engines = build([replace(shard, policy=None)], changed(old_logprobs="engine"))
+    assert torch.equal(engines.old_logprobs, engines.engine_logprobs)
+    one_update = build([replace(shard, policy=None)], changed(kl=KLSettings(estimator="k3", placement="loss")))
+    assert one_update.old_logprobs is None
+    assert one_update.stats.kl_reference is None
+
+
+@pytest.mark.parametrize(
+    ("values", "asks"),
+    [
+        ({"epochs": 1, "minibatches": 1, "kl": KLSettings(placement="loss", estimator="k3")}, False),
+        ({"epochs": 1, "minibatches": 1, "kl": KLSettings(coefficient=0.0)}, False),
+        ({"epochs": 1, "minibatches": 1, "kl": KLSettings()}, True),
+        ({"epochs": 2, "kl": KLSettings(coefficient=0.0)}, True),
+        ({"minibatches": 2, "kl": KLSettings(coefficient=0.0)}, True),
+        ({"minibatches": 2, "old_logprobs": "engine"}, False),
+    ],
+)
+def test_old_logprobs_are_asked_for_only_where_the_training_pass_comes_too_late(
+    values: dict[str, Any], asks: bool
+) -> None:
+    assert AlgorithmSettings(**values).asks_old_logprobs == asks
 
 
 def test_a_step_without_a_single_score_has_no_means_and_no_weight() -> None:
     experience = build([make_shard(0, failed=tuple(range(SAMPLES)))])
     assert experience.stats.num_valid == 0
     assert math.isnan(experience.stats.score_mean)
-    assert not experience.shards[0].weights.any()
-    assert not experience.shards[0].advantages.any()
+    assert not experience.weights.any()
+    assert not experience.advantages.any()
 
 
 def test_missing_and_misfitting_columns_are_refused() -> None:
     shard = make_shard(0)
-    with pytest.raises(ValueError, match="no values"):
-        build([replace(shard, values=None)])
-    with pytest.raises(ValueError, match="no reference"):
-        build([replace(shard, reference=None)])
-    with pytest.raises(ValueError, match="policy column"):
-        build([shard, replace(make_shard(1), policy=None)])
+    for name in ("values", "reference", "policy"):
+        with pytest.raises(ValueError, match=f"no {name} column"):
+            build([replace(shard, **{name: None})])
+    with pytest.raises(ValueError, match="both have a values column"):
+        build([shard, replace(make_shard(1), values=None)], changed(advantage="rloo"))
     with pytest.raises(ValueError, match="values: column of shape"):
         replace(shard, values=TokenColumn(np.zeros(3, dtype=np.float32)))
-    free = build_experience([replace(shard, reference=None)], spec=SPEC, kl_coefficient=0.0)
+    free = build_experience([replace(shard, reference=None)], ALGORITHM, kl_coefficient=0.0)
     assert free.stats.kl_reference is None

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.kl import AdaptiveKLController, FixedKLController, KLEstimator, kl_controller, kl_estimate
+from rlhf_ray.algorithms.kl import AdaptiveKLController, KLEstimator, kl_controller, kl_estimate
+from rlhf_ray.config.settings import KLSettings
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,24 @@ def test_k3_keeps_its_digits_for_small_differences() -> None:
     assert float(kl_estimate(difference, torch.zeros(1), "k3")) == pytest.approx(exact, rel=1e-3)
 
 
+def test_k3_is_finite_however_far_the_policy_is_from_the_reference() -> None:
+    distances = torch.tensor([-1e4, -100.0, -19.0, 100.0, 1e4], requires_grad=True)
+    estimate = kl_estimate(distances, torch.zeros(5), "k3")
+    [gradient] = torch.autograd.grad(estimate.sum(), distances)
+    assert estimate.isfinite().all()
+    assert gradient.isfinite().all()
+    assert estimate[2].item() == pytest.approx(math.expm1(19) - 19)
+    assert estimate[3:].tolist() == [99.0, 9999.0]
+    assert gradient[3:].tolist() == [1.0, 1.0]
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="fuzzy"):
-        kl_controller("fuzzy", 0.1, 1.0, 1)  # type: ignore[arg-type]
 
 
 def test_adaptive_controller_against_hand_computed_numbers() -> None:
-    controller = kl_controller("adaptive", 0.1, target=6.0, horizon=1000)
+    controller = kl_controller(KLSettings(controller="adaptive", coefficient=0.1, target=6.0, horizon=1000))
     controller.update(6.6, 100)  # error 0.1
     assert controller.coefficient == pytest.approx(0.1 * 1.01)
     controller.update(60.0, 100)  # error 9, clipped to 0.2
@@ -103,7 +113,7 @@ def test_a_resumed_adaptive_controller_goes_on_where_it_was() -> None:
 
 
 def test_fixed_controller_stays_with_its_settings() -> None:
-    controller = FixedKLController(0.05)
+    controller = kl_controller(KLSettings(coefficient=0.05))
     controller.update(100.0, 100)
     controller.load_state_dict({"coefficient": 0.3})
     assert controller.coefficient == 0.05

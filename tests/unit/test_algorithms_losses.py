@@ -8,14 +8,13 @@ import torch
 from rlhf_ray.algorithms.losses import (
     PolicyLoss,
     explained_variance,
-    loss_normalizer,
     mismatch,
     policy_loss,
     token_weights,
     truncated_importance_weights,
     value_loss,
 )
-from rlhf_ray.algorithms.segments import segment_mean
+from rlhf_ray.config.settings import AlgorithmSettings
 
 
 def tokens(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, ...]:
@@ -26,8 +25,11 @@ def tokens(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, ...]:
     return (old + 0.4 * noise).requires_grad_(), old, advantages, weights
 
 
+CLIP = AlgorithmSettings(clip_low=0.2, clip_high=0.3)
+
+
 def clip(*arguments: torch.Tensor, dual_clip: float | None = None) -> PolicyLoss:
-    return policy_loss(*arguments, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip)
+    return policy_loss(*arguments, AlgorithmSettings(clip_low=0.2, clip_high=0.3, dual_clip=dual_clip))
 
 
 def one(ratio: float, advantage: float, dual_clip: float | None = None) -> tuple[float, float, float]:
@@ -74,6 +76,29 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages_only() -> None:
     assert one(5.0, -2.0, dual_clip=3.0) == pytest.approx((6.0, 1, 0.0))
     assert one(2.0, -2.0, dual_clip=3.0) == pytest.approx((4.0, 0, 4.0))
     assert one(5.0, 2.0, dual_clip=3.0) == pytest.approx((-2.6, 1, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", [100.0, 1e4, -1e4])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_ratio_beyond_any_float_leaves_loss_and_gradient_finite(
+    dtype: torch.dtype, distance: float, dual_clip: float | None
+) -> None:
+    """Beside an ordinary token, whose part must stay what it is."""
+    for advantage in (2.0, 0.0, -2.0):
+        logprobs = torch.tensor([distance, math.log(1.1)], dtype=dtype, requires_grad=True)
+        advantages = torch.tensor([advantage, 1.0], dtype=dtype)
+        loss = clip(logprobs, torch.zeros(2, dtype=dtype), advantages, torch.ones(2, dtype=dtype), dual_clip=dual_clip)
+        loss.loss_sum.backward()
+        assert all(value.isfinite() for value in vars(loss).values())
+        assert logprobs.grad.isfinite().all()
+        assert float(logprobs.grad[1]) == pytest.approx(-1.1)
+        assert float(loss.max_abs_log_ratio) == abs(distance)
+        first = float(loss.loss_sum.detach()) + 1.1
+        if distance > 0 and advantage > 0:
+            assert (first, float(logprobs.grad[0])) == (pytest.approx(-2.6), 0)
+        if distance > 0 and advantage < 0 and dual_clip:
+            assert (first, float(logprobs.grad[0])) == (pytest.approx(6.0), 0)
 
 
 def test_policy_loss_equals_the_loop_over_tokens() -> None:
@@ -132,7 +157,7 @@ def test_tokens_of_weight_0_have_no_influence_even_if_not_finite() -> None:
         new.requires_grad_()
         value.requires_grad_()
         weight = torch.where(kept, weights, 0.0)[chosen]
-        loss = policy_loss(new, before, advantage, weight, clip_low=0.2, clip_high=0.3, importance_weights=factor)
+        loss = policy_loss(new, before, advantage, weight, CLIP, factor)
         critic = value_loss(value, old_value, target, weight, clip=0.2)
         gradients = torch.autograd.grad(loss.loss_sum + critic.loss_sum, (new, value))
         if bad is not None:
@@ -159,7 +184,7 @@ def test_approx_kl_is_never_negative_and_half_precision_is_computed_in_float32()
 def test_importance_weights_scale_the_loss_and_nothing_else() -> None:
     logprobs, old, advantages, weights = tokens()
     factor = torch.rand(60, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
-    weighted = policy_loss(logprobs, old, advantages, weights, clip_low=0.2, clip_high=0.3, importance_weights=factor)
+    weighted = policy_loss(logprobs, old, advantages, weights, CLIP, factor)
     plain = clip(logprobs, old, advantages, weights)
     torch.testing.assert_close(weighted.loss_sum, clip(logprobs, old, advantages, weights * factor).loss_sum)
     assert weighted.clip_fraction_sum == plain.clip_fraction_sum
@@ -181,24 +206,22 @@ def test_value_loss_takes_the_larger_of_the_clipped_and_the_plain_error() -> Non
     assert single_value(-0.5, 0.2) == pytest.approx((1.125, 0, -1.5))
 
 
-def test_weights_over_normalizer_give_the_two_means() -> None:
+def test_weights_over_their_sum_give_the_two_means() -> None:
     lengths, ok = torch.tensor([3, 1, 5, 2]), torch.tensor([True, True, False, True])
     loss = torch.arange(11, dtype=torch.float64) ** 2
-    token_mean = torch.cat([loss[:4], loss[9:]]).mean()
-    sequence_mean = segment_mean(loss, lengths)[ok].mean()
-    for aggregation, expected in (("token", token_mean), ("sequence", sequence_mean)):
+    parts = [part for part, valid in zip(loss.split(lengths.tolist()), ok, strict=True) if valid]
+    for aggregation, expected in (
+        ("token", torch.cat(parts).mean()),
+        ("sequence", torch.stack([part.mean() for part in parts]).mean()),
+    ):
         weights = token_weights(lengths, ok, aggregation)  # type: ignore[arg-type]
-        normalizer = loss_normalizer(lengths, ok, aggregation)  # type: ignore[arg-type]
-        assert float((weights * loss).sum() / normalizer) == pytest.approx(float(expected), rel=1e-6)
-        assert float(weights.sum()) == pytest.approx(normalizer, rel=1e-6)
+        assert float((weights * loss).sum() / weights.sum()) == pytest.approx(float(expected), rel=1e-6)
         assert (weights[4:9] == 0).all()
 
 
 def test_an_unknown_aggregation_is_refused() -> None:
-    lengths, ok = torch.tensor([1]), torch.tensor([True])
-    for function in (token_weights, loss_normalizer):
-        with pytest.raises(ValueError, match="median"):
-            function(lengths, ok, "median")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="median"):
+        token_weights(torch.tensor([1]), torch.tensor([True]), "median")  # type: ignore[arg-type]
 
 
 def test_explained_variance_over_two_ranks_is_that_of_all_tokens() -> None:
@@ -238,9 +261,9 @@ def test_importance_weights_are_truncated_and_carry_no_gradient() -> None:
 def test_mismatch_by_hand_and_in_parts() -> None:
     learner, engine = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -2.0])
     found = mismatch(learner, engine)
-    assert found.kl_sum == pytest.approx((math.exp(0.5) - 1.5) + (math.exp(-1) - 1 + 1))
-    assert found.max_abs == 1.0
-    assert found.ratio_sum == pytest.approx(1 + math.exp(0.5) + math.exp(1))
-    assert found.count == 3
-    parts = mismatch(learner[:1], engine[:1]) + mismatch(learner[1:], engine[1:]) + mismatch(learner[:0], engine[:0])
-    assert vars(parts) == pytest.approx(vars(found))
+    assert float(found.kl_sum) == pytest.approx((math.exp(0.5) - 1.5) + (math.exp(-1) - 1 + 1))
+    assert float(found.max_abs) == 1.0
+    assert float(found.ratio_sum) == pytest.approx(1 + math.exp(0.5) + math.exp(1))
+    parts = [mismatch(learner[part], engine[part]) for part in (slice(0, 1), slice(1, 3), slice(0, 0))]
+    assert sum(float(part.kl_sum) for part in parts) == pytest.approx(float(found.kl_sum))
+    assert max(part.max_abs for part in parts) == found.max_abs

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.algorithms.segments import Moments, last_index, segment_ids, segment_mean, segment_sum
+from rlhf_ray.algorithms.segments import Moments, last_index, segment_ids, segment_sum
 
 LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 FLOATS = st.lists(st.floats(-100, 100), max_size=20)
@@ -20,7 +20,6 @@ def test_segments_are_the_consecutive_slices(sizes: list[int]) -> None:
     slices = values.split(sizes)
     assert segment_ids(lengths).tolist() == [index for index, size in enumerate(sizes) for _ in range(size)]
     torch.testing.assert_close(segment_sum(values, lengths), torch.stack([each.sum() for each in slices]))
-    torch.testing.assert_close(segment_mean(values, lengths), torch.stack([each.mean() for each in slices]))
     assert torch.equal(values[last_index(lengths)], torch.stack([each[-1] for each in slices]))
 
 

@@ -36,9 +36,9 @@ def test_packed_equals_one_at_a_time_in_loss_and_gradients(policy_model: str, pa
 
     rows, learn_from = sequences(), [5, 1, 11, 6, 1]
     batch = pack(rows, learn_from)
-    packed_logprobs, _ = packed_model(batch)
-    weights = torch.linspace(-1, 1, len(packed_logprobs))
-    (packed_logprobs * weights).sum().backward()
+    weights = torch.linspace(-1, 1, len(batch.targets))
+    loss, packed_logprobs, _ = packed_model(batch, lambda part, logprobs, _: (logprobs * weights[part]).sum())
+    loss.backward()
 
     model = AutoModelForCausalLM.from_pretrained(policy_model, attn_implementation=plain, dtype=torch.float32)
     alone = []
@@ -66,8 +66,10 @@ def test_changing_a_neighbour_changes_nothing(packed_model: PolicyModel):
 
     def forward(chosen: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         packed_model.zero_grad()
-        logprobs = packed_model(pack(chosen, learn_from))[0][own]
-        logprobs.sum().backward()
+        batch = pack(chosen, learn_from)
+        loss, logprobs, _ = packed_model(batch, lambda part, logprobs, _: logprobs[own].sum())
+        loss.backward()
+        logprobs = logprobs[own]
         gradients = {name: p.grad.clone() for name, p in packed_model.named_parameters() if p.grad is not None}
         return logprobs.detach(), gradients
 
@@ -161,6 +163,21 @@ def test_micro_batches_hold_every_sequence_once_and_keep_to_the_limit():
     assert all(len(group) == 1 or sum(lengths[index] for index in group) <= 25 for group in groups)
     assert micro_batches(lengths, 25) == groups
     assert micro_batches([], 25) == []
+
+
+def test_micro_batches_are_balanced_and_as_many_as_asked_for():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(1, 40, random.integers(1, 30)).tolist()
+        fewest = micro_batches(lengths, 64)
+        for at_least in (1, len(fewest) + 2, 100):
+            groups = micro_batches(lengths, 64, at_least)
+            assert len(groups) == max(len(fewest), min(at_least, len(lengths)))
+            assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+            tokens = [sum(lengths[index] for index in group) for group in groups]
+            assert max(tokens) <= 64
+            # Cut into consecutive parts, no pack need exceed the mean by more than the longest sequence.
+            assert max(tokens) <= sum(lengths) / len(groups) + max(lengths)
 
 
 def test_rollout_rows_number_samples_and_columns_through():

@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> RunFolder:
         ("policy.learner.replicas=2", r"policy\.learner\.replicas: 2, but the checkpoint of step 4 was written with 1"),
         ("critic.learner.replicas=2", r"critic\.learner\.replicas: 2, but .* with 1"),
         ("policy.learner.zero_stage=3", r"policy\.learner\.zero_stage: 3, but .* with 1"),
+        ("policy.learner.dtype=bfloat16", r"policy\.learner\.dtype: bfloat16, but .* with float32"),
         ("critic.learner.trainable_top_layers=1", r"critic\.learner\.trainable_top_layers: 1, but .* with none"),
     ],
 )
@@ -67,6 +68,7 @@ def test_a_critic_without_a_checkpoint_is_refused(folder: RunFolder):
 
 
 def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
+    check_resumable(config_of("policy.learner.dtype=auto"), folder)
     check_resumable(config_of("policy.learner.learning_rate=1", "generator.replicas=2", "reference.replicas=2"), folder)
 
 

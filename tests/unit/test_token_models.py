@@ -1,53 +1,124 @@
-"""Log-probs against a float64 log-softmax, entropies with and without gradients, and a critic that starts at zero."""
+"""Log-probs, entropies and losses of them against a float64 log-softmax, and a critic that starts at zero."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.models import token_loss
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
-from rlhf_ray.models.token_models import PolicyModel, load_critic_model, load_policy_model, logprobs_of
-from tests.making import rounding
+from rlhf_ray.models.token_loss import LogitTransform
+from rlhf_ray.models.token_models import PolicyModel, load_critic_model, load_policy_model
 
-LOGITS = torch.randn(17, 301, generator=torch.Generator().manual_seed(0)) * 5
-TARGETS = torch.randint(301, (17,), generator=torch.Generator().manual_seed(1))
-# A log-prob is the difference of two numbers of at most about 30: a logit over its temperature, and the log of the sum
-# of 301 exponentials, of which only the largest few matter.
-ROUNDING = rounding(4, 30.0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
-def test_logprobs_and_entropy_against_float64(temperature: float):
-    logprobs, entropy = logprobs_of(LOGITS, TARGETS, temperature, "measured")
-    expected = torch.log_softmax(LOGITS.double() / temperature, -1)
-    assert logprobs.dtype == torch.float32
-    assert entropy is not None
-    torch.testing.assert_close(logprobs.double(), expected[torch.arange(17), TARGETS], rtol=0, atol=ROUNDING)
-    torch.testing.assert_close(entropy.double(), -(expected.exp() * expected).sum(-1), rtol=0, atol=ROUNDING)
-
-
-def test_bfloat16_logits_are_normalised_in_float32():
-    logits = LOGITS.to(torch.bfloat16)
-    logprobs, _ = logprobs_of(logits, TARGETS, 1.0, "none")
-    expected = torch.log_softmax(logits.double(), -1)[torch.arange(17), TARGETS]
-    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=ROUNDING)
+BATCH = pack([np.arange(3, 23, dtype=np.int32)], [1])
+ADVANTAGES = torch.linspace(-1, 1, 19)
+SIZES = {"vocab_size": 301, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+LLAMA = {**SIZES, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+GPT = {"vocab_size": 301, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "untied": ("Llama", LLAMA),
+    "tied": ("Llama", {**LLAMA, "tie_word_embeddings": True}),
+    "capped logits": ("Gemma2", {**LLAMA, "head_dim": 16, "final_logit_softcapping": 3.0}),
+    "divided logits": ("Granite", {**LLAMA, "logits_scaling": 8.0}),
+    "multiplied logits": ("Cohere", {**LLAMA, "logit_scale": 0.0625}),
+    "a head with a bias": ("Phi", LLAMA),
+    "no vocabulary of its own": ("GPT2", GPT),
+}
 
 
-def test_only_the_differentiable_entropy_carries_a_gradient():
-    logits = LOGITS.clone().requires_grad_()
-    assert logprobs_of(logits, TARGETS, 1.0, "none")[1] is None
-    logprobs, measured = logprobs_of(logits, TARGETS, 1.0, "measured")
-    assert logprobs.requires_grad
-    assert measured is not None
-    assert not measured.requires_grad
+def built(name: str) -> Any:
+    """A randomly initialised model, whose logits are large enough for transforms to matter."""
+    import transformers
 
-    _, entropy = logprobs_of(logits, TARGETS, 0.7, "differentiable")
-    assert entropy is not None
-    [gradient] = torch.autograd.grad(entropy.sum(), logits)
-    exact = LOGITS.double().requires_grad_()
-    log_distribution = torch.log_softmax(exact / 0.7, -1)
-    [expected] = torch.autograd.grad(-(log_distribution.exp() * log_distribution).sum(), exact)
-    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-5)
+    torch.manual_seed(0)
+    kind, config = ARCHITECTURES[name]
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**config))
+    with torch.no_grad():
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def loss_of(part: slice, logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor:
+    """Like a policy's: not linear in the log-probs, and with an entropy bonus."""
+    return (ADVANTAGES[part] * logprobs.exp() - 0.1 * entropies).sum()
+
+
+def brute_force(model: Any, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Loss, log-probs and entropies from all logits at once, in float64, with autograd."""
+    logits = model(input_ids=BATCH.input_ids, position_ids=BATCH.position_ids, use_cache=False).logits[0, :-1].double()
+    distribution = torch.log_softmax(logits / temperature, -1)
+    logprobs = distribution[torch.arange(19), BATCH.targets]
+    entropies = -(distribution.exp() * distribution).sum(-1)
+    return loss_of(slice(0, 19), logprobs, entropies), logprobs, entropies
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [19, 4])
+def test_loss_and_gradients_against_all_logits_at_once(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Float64 sums of 301 words; float32 hidden states and products are what both have in common."""
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": rows * 301 * 4})
+    model = built(name)
+    expected, logprobs, entropies = brute_force(model, 0.7)
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
+    chunked = PolicyModel(model, temperature=0.7)
+    found, found_logprobs, found_entropies = chunked(BATCH, loss_of)
+    assert chunked._head._understood
+    torch.testing.assert_close(found_logprobs.double(), logprobs.detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found_entropies.double(), entropies.detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(chunked(BATCH), found_logprobs, rtol=0, atol=0)
+    assert not chunked(BATCH).requires_grad
+    (2.0 * found).backward()
+    # Both backward passes through the trunk are float32, with sums of up to 301 terms.
+    bound = 301 * 2.0**-24 * max(float(gradient.abs().max()) for gradient in gradients)
+    for (key, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        assert float((parameter.grad / 2 - gradient).abs().max()) <= bound, key
+
+
+@pytest.mark.parametrize("rows", [19, 4])
+def test_no_chunk_of_logits_is_larger_than_asked_for(rows: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": rows * 301 * 4})
+    sizes: list[int] = []
+    apply_ = LogitTransform.apply_
+
+    def seen(self: LogitTransform, logits: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(logits))
+        return apply_(self, logits)
+
+    monkeypatch.setattr(LogitTransform, "apply_", seen)
+    PolicyModel(built("tied"))(BATCH, loss_of)[0].backward()
+    sizes.remove(len(token_loss._PROBES))
+    assert sum(sizes) == 19
+    assert max(sizes) <= rows
+
+
+def test_a_frozen_head_and_a_frozen_trunk_get_no_gradient():
+    for frozen in ("head", "trunk"):
+        model = built("untied")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_((name == "lm_head.weight") == (frozen == "trunk"))
+        PolicyModel(model)(BATCH, loss_of)[0].backward()
+        assert (model.lm_head.weight.grad is None) == (frozen == "head")
+        assert (model.model.norm.weight.grad is None) == (frozen == "trunk")
+
+
+def test_logits_that_are_not_understood_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch):
+    """An architecture that does something else to its logits gives the same results, from all logits at once."""
+    monkeypatch.setattr(LogitTransform, "of", lambda config, temperature: LogitTransform(temperature=temperature))
+    model = built("capped logits")
+    expected, logprobs, _ = brute_force(model, 0.7)
+    plain = PolicyModel(model, temperature=0.7)
+    for _ in range(2):
+        found, found_logprobs, _ = plain(BATCH, loss_of)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(found_logprobs.double(), logprobs.detach(), rtol=0, atol=2e-5)
+    assert not plain._head._understood
+    found.backward()
+    assert model.lm_head.weight.grad.any()
 
 
 def load(model: str, dtype: str, float32_logits: bool = True) -> PolicyModel:
@@ -59,18 +130,17 @@ def load(model: str, dtype: str, float32_logits: bool = True) -> PolicyModel:
 
 def test_float32_logits_of_a_bfloat16_model_are_not_rounded(policy_model: str):
     """The projection of the rounded hidden states is exact; its gradient reaches weights and hidden states."""
-    batch = pack([np.arange(3, 23, dtype=np.int32)], [1])
     exact, rounded = (load(policy_model, "bfloat16", float32_logits=wanted) for wanted in (True, False))
     seen: list[torch.Tensor] = []
     exact.language_model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    logprobs, _ = exact(batch)
+    loss, logprobs, _ = exact(BATCH, loss_of)
     weight = exact.language_model.lm_head.weight
     assert weight.dtype == torch.bfloat16
-    logits = seen[0][0, batch.predict_at].double() @ weight.double().T
-    expected, _ = logprobs_of(logits, batch.targets, 1.0, "none")
-    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-5)
-    assert float((rounded(batch)[0] - expected).detach().abs().max()) > 1e-4
-    logprobs.sum().backward()
+    logits = seen[0][0, BATCH.predict_at].double() @ weight.double().T
+    expected = torch.log_softmax(logits, -1)[torch.arange(19), BATCH.targets].detach()
+    torch.testing.assert_close(logprobs.double(), expected, rtol=0, atol=1e-5)
+    assert float((rounded(BATCH) - expected).abs().max()) > 1e-4
+    loss.backward()
     assert weight.grad is not None
     assert weight.grad.any()
     assert exact.language_model.model.embed_tokens.weight.grad.any()
@@ -81,9 +151,8 @@ def test_policy_projects_only_predicted_positions(policy_model: str):
     seen: list[torch.Size] = []
     model.language_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     batch = pack([np.arange(3, 23, dtype=np.int32), np.arange(30, 40, dtype=np.int32)], [15, 8])
-    logprobs, _ = model(batch)
-    assert len(logprobs) == 7
-    assert seen[0][:2] == (1, 7)
+    assert len(model(batch)) == 7
+    assert seen[-1] == (7,)
 
 
 def test_critic_starts_at_zero_and_reads_the_state_before_each_token(policy_model: str):
