@@ -234,8 +234,9 @@ def packed_sdpa(
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed_sdpa needs cu_seq_lens_q and max_length_q: the row's sequences")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    window = sliding_window if sliding_window is not None and 0 < sliding_window < max_length_q else None
-    if not causal and (window is not None or softcap is not None or s_aux is not None):
+    # A sequence's own width decides whether its window matters, not its longest neighbour: see `_row_layout`.
+    window = sliding_window or None
+    if not causal and ((window or max_length_q) < max_length_q or softcap is not None or s_aux is not None):
         raise ValueError(
             "packed_sdpa computes sliding windows, soft caps and attention sinks only for causal attention; "
             "choose another `attention`"
@@ -253,7 +254,7 @@ def packed_sdpa(
 
 @dataclass(frozen=True)
 class _Attention:
-    """What a layer asks for; see `packed_sdpa`. `window` is None where no sequence of the row is longer."""
+    """What a layer asks for; see `packed_sdpa`."""
 
     scaling: float | None
     dropout: float
