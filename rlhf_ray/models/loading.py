@@ -10,6 +10,9 @@ from typing import Any
 
 from rlhf_ray.failures import BadInput
 
+_PACKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Kinds of layers that keep to the sequences of a packed row."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -113,12 +116,49 @@ def check_tokenizer_fits(tokenizer: Any, facts: ModelFacts, model: str, key: str
 
 
 def check_language_model(facts: ModelFacts, model: str, key: str) -> None:
-    """A policy must not be a reward model: it would be loaded all the same, with a made-up language-model head."""
+    """See that a directory holds a language model that learner and engine can both run.
+
+    Raises:
+        BadInput: it is a reward model, which would get a randomly initialised language-model head; or an architecture
+            whose sequences cannot share a packed row.
+    """
     if any("SequenceClassification" in name for name in facts.architectures):
         raise BadInput(
             key,
-            f"'{model}' is a {', '.join(facts.architectures)}; its language-model head would be made up at random",
+            f"'{model}' is a {', '.join(facts.architectures)}; its language-model head would be randomly initialised",
             "an AutoModelForCausalLM directory",
+        )
+    check_packed_rows(model, key)
+
+
+def check_packed_rows(model: str, key: str) -> None:
+    """See that a model's backbone keeps the sequences of a packed row apart.
+
+    The same property lets vLLM run an architecture that it has no class of its own for.
+
+    Raises:
+        BadInput: it does not.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    reason = None
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "transformers has no decoder-only language model of this kind"
+    else:
+        network = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        other_layers = set(getattr(config, "layer_types", None) or ()) - _PACKED_LAYER_TYPES
+        if getattr(network, "_is_stateful", False):
+            reason = "it has recurrent layers, whose state would run from one sequence of a packed row into the next"
+        elif other_layers:
+            reason = f"it has layers of the kind {', '.join(sorted(other_layers))}"
+        elif not getattr(network, "_supports_attention_backend", False):
+            reason = "its attention cannot be replaced by one that takes packed rows"
+    if reason is not None:
+        raise BadInput(
+            key,
+            f"'{model}' ({config.model_type}) cannot be trained: {reason}",
+            "a decoder with full or sliding-window attention, such as Llama, Qwen, Mistral or Gemma",
         )
 
 
@@ -198,23 +238,35 @@ def resolve_padded_attention(attention: str, on_gpu: bool) -> str:
     return attention
 
 
+_AFTER_THE_LAYERS = {"norm", "ln_f", "norm_f", "final_layer_norm", "final_layernorm", "project_out", "pooler"}
+"""What architectures call the modules between the last layer and the head."""
+
+
 def train_only_top_layers(model: Any, num_layers: int | None) -> None:
     """Freeze all but the last layers, the final norm and the head.
 
+    A head that shares its weights with the embedding stays frozen with it.
+
     Args:
-        model: a transformers model with a head.
+        model: a transformers model, with a head or without.
         num_layers: layers from the top that stay trainable; none: every parameter is trained.
     """
     if num_layers is None:
         return
     base = model.base_model
-    stacks = [part for part in base.modules() if type(part).__name__ == "ModuleList"]
-    # Whatever an architecture calls it, the stack of transformer layers is its longest list of modules.
-    layers = max((list(stack) for stack in stacks), key=len)
-    trained: list[Any] = layers[max(len(layers) - num_layers, 0) :]
-    last = ("norm", "ln_f", "final_layer_norm", "pooler")
-    trained += [module for name, module in base.named_children() if name in last]
-    head = [parameter for name, parameter in model.named_parameters() if not name.startswith(model.base_model_prefix)]
+    stacks = {name: part for name, part in base.named_modules() if type(part).__name__ == "ModuleList"}
+    # The stack of layers is the outermost list of that length; where layers share weights, the longest list.
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    where = next((name for name, part in stacks.items() if len(part) == wanted), None)
+    if where is None:
+        where = max(stacks, key=lambda name: len(stacks[name]))
+    layers = stacks[where]
+    owner = base.get_submodule(where.rpartition(".")[0])
+    trained: list[Any] = list(layers[max(len(layers) - num_layers, 0) :])
+    for part in {owner, base}:
+        trained += [module for name, module in part.named_children() if name in _AFTER_THE_LAYERS]
+    of_base = {id(parameter) for parameter in base.parameters()}
+    head = [parameter for parameter in model.parameters() if id(parameter) not in of_base]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in [parameter for module in trained for parameter in module.parameters()] + head:

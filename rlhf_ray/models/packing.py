@@ -2,13 +2,14 @@
 
 `flash_attention_2` on a GPU and `packed_sdpa` (ours, for CPUs) take such rows with the same arguments
 (`cu_seq_lens_*`, as transformers names them). A block-diagonal mask over the whole row would cost the square
-of the row's length; `packed_sdpa` pays only for each sequence by itself.
+of the row's length; `packed_sdpa` pays only for each sequence on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -210,33 +211,57 @@ def packed_sdpa(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a packed row, each sequence by itself: the row is laid out as a padded batch only here.
+    """Attention over a packed row, each sequence on its own: the row is laid out as a padded batch only here.
 
     Args:
-        query: `[1, heads, T, head_size]`; key and value the same with their own number of heads.
+        query: `[1, heads, T, head_size]`; key and value have their own number of heads, and the value its own size.
         cu_seq_lens_q: `[S + 1]` starts of the sequences, with the total at the end.
+        sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
+        softcap: scores are bent to `softcap * tanh(score / softcap)` before the softmax (Gemma 2).
+        s_aux: `[heads]` logits of attention sinks, which take weight and give nothing (GPT-OSS).
 
     Returns:
-        `[1, T, heads, head_size]`, as transformers' attention interface wants it.
+        `[1, T, heads, value_size]`, as transformers' attention interface wants it.
 
     Raises:
         ValueError: the row's bounds are missing, or the model asks for something that is not computed here.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed_sdpa needs cu_seq_lens_q and max_length_q: the row's sequences")
-    _refuse_other_attention(max_length_q, **kwargs)
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    rate = dropout if module.training else 0.0
-    starts = cu_seq_lens_q.to(torch.int64)
+    # A sequence's own width decides whether its window matters, not its longest neighbour: see `_row_layout`.
+    window = sliding_window or None
+    if not causal and ((window or max_length_q) < max_length_q or softcap is not None or s_aux is not None):
+        raise ValueError(
+            "packed_sdpa computes sliding windows, soft caps and attention sinks only for causal attention; "
+            "choose another `attention`"
+        )
+    wanted = _Attention(scaling, dropout if module.training else 0.0, causal, window, softcap, s_aux)
+    starts = tuple(cu_seq_lens_q.tolist())
     if not causal and query.device.type == "cpu" and query.shape[1] == key.shape[1]:
-        return _plain_attention(query, key, value, starts.diff().tolist(), scaling, rate), None
-    groups = list(_groups_of_like_width(starts))
+        lengths = [end - start for start, end in pairwise(starts)]
+        return _plain_attention(query, key, value, lengths, scaling, wanted.dropout), None
+    layout = _row_layout(starts, query.device)
     heads = [each[0].transpose(0, 1) for each in (query, key, value)]
-    attended = torch.cat([_padded_attention(heads, group, scaling, rate, causal) for group in groups])
-    places = torch.cat([group.tokens for group in groups]).argsort()
-    return attended.index_select(0, places)[None], None
+    attended = torch.cat([_padded_attention(heads, group, wanted) for group in layout.groups])
+    return attended.index_select(0, layout.places)[None], None
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """What a layer asks for; see `packed_sdpa`."""
+
+    scaling: float | None
+    dropout: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -256,24 +281,43 @@ class _WidthGroup:
     slots: torch.Tensor
 
 
-def _groups_of_like_width(starts: torch.Tensor) -> Iterator[_WidthGroup]:
-    """The kernel of attention sums in an order that depends on the padded width. The width is therefore one of the
-    sequence itself, not of its longest neighbour: then what else is in the row changes no bit."""
-    lengths = starts.diff()
-    widths = -(-lengths // _WIDTH_STEP) * _WIDTH_STEP
-    sequence = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
-    offset = torch.arange(len(sequence), device=starts.device) - starts[sequence]
-    for width in widths.unique().tolist():
-        chosen = widths == width
-        tokens = chosen[sequence].nonzero()[:, 0]
-        slots = (chosen.cumsum(0) - 1)[sequence[tokens]] * width + offset[tokens]
-        yield _WidthGroup(lengths[chosen], width, tokens, slots)
+@dataclass(frozen=True)
+class _RowLayout:
+    """How a packed row becomes padded batches, and back.
+
+    Attributes:
+        places: `[T]` where each token of the row is among the tokens of all groups.
+    """
+
+    groups: tuple[_WidthGroup, ...]
+    places: torch.Tensor
 
 
-def _padded_attention(
-    heads: Sequence[torch.Tensor], group: _WidthGroup, scaling: float | None, dropout: float, causal: bool
-) -> torch.Tensor:
-    """`[N, heads, head_size]` of a group's tokens, from query, key and value as `[T, heads, head_size]`."""
+@lru_cache(maxsize=2)
+def _row_layout(starts: tuple[int, ...], device: torch.device) -> _RowLayout:
+    """Group sequences by the width that they are padded to; computed once per row, not once per layer.
+
+    The kernel of attention sums in an order that depends on the padded width. The width is therefore one of the
+    sequence itself, not of its longest neighbour: what else is in the row then changes nothing, bit-for-bit.
+    """
+    # Kept tensors must also serve a later training pass, which refuses those made in inference mode.
+    with torch.inference_mode(False):
+        bounds = torch.tensor(starts, device=device)
+        lengths = bounds.diff()
+        widths = -(-lengths // _WIDTH_STEP) * _WIDTH_STEP
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        offset = torch.arange(len(sequence), device=device) - bounds[sequence]
+        groups: list[_WidthGroup] = []
+        for width in widths.unique().tolist():
+            chosen = widths == width
+            tokens = chosen[sequence].nonzero()[:, 0]
+            slots = (chosen.cumsum(0) - 1)[sequence[tokens]] * width + offset[tokens]
+            groups.append(_WidthGroup(lengths[chosen], width, tokens, slots))
+        return _RowLayout(tuple(groups), torch.cat([group.tokens for group in groups]).argsort())
+
+
+def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted: _Attention) -> torch.Tensor:
+    """`[N, heads, value_size]` of a group's tokens, from query, key and value as `[T, heads, size]`."""
     num_sequences, width = len(group.lengths), group.width
 
     def spread(packed: torch.Tensor) -> torch.Tensor:
@@ -282,20 +326,50 @@ def _padded_attention(
         return padded.unflatten(0, (num_sequences, width)).transpose(1, 2)
 
     query, key, value = (spread(each) for each in heads)
-    mask = None
-    if not causal:
-        mask = (torch.arange(width, device=query.device) < group.lengths[:, None])[:, None, None, :]
-    attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    if wanted.softcap is not None or wanted.sinks is not None:
+        attended = _written_out_attention(query, key, value, wanted)
+    else:
+        mask = None
+        if not wanted.causal:
+            mask = (torch.arange(width, device=query.device) < group.lengths[:, None])[:, None, None, :]
+        elif wanted.window is not None and wanted.window < width:
+            mask = _causal_mask(width, wanted.window, query.device)
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=wanted.dropout,
+            is_causal=mask is None,
+            scale=wanted.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
     return attended.transpose(1, 2).flatten(0, 1).index_select(0, group.slots)
+
+
+def _causal_mask(width: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[width, width]`, true where a query (row) sees a key (column)."""
+    seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)
+
+
+def _written_out_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wanted: _Attention
+) -> torch.Tensor:
+    """Causal attention as `[S, heads, width, value_size]` with what the fused kernel has no argument for."""
+    repeats = query.shape[1] // key.shape[1]
+    keys, values = (each.float().repeat_interleave(repeats, dim=1) for each in (key, value))
+    scale = query.shape[-1] ** -0.5 if wanted.scaling is None else wanted.scaling
+    scores = query.float() @ keys.transpose(-1, -2) * scale
+    if wanted.softcap is not None:
+        scores = (scores / wanted.softcap).tanh() * wanted.softcap
+    scores = scores.masked_fill(~_causal_mask(query.shape[2], wanted.window, query.device), -torch.inf)
+    if wanted.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = wanted.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return (F.dropout(weights, wanted.dropout) @ values).to(query.dtype)
 
 
 def _plain_attention(
@@ -314,21 +388,6 @@ def _plain_attention(
     parts = zip(*(each[0].float().split(lengths, dim=1) for each in (query, key, value)), strict=True)
     attended = [F.dropout((q @ k.transpose(-1, -2) * scale).softmax(-1), dropout) @ v for q, k, v in parts]
     return torch.cat(attended, dim=1).transpose(0, 1)[None].to(query.dtype)
-
-
-def _refuse_other_attention(
-    longest: int, sliding_window: int | None = None, softcap: float | None = None, s_aux: Any = None, **kwargs: Any
-) -> None:
-    """What an architecture adds to attention comes as keyword arguments; left out, results are wrong in silence."""
-    unknown = {
-        f"sliding_window {sliding_window} below the longest sequence, {longest}": sliding_window is not None
-        and 0 < sliding_window < longest,
-        f"softcap {softcap}": softcap is not None,
-        "attention sinks (s_aux)": s_aux is not None,
-    }
-    found = [name for name, asked in unknown.items() if asked]
-    if found:
-        raise ValueError(f"packed_sdpa does not compute {', '.join(found)}; choose another `attention`")
 
 
 def register_packed_sdpa() -> None:

@@ -51,17 +51,31 @@ class PolicyModel(nn.Module):
             self._head.transform = usual
 
 
-class CriticModel(nn.Module):
-    """A token classifier with one label: the expected return after each position (its label is the value)."""
+class ValueHead(nn.Linear):
+    """A linear layer that computes in float32, whatever the type of its weights and of what it is given."""
 
-    def __init__(self, token_classifier: Any) -> None:
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+class CriticModel(nn.Module):
+    """A language model's backbone with a value head: the expected return after each position.
+
+    Args:
+        backbone: any `AutoModel` whose last hidden states are those of a causal language model.
+        value_head: `hidden -> 1`.
+    """
+
+    def __init__(self, backbone: Any, value_head: ValueHead) -> None:
         super().__init__()
-        self.token_classifier = token_classifier
+        self.backbone = backbone
+        self.value_head = value_head
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """`[R]` float32 values of the states in which the predicted tokens were chosen."""
-        outputs = self.token_classifier(**batch.model_inputs())
-        return outputs.logits[0, batch.predict_at, 0].float()
+        hidden = self.backbone(**batch.model_inputs()).last_hidden_state
+        return self.value_head(hidden[0, batch.predict_at])[:, 0]
 
 
 def load_policy_model(
@@ -77,24 +91,62 @@ def load_policy_model(
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
+    _remove_noise(loaded)
     return PolicyModel(loaded, temperature, float32_logits)
 
 
-def load_critic_model(model: str, *, dtype: str, attention: str, seed: int) -> CriticModel:
-    """A critic on the backbone of any causal language model; its head starts at zero, so first values are 0."""
-    from transformers import AutoConfig, AutoModelForTokenClassification
+def load_critic_model(model: str, *, dtype: str, attention: str) -> CriticModel:
+    """A critic on the backbone of any causal language model; its head starts at zero, so first values are 0.
 
-    torch.manual_seed(seed)
+    The directory of a reward model with one label gives its score head, too: values then start at its scores.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     config = AutoConfig.from_pretrained(model)
-    config.num_labels = 1
-    config.classifier_dropout = 0.0
-    loaded = AutoModelForTokenClassification.from_pretrained(
-        model, config=config, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
-    with gathered(list(loaded.score.parameters())):
-        for parameter in loaded.score.parameters():
+    if config.num_labels == 1 and any("SequenceClassification" in name for name in config.architectures or ()):
+        classifier = AutoModelForSequenceClassification.from_pretrained(model, **options)
+        backbone, head = classifier.base_model, ValueHead(1, 1, bias=False)
+        head.weight = classifier.score.weight
+    else:
+        backbone = AutoModel.from_pretrained(model, **options)
+        # Not the configuration's hidden size: OPT's smaller models project their last states.
+        head = ValueHead(backbone.get_input_embeddings().embedding_dim, 1, dtype=options["dtype"])
+        for parameter in head.parameters():
             nn.init.zeros_(parameter)
-    return CriticModel(loaded)
+    _remove_noise(backbone)
+    return CriticModel(backbone, head)
+
+
+def _remove_noise(model: nn.Module) -> None:
+    """Switch dropout and the routers' jitter off, which transformers applies in training mode.
+
+    The ratio of new to old log-probs is about the weights; with noise it is not 1 before the first update. The
+    configuration stays as it is, for the directories that are written.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
+def named_as_saved(model: Any, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A parameter under the names, and in the pieces, that `save_pretrained` writes and engines read.
+
+    Transformers 5 holds some weights in another form than their checkpoints, such as all experts of a layer in one
+    tensor.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    yield from revert_weight_conversion(model, {name: tensor}).items()
+
+
+def shapes_as_saved(model: Any, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same without the weights: tensors on the meta device, also of a parameter that ZeRO-3 has in pieces."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return named_as_saved(model, name, torch.empty(shape, dtype=parameter.dtype, device="meta"))
 
 
 def gathered(parameters: list[nn.Parameter], read_only: bool = False) -> AbstractContextManager[None]:

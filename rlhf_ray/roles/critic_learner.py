@@ -61,9 +61,8 @@ class CriticLearner:
         self._micro_batch_tokens = learner.micro_batch_tokens
 
         def build() -> CriticModel:
-            attention = resolve_attention(learner.attention, on_gpu)
-            critic = load_critic_model(model, dtype=dtype, attention=attention, seed=seed)
-            train_only_top_layers(critic.token_classifier, learner.trainable_top_layers)
+            critic = load_critic_model(model, dtype=dtype, attention=resolve_attention(learner.attention, on_gpu))
+            train_only_top_layers(critic.backbone, learner.trainable_top_layers)
             return critic
 
         self._engine = DeepSpeedEngine(build, learner, rank, dtype, total_steps)

@@ -100,7 +100,8 @@ class DeepSpeedEngine:
         module = build()
         if settings.gradient_checkpointing:
             for part in module.children():
-                part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                if hasattr(part, "gradient_checkpointing_enable"):
+                    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = _parameter_groups(module, settings.weight_decay)
         optimizer = torch.optim.AdamW(
             groups,

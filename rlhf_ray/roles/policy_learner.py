@@ -110,7 +110,7 @@ class PolicyLearner:
             return model
 
         self._engine = DeepSpeedEngine(build, learner, rank, self._dtype, total_steps)
-        self._weights = PolicyWeights(self._engine, _PREFIX)
+        self._weights = PolicyWeights(self._engine, self._engine.unwrapped.language_model)
 
     def logprobs(self, rollout: Rollout) -> TokenColumn:
         """Log-probs of every response token of this rank's shard, as the learner computes them now."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.models.buckets import WeightBucket, bucket_names
-from rlhf_ray.models.token_models import gathered
+from rlhf_ray.models.token_models import gathered, named_as_saved, shapes_as_saved
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
 
 
@@ -16,16 +16,12 @@ class PolicyWeights:
 
     Args:
         engine: trains the policy.
-        strip: prefix before the Hugging Face names.
+        model: the transformers model inside its module.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, strip: str) -> None:
-        self._engine, self._strip = engine, strip
-        self._trained = {
-            name.removeprefix(strip): parameter
-            for name, parameter in engine.unwrapped.named_parameters()
-            if parameter.requires_grad
-        }
+    def __init__(self, engine: DeepSpeedEngine, model: Any) -> None:
+        self._engine, self._model = engine, model
+        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._layout: list[tuple[str, ...]] = []
         self._sender: Any = None
 
@@ -40,17 +36,25 @@ class PolicyWeights:
             for name, parameter in self._trained.items()
         ]
         self._layout = bucket_names(sizes, max_bytes)
-        return self._layout
+        return [
+            tuple(saved for name in names for saved, _ in shapes_as_saved(self._model, name, self._trained[name]))
+            for names in self._layout
+        ]
 
     def bucket(self, index: int) -> WeightBucket | None:
         """One bucket; nothing on ranks other than the first."""
-        parameters = [self._trained[name] for name in self._layout[index]]
+        names = self._layout[index]
+        parameters = [self._trained[name] for name in names]
         with gathered(parameters, read_only=True), torch.no_grad():
             if self._engine.rank.rank != 0:
                 return None
             # What ZeRO-3 gathers is gone with the block.
-            tensors = [each.clone() if hasattr(each, "ds_id") else each for each in parameters]
-            return WeightBucket.of(zip(self._layout[index], tensors, strict=True))
+            tensors = [each.clone() if hasattr(each, "ds_id") else each.data for each in parameters]
+            return WeightBucket.of(
+                saved
+                for name, tensor in zip(names, tensors, strict=True)
+                for saved in named_as_saved(self._model, name, tensor)
+            )
 
     def open_sender(self, group: dict[str, Any]) -> dict[str, Any]:
         """Meet the engines in the group of vLLM's NCCL transport.
@@ -63,7 +67,7 @@ class PolicyWeights:
         """
         from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 
-        source = LearnerWeightSource(self._trained)
+        source = LearnerWeightSource(self._model, self._trained)
         self._sender = open_sender(source, self._engine.rank.rank, group)
         return update_info(source)
 

@@ -14,6 +14,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from rlhf_ray.models.buckets import Snapshot
 
@@ -43,6 +44,7 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
+        self._old_kernels = _take_expert_kernels(self.model) if current_platform.is_cpu() else {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class synchronises an accelerator here, which a CPU does not have; loading is synchronous.
@@ -53,10 +55,28 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for method, kernel in self._old_kernels.items():
+            method.moe_kernel = method.moe_kernel or kernel
         _process_tied_layers(self.model)
 
     def shutdown(self) -> None:
         """There is no connection to close."""
+
+
+def _take_expert_kernels(model: nn.Module) -> dict[Any, Any]:
+    """Take the kernels out of mixture-of-experts layers, so that their weights are packed again.
+
+    vLLM 0.32 packs experts for a CPU only while a layer has no kernel; with one, it would copy plain weights to where
+    the kernel expects packed ones.
+
+    Returns:
+        The kernel of each layer's method, for the layers that no new weights arrive for.
+    """
+    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    kernels = {method: method.moe_kernel for method in methods if getattr(method, "moe_kernel", None) is not None}
+    for method in kernels:
+        method.moe_kernel = None
+    return kernels
 
 
 def _process_tied_layers(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from rlhf_ray.models.token_models import gathered
+from rlhf_ray.models.token_models import gathered, named_as_saved, shapes_as_saved
 
 
 class LearnerWeightSource(WeightSource):
@@ -19,22 +19,24 @@ class LearnerWeightSource(WeightSource):
     vLLM's own `ModuleSource` knows DTensors, not DeepSpeed's partitions.
 
     Args:
-        parameters: by their Hugging Face names.
+        model: the transformers model.
+        parameters: of it, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        self._model, self._parameters = model, parameters
 
     def metadata(self) -> list[ParamMeta]:
         return [
-            ParamMeta(name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            ParamMeta(saved, tensor.dtype, tuple(tensor.shape))
             for name, parameter in self._parameters.items()
+            for saved, tensor in shapes_as_saved(self._model, name, parameter)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters.items():
             with gathered([parameter], read_only=True):
-                yield name, parameter.data
+                yield from named_as_saved(self._model, name, parameter.data)
 
 
 class _DriverAsksTheEngines:

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
 from rlhf_ray.config.settings import ActorSettings, CriticSettings, PolicySettings
-from rlhf_ray.models.buckets import WeightBucket, fill_buckets
+from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
@@ -71,7 +71,7 @@ class Learners:
     def export(self, folder: str) -> list[WeightBucket]:
         """The policy as a directory, the critic's weights as they are."""
         self.policy.export(folder)
-        return list(fill_buckets(self.critic._engine.full_weights("token_classifier."), 1 << 20))
+        return [WeightBucket.of((name, tensor.clone()) for name, tensor in self.critic._engine.full_weights(""))]
 
 
 class Sum:

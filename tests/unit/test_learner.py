@@ -11,6 +11,7 @@ import torch
 from rlhf_ray.config.settings import AlgorithmSettings, CriticSettings, KLSettings, LearnerSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.loading import read_model_facts
+from rlhf_ray.models.packing import RolloutRows
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
@@ -144,6 +145,27 @@ def test_first_minibatch_has_ratio_one(policy_model: str, single_rank: Rank):
         assert report.approx_kl > 1e-5, "later minibatches must have moved, or this proves nothing"
 
 
+def test_dropout_is_off_while_policy_and_critic_train(single_rank: Rank, policy_tokenizer: Any, tmp_path: Path):
+    """Half of everything would be dropped, in the trunk and in attention; the exported configuration says so still."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.5)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(policy_tokenizer)}
+    model = str(tmp_path / "model")
+    GPT2LMHeadModel(GPT2Config(**sizes, **rates)).save_pretrained(model)
+    policy_tokenizer.save_pretrained(model)
+    learner = policy_learner(model, single_rank)
+    shards = [shard_of(rollout, learner.logprobs(rollout)) for rollout in ROLLOUTS]
+    assert learner.train(0, shards, KL_COEFFICIENT).first_ratio_error <= 1e-5
+    learner.export(str(tmp_path / "export"))
+    assert GPT2Config.from_pretrained(tmp_path / "export").resid_pdrop == 0.5
+    critic = critic_learner(model, single_rank)
+    critic._engine.unwrapped.train()
+    torch.nn.init.normal_(critic._engine.unwrapped.value_head.weight)
+    [batch] = RolloutRows(ROLLOUTS).pack(range(4), 4096)
+    assert torch.equal(*(critic._engine.unwrapped(batch) for _ in range(2)))
+
+
 def test_engine_logprobs_as_the_old_ones_give_a_ratio_other_than_one(policy_model: str, single_rank: Rank):
     algorithm = ALGORITHM.model_copy(update={"old_logprobs": "engine"})
     report = train_policy(policy_learner(policy_model, single_rank, algorithm=algorithm))
@@ -236,7 +258,7 @@ def test_critic_trains_exactly_its_top_layers(policy_model: str, single_rank: Ra
     for _ in range(2):  # The head is zero at first, and lets no gradient through.
         train_critic(learner)
     changed = {name for name, tensor in trained(learner).items() if not torch.equal(tensor, before[name])}
-    top = ("token_classifier.model.layers.1.", "token_classifier.model.norm.", "token_classifier.score.")
+    top = ("backbone.layers.1.", "backbone.norm.", "value_head.")
     assert changed == {name for name in before if name.startswith(top)}
 
 

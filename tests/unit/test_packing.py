@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_ray.models.loading import resolve_attention
-from rlhf_ray.models.packing import RolloutRows, micro_batches, pack, packed_sdpa
+from rlhf_ray.models.packing import RolloutRows, _row_layout, micro_batches, pack, packed_sdpa
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.rollout import offsets
 from tests.making import HIDDEN_SIZE, random_rollout, rounding
@@ -132,19 +132,105 @@ def test_attention_without_bounds_is_refused():
         packed_sdpa(torch.nn.Module(), *qkv, None)
 
 
-@pytest.mark.parametrize("feature", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(2)}])
-def test_attention_that_it_does_not_compute_is_refused(feature: dict[str, Any]):
-    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": {"sliding_window": 5},
+    "window of more than one step of widths": {"sliding_window": 20},
+    "soft cap": {"softcap": 1.5},
+    "sinks": {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)},
+    "all": {"sliding_window": 5, "softcap": 1.5, "s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)},
+    "none": {},
+}
+
+
+def exact_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sliding_window: int = 0, softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One sequence in float64, `[heads, length, size]`, a query at a time, from the definitions."""
+    outputs = []
+    for head in range(query.shape[0]):
+        group = head * key.shape[0] // query.shape[0]
+        for position in range(query.shape[1]):
+            first = max(0, position + 1 - sliding_window) if sliding_window else 0
+            scores = key[group, first : position + 1] @ query[head, position] * 0.2
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            sink = 0.0 if s_aux is None else s_aux[head].exp()
+            weights = scores.exp() / (scores.exp().sum() + sink)
+            outputs.append(weights @ value[group, first : position + 1])
+    return torch.stack(outputs).view(query.shape[0], query.shape[1], -1)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("value_size", [32, 16])
+def test_what_architectures_add_to_attention(feature: str, value_size: int):
+    """Soft caps (Gemma 2), sliding windows (Mistral), attention sinks (GPT-OSS), and values of their own size."""
+    torch.manual_seed(0)
+    total, starts = sum(LENGTHS), offsets(LENGTHS)
+    query, key = torch.randn(1, 4, total, 32), torch.randn(1, 2, total, 32)
+    value = torch.randn(1, 2, total, value_size)
+    for each in (query, key, value):
+        each.requires_grad_()
+    upstream = torch.randn(1, total, 4, value_size)
+    bounds = {"cu_seq_lens_q": torch.from_numpy(starts), "max_length_q": max(LENGTHS)}
+    ours, _ = packed_sdpa(torch.nn.Module(), query, key, value, None, scaling=0.2, **bounds, **FEATURES[feature])
+    our_gradients = torch.autograd.grad((ours * upstream).sum(), (query, key, value))
+    exact = [each.detach().double().requires_grad_() for each in (query, key, value)]
+    parts = [
+        exact_attention(*(each[0, :, start:end] for each in exact), **FEATURES[feature]).transpose(0, 1)
+        for start, end in pairwise(starts)
+    ]
+    expected = torch.cat(parts)[None]
+    gradients = torch.autograd.grad((expected * upstream).sum(), exact)
+    # Scores are sums of 32 terms; values and gradients are averages over at most 29 keys.
+    bound = rounding(32 + max(LENGTHS))
+    assert float((ours - expected).detach().abs().max()) <= bound
+    for our_gradient, gradient in zip(our_gradients, gradients, strict=True):
+        assert float((our_gradient - gradient).abs().max()) <= bound * max(1.0, float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("length", [4, 21])
+def test_what_shares_the_row_changes_nothing(feature: str, length: int):
+    """Bit-for-bit, with what architectures add."""
+    torch.manual_seed(0)
+    options = {name: each.float() if torch.is_tensor(each) else each for name, each in FEATURES[feature].items()}
+
+    def attend(qkv: list[torch.Tensor], lengths: list[int]) -> torch.Tensor:
+        bounds = {"cu_seq_lens_q": torch.from_numpy(offsets(lengths)), "max_length_q": max(lengths)}
+        return packed_sdpa(torch.nn.Module(), *qkv, None, **bounds, **options)[0]
+
+    own = [torch.randn(1, heads, length, 32) for heads in (4, 2, 2)]
+    others = [torch.randn(1, heads, 40, 32) for heads in (4, 2, 2)]
+    alone = attend(own, [length])
+    together = attend([torch.cat(pair, dim=2) for pair in zip(own, others, strict=True)], [length, 40])
+    assert torch.equal(together[:, :length], alone)
+
+
+@pytest.mark.parametrize("feature", ["window", "soft cap", "sinks"])
+def test_attention_both_ways_that_it_does_not_compute_is_refused(feature: str):
+    qkv = [torch.randn(1, 4, 6, 32) for _ in range(3)]
     bounds = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
-    with pytest.raises(ValueError, match=next(iter(feature))):
-        packed_sdpa(torch.nn.Module(), *qkv, None, **bounds, **feature)
+    with pytest.raises(ValueError, match="only for causal attention"):
+        packed_sdpa(torch.nn.Module(), *qkv, None, is_causal=False, **bounds, **FEATURES[feature])
 
 
 def test_a_window_wider_than_the_sequences_changes_nothing():
     qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
     bounds = {"cu_seq_lens_q": torch.tensor([0, 6]), "max_length_q": 6}
     windowed, _ = packed_sdpa(torch.nn.Module(), *qkv, None, sliding_window=6, **bounds)
-    assert torch.equal(windowed, packed_sdpa(torch.nn.Module(), *qkv, None, **bounds)[0])
+    plain, _ = packed_sdpa(torch.nn.Module(), *qkv, None, **bounds)
+    torch.testing.assert_close(windowed, plain, rtol=0, atol=rounding(32))
+
+
+def test_a_row_is_laid_out_once_for_all_layers(packed_model: PolicyModel):
+    """In inference mode first, and then with gradients."""
+    batch = pack(sequences(), [1] * len(LENGTHS))
+    _row_layout.cache_clear()
+    with torch.inference_mode():
+        packed_model(batch)
+    packed_model(batch, lambda part, logprobs, entropies: logprobs.sum())[0].backward()
+    assert (_row_layout.cache_info().misses, _row_layout.cache_info().hits) == (1, 3)
 
 
 def test_pack_points_at_the_tokens_before_the_predicted_ones():

@@ -1,5 +1,6 @@
 """Log-probs, entropies and losses of them against a float64 log-softmax, and a critic that starts at zero."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,15 @@ from rlhf_ray.models import token_loss
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
 from rlhf_ray.models.token_loss import LogitTransform
-from rlhf_ray.models.token_models import PolicyModel, load_critic_model, load_policy_model
+from rlhf_ray.models.token_models import (
+    CriticModel,
+    PolicyModel,
+    load_critic_model,
+    load_policy_model,
+    named_as_saved,
+    shapes_as_saved,
+)
+from tests.making import SCORE_ROUNDING, largest_difference, weights_in
 
 BATCH = pack([np.arange(3, 23, dtype=np.int32)], [1])
 ADVANTAGES = torch.linspace(-1, 1, 19)
@@ -155,15 +164,59 @@ def test_policy_projects_only_predicted_positions(policy_model: str):
     assert seen[-1] == (7,)
 
 
+def critic_of(model: str, dtype: str = "float32") -> CriticModel:
+    return load_critic_model(model, dtype=dtype, attention=resolve_attention("auto", on_gpu=False)).eval()
+
+
 def test_critic_starts_at_zero_and_reads_the_state_before_each_token(policy_model: str):
-    critic = load_critic_model(
-        policy_model, dtype="float32", attention=resolve_attention("auto", on_gpu=False), seed=3
-    ).eval()
+    critic = critic_of(policy_model)
     tokens = np.arange(3, 23, dtype=np.int32)
     assert critic(pack([tokens], [5])).tolist() == [0.0] * 15
-    torch.nn.init.normal_(critic.token_classifier.score.weight)
+    torch.nn.init.normal_(critic.value_head.weight)
     values = critic(pack([tokens], [5]))
     tokens[-1] = 200
     assert torch.equal(critic(pack([tokens], [5])), values), "a value must not see the token it is the baseline of"
     tokens[-2] = 200
     assert critic(pack([tokens], [5]))[-1] != values[-1]
+
+
+def test_a_critic_from_a_reward_model_starts_at_its_scores(tiny: Path):
+    from transformers import AutoModelForSequenceClassification
+
+    tokens = np.arange(3, 23, dtype=np.int32)
+    values = critic_of(str(tiny / "reward_model"))(pack([tokens], [5]))
+    reward_model = AutoModelForSequenceClassification.from_pretrained(tiny / "reward_model")
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    expected = [reward_model(ids[:, :length]).logits.item() for length in range(5, 20)]
+    np.testing.assert_allclose(values.tolist(), expected, rtol=0, atol=SCORE_ROUNDING)
+
+
+def test_values_of_a_bfloat16_critic_are_not_rounded(policy_model: str):
+    critic = critic_of(policy_model, "bfloat16")
+    torch.nn.init.normal_(critic.value_head.weight)
+    values = critic(pack([np.arange(3, 23, dtype=np.int32)], [5]))
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def mixture(kind: str) -> Any:
+    import transformers
+
+    sizes = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4, "moe_intermediate_size": 48}
+    config = getattr(transformers, f"{kind}Config")(**LLAMA, **sizes, head_dim=16, num_experts_per_tok=2)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_weights_have_the_names_that_save_pretrained_writes(kind: str, tmp_path: Path):
+    """Fused experts come apart one parameter at a time, as the file has them; so do their shapes."""
+    model = mixture(kind)
+    model.save_pretrained(tmp_path)
+    expected = weights_in(tmp_path)
+    assert len(expected) > len(list(model.parameters())), "no experts were fused; this proves nothing"
+    named = list(model.named_parameters())
+    found = [saved for name, parameter in named for saved in named_as_saved(model, name, parameter.data)]
+    assert len(found) == len(expected)
+    assert largest_difference(dict(found), expected) == 0
+    shapes = [(saved, t.shape) for name, parameter in named for saved, t in shapes_as_saved(model, name, parameter)]
+    assert shapes == [(saved, tensor.shape) for saved, tensor in found]

@@ -9,7 +9,6 @@ import torch
 from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
-from rlhf_ray.models.token_models import PolicyModel
 from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 from rlhf_ray.runtime import weight_transfer
 from rlhf_ray.runtime.answers import Answer
@@ -34,7 +33,7 @@ def stubs(role: str, size: int, **answers: Any) -> tuple[list[StubReplica], list
     return [StubReplica(f"{role}-{index}", calls, answers) for index in range(size)], calls
 
 
-def parameters() -> dict[str, torch.nn.Parameter]:
+def source(kind: type[LearnerWeightSource] = LearnerWeightSource) -> LearnerWeightSource:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -45,20 +44,20 @@ def parameters() -> dict[str, torch.nn.Parameter]:
         num_attention_heads=2,
         tie_word_embeddings=True,
     )
-    model = PolicyModel(LlamaForCausalLM(config).to(torch.bfloat16))
-    model.language_model.model.norm.to(torch.float32)
-    return dict(model.language_model.named_parameters())
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.model.norm.to(torch.float32)
+    return kind(model, dict(model.named_parameters()))
 
 
 def test_metadata_says_what_iteration_gives():
-    source = LearnerWeightSource(parameters())
+    sent = source()
     for _ in range(2):
-        given = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
-        assert given == [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
-    names = [meta.name for meta in source.metadata()]
+        given = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sent]
+        assert given == [(meta.name, meta.dtype, meta.shape) for meta in sent.metadata()]
+    names = [meta.name for meta in sent.metadata()]
     assert names[0] == "model.embed_tokens.weight"
     assert "lm_head.weight" not in names, "tied weights travel once"
-    told = update_info(source)
+    told = update_info(sent)
     assert told["names"] == names
     assert set(told["dtype_names"]) == {"bfloat16", "float32"}
     assert told["shapes"][0] == [32, 16]
@@ -66,10 +65,12 @@ def test_metadata_says_what_iteration_gives():
 
 def test_metadata_of_partitioned_weights_has_their_full_shape():
     """ZeRO-3 leaves an empty tensor and notes the shape."""
-    weight = torch.nn.Parameter(torch.empty(0))
-    weight.ds_shape = torch.Size((5, 3))  # type: ignore[attr-defined]
-    [meta] = LearnerWeightSource({"weight": weight}).metadata()
-    assert (meta.name, meta.shape) == ("weight", (5, 3))
+    sent = source()
+    before = sent.metadata()
+    for parameter in sent._parameters.values():
+        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    assert [meta.shape for meta in sent.metadata()] == [meta.shape for meta in before]
 
 
 GROUP = {
@@ -92,11 +93,11 @@ def test_vllms_sender_broadcasts_without_asking_the_engines(monkeypatch: pytest.
         broadcast.append([name for name, _ in iterator])
 
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", producer)
-    source = LearnerWeightSource(parameters())
-    sender = open_sender(source, 0, GROUP)
+    sent = source()
+    sender = open_sender(sent, 0, GROUP)
     for _ in range(2):
         sender.send_weights()
-    assert broadcast == [update_info(source)["names"]] * 2
+    assert broadcast == [update_info(sent)["names"]] * 2
 
 
 def test_other_ranks_only_take_part_in_gathering():
@@ -107,7 +108,7 @@ def test_other_ranks_only_take_part_in_gathering():
             passes.append(1)
             return super().__iter__()
 
-    sender = open_sender(CountingSource(parameters()), 1, GROUP)
+    sender = open_sender(source(CountingSource), 1, GROUP)
     sender.send_weights()
     assert passes == [1]
 
