@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
+.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -41,13 +41,19 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
-bench: bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
+bench: bench-ppo bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 
-bench-rm: $(READY)  ## Pairs a second in reward-model training, against TRL
+.bench/trl:
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target $@ 'trl==1.16.*'
+
+bench-ppo: $(READY) | .bench/trl  ## A PPO step against TRL, bare vLLM and torch, its floor, its memory; OPTIONS=--quick
+	@$(BIN)/rlhf-ray prepare tiny && $(BIN)/rlhf-ray prepare smollm2-135m
+	@$(BIN)/python -m bench.ppo --trl .bench/trl $(OPTIONS)
+
+bench-rm: $(READY) | .bench/trl  ## Pairs a second in reward-model training, against TRL
 	@$(BENCH_DATA)
-	@test -d .bench/trl || $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --target .bench/trl 'trl==1.16.*'
 	@$(BIN)/python -m bench.reward_training --trl .bench/trl
 
 bench-hutto: $(READY)  ## A reward model of human ratings from end to end

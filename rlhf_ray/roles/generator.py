@@ -191,11 +191,10 @@ class Generator:
             # other weights, leaves no trace in its arithmetic.
             self._calls += 1
             salt = f"{version}:{self._calls}"
-            # Outputs bear these names; those that `add_request` gives back are the engine's internal ones.
             requests = [f"{self._calls}-{index}" for index in range(len(sampling))]
             for index, (request, each) in enumerate(zip(requests, sampling, strict=True)):
-                ids = plan.prompts[index // count].tolist()
-                self._engine.llm_engine.add_request(request, TokensPrompt(prompt_token_ids=ids, cache_salt=salt), each)
+                prompt = TokensPrompt(prompt_token_ids=plan.prompts[index // count].tolist(), cache_salt=salt)
+                self._engine.llm_engine.add_request(request, prompt, each)
         outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []
@@ -229,8 +228,13 @@ class Generator:
         """The outputs of requests. Several calls may be here at once: each steps the engine for all in its turn."""
         while True:
             with self._turns:
-                if all(request in self._outputs for request in requests):
+                missing = [request for request in requests if request not in self._outputs]
+                if not missing:
                     return [self._outputs.pop(request) for request in requests]
+                if not self._engine.llm_engine.has_unfinished_requests():
+                    raise RoleFailure(
+                        FailureKind.FATAL, "generator", "?", f"the engine never finished {len(missing)} requests"
+                    )
                 self._step()
 
     def _step(self) -> None:
