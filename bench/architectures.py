@@ -86,7 +86,7 @@ ARCHITECTURES = {
             "max_position_embeddings": CONTEXT_TOKENS,
         },
     ),
-    "gpt_neox": Architecture("gpt_neox", {**LLAMA_LIKE, "num_key_value_heads": None}),
+    "gpt_neox": Architecture("gpt_neox", {key: LLAMA_LIKE[key] for key in LLAMA_LIKE if key != "num_key_value_heads"}),
     "gemma2": Architecture(
         "gemma2",
         {
@@ -122,22 +122,28 @@ def cases() -> list[tuple[str, bool]]:
     return [(name, tied) for name, kind in ARCHITECTURES.items() for tied in kind.tied]
 
 
-def write_model(name: str, tied: bool, tokenizer: Any, folder: Path) -> str:
-    """A randomly initialised model; norms and biases are random too, so that each shows if it is lost on the way."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def configuration(name: str, tied: bool, tokenizer: Any) -> Any:
+    """Of a small model that speaks the tokenizer's language."""
+    from transformers import AutoConfig
 
     kind = ARCHITECTURES[name]
-    config = AutoConfig.for_model(
+    return AutoConfig.for_model(
         kind.model_type,
-        **{key: value for key, value in kind.settings.items() if value is not None},
+        **kind.settings,
         vocab_size=len(tokenizer),
         tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def write_model(name: str, tied: bool, tokenizer: Any, folder: Path) -> str:
+    """A randomly initialised model; norms and biases are random too, so that each shows if it is lost on the way."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(configuration(name, tied, tokenizer), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape)

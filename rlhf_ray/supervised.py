@@ -9,7 +9,13 @@ from functools import partial
 
 from rlhf_ray.config.settings import AlgorithmSettings, SFTConfig
 from rlhf_ray.data.text import TextExample, load_text
-from rlhf_ray.models.loading import check_tokenizer_fits, check_top_layers, load_policy_tokenizer, read_model_facts
+from rlhf_ray.models.loading import (
+    check_language_model,
+    check_tokenizer_fits,
+    check_top_layers,
+    load_policy_tokenizer,
+    read_model_facts,
+)
 from rlhf_ray.randomness import batch_rows
 from rlhf_ray.roles.policy_learner import PolicyLearner, TextReport
 from rlhf_ray.runtime.actor_group import ActorGroup
@@ -48,6 +54,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
     facts = read_model_facts(policy.model, "policy.model")
     tokenizer = load_policy_tokenizer(policy.model, "policy.model")
     check_tokenizer_fits(tokenizer, facts, policy.model, "policy.model")
+    check_language_model(facts, policy.model, "policy.model")
     check_top_layers(policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
     text = load_text(config.text, tokenizer)
     steps = config.steps or config.epochs * math.ceil(len(text.examples) / config.batch_size)

@@ -13,6 +13,7 @@ from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
     check_language_model,
+    check_packed_rows,
     check_tokenizer_fits,
     check_top_layers,
     load_policy_tokenizer,
@@ -57,12 +58,15 @@ def read_inputs(config: PPOConfig) -> Inputs:
     check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
     if config.reference is not None and config.reference.model is not None:
         reference = config.reference.model
-        check_tokenizer_fits(tokenizer, read_model_facts(reference, "reference.model"), policy, "reference.model")
+        reference_facts = read_model_facts(reference, "reference.model")
+        check_tokenizer_fits(tokenizer, reference_facts, policy, "reference.model")
+        check_language_model(reference_facts, reference, "reference.model")
     if config.critic is not None:
         critic = facts
         if config.critic.model is not None:
             critic = read_model_facts(config.critic.model, "critic.model")
             check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
+            check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
     card = _check_reward_model(config.reward)
     reward = None if config.reward.url else templated_tokenizer(config.reward.model, card, "reward.model")

@@ -12,7 +12,7 @@ from rlhf_ray.config.settings import AlgorithmSettings
 from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 
 def minibatches(
@@ -55,15 +55,17 @@ def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: De
 def token_column(
     engine: DeepSpeedEngine,
     rollout: Rollout,
+    trunk: TrunkColumn | None,
     micro_batch_tokens: int,
     forward: Callable[[PackedBatch], torch.Tensor],
 ) -> TokenColumn:
     """One float for each response token of a rollout, from forward passes without gradients.
 
     Args:
+        trunk: of the rollout, to begin with.
         forward: `[R]` of a pack.
     """
-    rows = RolloutRows([rollout])
+    rows = RolloutRows([rollout], [trunk])
     packs = balanced_packs(rows, range(len(rows)), micro_batch_tokens, engine)
     column = np.zeros(rows.num_columns, dtype=np.float32)
     results = engine.forward_each([pack.to(engine.device) for pack in packs], forward)

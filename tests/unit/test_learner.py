@@ -330,7 +330,11 @@ def test_export_is_an_ordinary_model_directory(policy_model: str, single_rank: R
 def test_weight_buckets_hold_every_weight(policy_model: str, single_rank: Rank):
     learner = policy_learner(policy_model, single_rank)
     train_policy(learner)
-    found = {name: tensor for bucket in learner.weight_buckets(20_000) for name, tensor in bucket.tensors()}
+    layout = learner.weight_layout(20_000)
+    assert len(layout) > 2
+    buckets = [learner.weight_bucket(index) for index in range(len(layout))]
+    assert [bucket.names for bucket in buckets if bucket is not None] == layout
+    found = {name: tensor for bucket in buckets if bucket is not None for name, tensor in bucket.tensors()}
     expected = {name.removeprefix("language_model."): tensor for name, tensor in trained(learner).items()}
     assert largest_difference(found, expected) == 0
     assert set(found) == set(weights_in(Path(policy_model)))

@@ -1,15 +1,18 @@
 """What is wrong with a model's directory is said before anything is loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.architectures import cases, configuration
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
     check_language_model,
+    check_packed_rows,
     check_tokenizer_fits,
     load_policy_tokenizer,
     load_tokenizer,
@@ -161,6 +164,52 @@ def test_auto_is_the_faster_type_of_this_cpu(monkeypatch: pytest.MonkeyPatch, ha
     monkeypatch.setattr("rlhf_ray.models.loading.cpu_has_bf16", lambda: has_bf16)
     assert resolve_dtype("auto", on_gpu=False) == expected
     assert resolve_dtype("float32", on_gpu=False) == "float32"
+
+
+def with_configuration(model: Path, **changed: Any) -> str:
+    """The model's directory with other entries in its configuration."""
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    return str(model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"model_type": "t5"}, "no decoder-only language model"),
+        ({"model_type": "vit"}, "no decoder-only language model"),
+        ({"model_type": "mamba"}, "recurrent layers"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+        ({"model_type": "bloom"}, "its attention cannot be replaced"),
+    ],
+)
+def test_an_architecture_that_cannot_keep_sequences_apart_is_refused(model: Path, changed: Any, reason: str):
+    check_packed_rows(str(model), "critic.model")
+    with pytest.raises(BadInput, match=reason) as caught:
+        check_packed_rows(with_configuration(model, **changed), "critic.model")
+    assert caught.value.where == "critic.model"
+    assert changed["model_type"] in caught.value.found
+
+
+@pytest.mark.parametrize(("name", "tied"), cases())
+def test_top_layers_of_a_decoder(name: str, tied: bool, policy_tokenizer: Any):
+    """The last layer, the final norm and a head of its own; with a head and without."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    config = configuration(name, tied, policy_tokenizer)
+    model = AutoModelForCausalLM.from_config(config)
+    train_only_top_layers(model, 1)
+    trained = {each for each, parameter in model.named_parameters() if parameter.requires_grad}
+    norms = {each for each in trained if re.search(r"^[a-z_]+\.(decoder\.)?(norm|ln_f|final_layer_norm)\.", each)}
+    head = {each for each in trained if each.startswith("lm_head.")}
+    assert norms
+    assert bool(head) != tied
+    layer = trained - norms - head
+    assert layer == {each for each, _ in model.named_parameters() if re.search(r"\.(h|layers)\.1\.", each)}
+    backbone = AutoModel.from_config(config)
+    train_only_top_layers(backbone, 1)
+    own = {each for each, parameter in backbone.named_parameters() if parameter.requires_grad}
+    assert own == {each.removeprefix(f"{model.base_model_prefix}.") for each in trained - head}
 
 
 def bert() -> Any:
