@@ -145,16 +145,18 @@ def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> li
     for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
         rows = shard.rollout.data
         trunk = reference = values = policy = None
+        states: Answer[TrunkColumn] | None = None
         if roles.references is not None:
             # Frozen layers first: everybody else waits for these.
             if roles.trunk_sharers:
                 trunk = roles.references.of(index).keep(Reference.trunk, rows)
-            reference = roles.references.of(index).keep(Reference.logprobs, rows, trunk and trunk.data)
+                states = trunk.data
+            reference = roles.references.of(index).keep(Reference.logprobs, rows, states)
         if roles.critic is not None:
-            begins = trunk and trunk.data if "critic" in roles.trunk_sharers else None
-            values = roles.critic.of(index).keep(CriticLearner.values, rows, begins)
+            begun_at = states if "critic" in roles.trunk_sharers else None
+            values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)
         if old_logprobs:
-            policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, trunk and trunk.data)
+            policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, states)
         columns.append(Columns(rewards, trunk, reference, values, policy))
     return columns
 
