@@ -79,8 +79,9 @@ class RoleHost:
         return self._guarded(lambda: getattr(self._role, method)(*(self._fetched(argument) for argument in args)))
 
     def parts(self, method: str, *args: Any) -> list[Any]:
-        """One method: what it returns, and an acknowledgement that can be waited for."""
-        return [self.call(method, *args), True]
+        """One method: what it returns, a list in its parts, and an acknowledgement that can be waited for."""
+        result = self.call(method, *args)
+        return [*(result if isinstance(result, list) else [result]), True]
 
     def stream(self, method: str, *args: Any) -> list[ray.ObjectRef]:
         """What an iterating method yields, each put into the object store as it comes."""
