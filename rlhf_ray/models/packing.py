@@ -207,6 +207,10 @@ class RolloutRows:
         samples = self.samples_of(rollout)
         return slice(int(self.column_starts[samples.start]), int(self.column_starts[samples.stop]))
 
+    def count_packs(self, samples: Sequence[int], max_tokens: int) -> int:
+        """How many packs the chosen samples need."""
+        return len(micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens))
+
     def pack(self, samples: Sequence[int], max_tokens: int, at_least: int = 1) -> list[PackedBatch]:
         """Packs of the chosen samples, cut as by `micro_batches`; every response token is predicted."""
         groups = micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens, at_least)

@@ -42,8 +42,7 @@ def balanced_packs(
     A rank with fewer packs would go along with passes that count for nothing; in shorter passes its samples cost what
     they cost, and each of them takes less memory. A collective.
     """
-    fewest = len(rows.pack(samples, micro_batch_tokens))
-    return rows.pack(samples, micro_batch_tokens, engine.most(fewest))
+    return rows.pack(samples, micro_batch_tokens, engine.most(rows.count_packs(samples, micro_batch_tokens)))
 
 
 def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: DeepSpeedEngine) -> float:
