@@ -314,7 +314,7 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "time/sync_s",
         "s",
-        "Time to bring the new weights into every generator, without the check.",
+        "Time to bring the new weights into every generator and to check them, as far as it goes beyond the training.",
     ),
     Metric(
         "utilization/busy",
@@ -470,7 +470,6 @@ PHASE_COLORS: dict[str, str] = {
     "old logprobs": "#b07aa1",
     "train": "#e15759",
     "sync": "#59a14f",
-    "probe": "#9c755f",
     "other": "#8a8a8a",
 }
 """Phases of a step in the order in which they happen, each with its colour on the screen and in plots."""

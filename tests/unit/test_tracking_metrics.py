@@ -31,7 +31,7 @@ def test_phases_add_up_to_the_step():
         "time/train_s": 5.0,
         "time/generate_s": 3.0,
         "time/sync_s": None,
-        "time/probe_s": math.nan,
+        "time/values_s": math.nan,
     }
     assert phase_times(row) == {"generate": 3.0, "train": 5.0, "other": 2.0}
     assert list(phase_times(row)) == ["generate", "train", "other"]
