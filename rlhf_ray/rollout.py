@@ -177,6 +177,23 @@ class TokenColumn(Shipped):
 
 
 @dataclass(frozen=True)
+class TrunkColumn(Shipped):
+    """Hidden states behind the layers that are never trained, for every token of a rollout (`models/trunk.py`).
+
+    Attributes:
+        data: `[T, H]` in the order of `Rollout.tokens`; float32, or the bits of bfloat16 as uint16.
+        dtype: by torch's name.
+    """
+
+    data: NDArray[Any]
+    dtype: str
+
+    def header(self) -> int:
+        """How many tokens it has."""
+        return len(self.data)
+
+
+@dataclass(frozen=True)
 class ProbeColumn(Shipped):
     """The learner's log-probs of the fixed tokens that a sync is verified with.
 

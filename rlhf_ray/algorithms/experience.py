@@ -23,7 +23,7 @@ from rlhf_ray.algorithms.losses import token_weights
 from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, segment_sum, single_rank
 from rlhf_ray.config.settings import AlgorithmSettings
-from rlhf_ray.rollout import FINISH_STOP, RewardColumn, Rollout, TokenColumn
+from rlhf_ray.rollout import FINISH_STOP, RewardColumn, Rollout, TokenColumn, TrunkColumn
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ExperienceShard:
         reference: log-probs of the reference; None without one.
         values: the critic's values; None without a critic.
         policy: the learner's own log-probs before its first update; None unless `algorithm.asks_old_logprobs`.
+        trunk: hidden states that a learner's forward passes begin with; None: they begin at the embedding.
     """
 
     rollout: Rollout
@@ -43,6 +44,7 @@ class ExperienceShard:
     reference: TokenColumn | None = None
     values: TokenColumn | None = None
     policy: TokenColumn | None = None
+    trunk: TrunkColumn | None = None
 
     def __post_init__(self) -> None:
         if len(self.rewards.scores) != self.rollout.num_samples:

@@ -258,15 +258,8 @@ def train_only_top_layers(model: Any, num_layers: int | None) -> None:
     if num_layers is None:
         return
     base = model.base_model
-    stacks = {name: part for name, part in base.named_modules() if type(part).__name__ == "ModuleList"}
-    # The stack of layers is the outermost list of that length; where layers share weights, the longest list.
-    wanted = getattr(model.config, "num_hidden_layers", None)
-    where = next((name for name, part in stacks.items() if len(part) == wanted), None)
-    if where is None:
-        where = max(stacks, key=lambda name: len(stacks[name]))
-    layers = stacks[where]
-    owner = base.get_submodule(where.rpartition(".")[0])
-    trained: list[Any] = list(layers[max(len(layers) - num_layers, 0) :])
+    layers, owner = _layer_stack(model)
+    trained: list[Any] = layers[max(len(layers) - num_layers, 0) :]
     for part in {owner, base}:
         trained += [module for name, module in part.named_children() if name in _AFTER_THE_LAYERS]
     of_base = {id(parameter) for parameter in base.parameters()}
@@ -275,6 +268,24 @@ def train_only_top_layers(model: Any, num_layers: int | None) -> None:
         parameter.requires_grad_(False)
     for parameter in [parameter for module in trained for parameter in module.parameters()] + head:
         parameter.requires_grad_(True)
+
+
+def frozen_layers(model: Any, num_layers: int) -> list[Any]:
+    """The layers that `train_only_top_layers` freezes, from the first on."""
+    layers, _ = _layer_stack(model)
+    return layers[: max(len(layers) - num_layers, 0)]
+
+
+def _layer_stack(model: Any) -> tuple[list[Any], Any]:
+    """A transformers model's layers, and the module that runs them."""
+    base = model.base_model
+    stacks = {name: part for name, part in base.named_modules() if type(part).__name__ == "ModuleList"}
+    # The stack of layers is the outermost list of that length; where layers share weights, the longest list.
+    wanted = getattr(model.config, "num_hidden_layers", None)
+    where = next((name for name, part in stacks.items() if len(part) == wanted), None)
+    if where is None:
+        where = max(stacks, key=lambda name: len(stacks[name]))
+    return list(stacks[where]), base.get_submodule(where.rpartition(".")[0])
 
 
 def _first_line(error: BaseException) -> str:

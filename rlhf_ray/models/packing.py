@@ -8,7 +8,7 @@ of the row's length; `packed_sdpa` pays only for each sequence on its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from rlhf_ray.rollout import Rollout, offsets
+from rlhf_ray.models.trunk import states_of
+from rlhf_ray.rollout import Rollout, TrunkColumn, offsets
 
 _WIDTH_STEP = 16
 """Sequences are padded to multiples of so many tokens."""
@@ -56,6 +57,8 @@ class PackedBatch:
         predict_at: `[R]` int64 positions in the row whose next token is predicted (or valued).
         targets: `[R]` int64 the tokens that follow those positions.
         columns: `[R]` int64 where each predicted token stands in the caller's flat token columns.
+        tokens: `[T]` int64 where each token of the row stands among all tokens of the caller.
+        trunk: `[1, T, H]` hidden states to begin a forward pass with (`models/trunk.py`); None: begin at the embedding.
     """
 
     input_ids: torch.Tensor
@@ -64,6 +67,8 @@ class PackedBatch:
     predict_at: torch.Tensor
     targets: torch.Tensor
     columns: torch.Tensor
+    tokens: torch.Tensor
+    trunk: torch.Tensor | None = None
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model."""
@@ -78,11 +83,16 @@ class PackedBatch:
             self.predict_at.to(device),
             self.targets.to(device),
             self.columns.to(device),
+            self.tokens.to(device),
+            None if self.trunk is None else self.trunk.to(device),
         )
 
 
 def pack(
-    sequences: Sequence[NDArray[np.int32]], learn_from: Sequence[int], column_starts: Sequence[int] | None = None
+    sequences: Sequence[NDArray[np.int32]],
+    learn_from: Sequence[int],
+    column_starts: Sequence[int] | None = None,
+    token_starts: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Put sequences one after another.
 
@@ -90,6 +100,7 @@ def pack(
         sequences: token ids, each at least 2 long.
         learn_from: for each, the first index that is predicted (at least 1).
         column_starts: for each, where its predicted tokens start in the caller's columns; one after another if empty.
+        token_starts: for each, where it starts among all tokens of the caller; one after another if empty.
     """
     lengths = [len(sequence) for sequence in sequences]
     starts = offsets(lengths)
@@ -100,6 +111,8 @@ def pack(
         [np.arange(end - count, end) - 1 for end, count in zip(starts[1:], predicted, strict=True)]
     )
     columns = np.concatenate([np.arange(count) + place for count, place in zip(predicted, places, strict=True)])
+    firsts = token_starts if token_starts is not None else starts[:-1]
+    token_places = np.concatenate([np.arange(length) + first for length, first in zip(lengths, firsts, strict=True)])
     return PackedBatch(
         input_ids=torch.from_numpy(tokens)[None],
         position_ids=RowBounds(lengths).position_ids(),
@@ -107,6 +120,7 @@ def pack(
         predict_at=torch.from_numpy(predict_at),
         targets=torch.from_numpy(tokens[predict_at + 1]),
         columns=torch.from_numpy(columns),
+        tokens=torch.from_numpy(token_places),
     )
 
 
@@ -154,10 +168,15 @@ class RolloutRows:
     """The samples of several rollouts, numbered through, ready to be packed.
 
     Token columns of the rollouts, concatenated in the same order, are `[R]` flat arrays that `PackedBatch.columns`
-    points into.
+    points into; their tokens are those that `PackedBatch.tokens` points into.
+
+    Args:
+        trunks: hidden states that the packs begin with, for each rollout; or for none of them.
     """
 
-    def __init__(self, rollouts: Sequence[Rollout]) -> None:
+    def __init__(self, rollouts: Sequence[Rollout], trunks: Sequence[TrunkColumn | None] = ()) -> None:
+        states = [states_of(trunk) for trunk in trunks if trunk is not None]
+        self._trunk = torch.cat(states) if states else None
         self._sequences: list[NDArray[np.int32]] = []
         self._prompt_lengths: list[int] = []
         response_lengths: list[int] = []
@@ -169,6 +188,7 @@ class RolloutRows:
             response_lengths += rollout.response_lengths.tolist()
             self._first_sample.append(len(self._sequences))
         self.column_starts = offsets(response_lengths)
+        self.token_starts = offsets([len(sequence) for sequence in self._sequences])
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -187,17 +207,25 @@ class RolloutRows:
         samples = self.samples_of(rollout)
         return slice(int(self.column_starts[samples.start]), int(self.column_starts[samples.stop]))
 
+    def count_packs(self, samples: Sequence[int], max_tokens: int) -> int:
+        """How many packs the chosen samples need."""
+        return len(micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens))
+
     def pack(self, samples: Sequence[int], max_tokens: int, at_least: int = 1) -> list[PackedBatch]:
         """Packs of the chosen samples, cut as by `micro_batches`; every response token is predicted."""
         groups = micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens, at_least)
-        return [
+        packs = [
             pack(
                 [self._sequences[samples[i]] for i in group],
                 [self._prompt_lengths[samples[i]] for i in group],
                 [int(self.column_starts[samples[i]]) for i in group],
+                [int(self.token_starts[samples[i]]) for i in group],
             )
             for group in groups
         ]
+        if self._trunk is None:
+            return packs
+        return [replace(each, trunk=self._trunk[each.tokens][None]) for each in packs]
 
 
 def packed_sdpa(

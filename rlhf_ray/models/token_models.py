@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_ray.models.loading import frozen_layers
 from rlhf_ray.models.packing import PackedBatch
 from rlhf_ray.models.token_loss import ChunkedHead, Objective
+from rlhf_ray.models.trunk import FrozenTrunk
 
 
 class PolicyModel(nn.Module):
@@ -27,6 +29,20 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.language_model = language_model
         self._head = ChunkedHead(language_model, temperature, float32_logits)
+        self._trunk: FrozenTrunk | None = None
+
+    def cut_above(self, trained_layers: int) -> None:
+        """Keep the layers below the trained ones apart, so that a pass can begin or end behind them.
+
+        Args:
+            trained_layers: from the top; fewer than there are.
+        """
+        self._trunk = FrozenTrunk(frozen_layers(self.language_model, trained_layers))
+
+    def trunk_states(self, batch: PackedBatch) -> torch.Tensor:
+        """`[T, H]` hidden states behind the frozen layers, in the order of the row."""
+        assert self._trunk is not None, "cut_above comes first"
+        return self._trunk.states(lambda: self.language_model(**batch.model_inputs()))[0]
 
     def forward(self, batch: PackedBatch, objective: Objective | None = None) -> Any:
         """Log-probabilities of `batch.targets`, or an objective of them.
@@ -38,7 +54,8 @@ class PolicyModel(nn.Module):
             entropies)`: the objective's sum over the tokens, which alone carries a gradient, and `[R]` float32 each.
         """
         inputs = {**batch.model_inputs(), "logits_to_keep": batch.predict_at}
-        return self._head(self.language_model, inputs, batch.targets, objective)
+        with begun_behind(self._trunk, batch):
+            return self._head(self.language_model, inputs, batch.targets, objective)
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -71,11 +88,26 @@ class CriticModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.value_head = value_head
+        self._trunk: FrozenTrunk | None = None
+
+    def cut_above(self, trained_layers: int) -> None:
+        """As `PolicyModel.cut_above`."""
+        self._trunk = FrozenTrunk(frozen_layers(self.backbone, trained_layers))
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """`[R]` float32 values of the states in which the predicted tokens were chosen."""
-        hidden = self.backbone(**batch.model_inputs()).last_hidden_state
+        with begun_behind(self._trunk, batch):
+            hidden = self.backbone(**batch.model_inputs()).last_hidden_state
         return self.value_head(hidden[0, batch.predict_at])[:, 0]
+
+
+def begun_behind(trunk: FrozenTrunk | None, batch: PackedBatch) -> AbstractContextManager[None]:
+    """Forward passes of a row begin with its states, where it has some."""
+    if batch.trunk is None:
+        return nullcontext()
+    if trunk is None:
+        raise ValueError("the row has states to begin with, and the model is not cut")
+    return trunk.begun_at(batch.trunk)
 
 
 def load_policy_model(

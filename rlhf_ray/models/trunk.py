@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_ray.rollout import TrunkColumn
+
 
 class _Reached(Exception):
     """The boundary was reached; the layers above need not be computed."""
@@ -78,3 +80,16 @@ class FrozenTrunk:
             yield
         finally:
             self._given = None
+
+
+def column_of(states: torch.Tensor) -> TrunkColumn:
+    """`[T, H]` states as a column."""
+    states = states.cpu()
+    # NumPy has no bfloat16.
+    data = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
+    return TrunkColumn(data.numpy(), str(states.dtype).removeprefix("torch."))
+
+
+def states_of(column: TrunkColumn) -> torch.Tensor:
+    """`[T, H]` of a column, a copy: arrays out of the object store are read-only, which torch has no notion of."""
+    return torch.tensor(column.data).view(getattr(torch, column.dtype))

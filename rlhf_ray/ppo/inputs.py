@@ -35,6 +35,7 @@ class Inputs:
         prompts: to train on.
         held_out: to judge on, or None.
         reward_card: of the reward model, or None; a service keeps its own.
+        trunk_sharers: see `trunk_sharers`.
     """
 
     eos_token_id: int
@@ -42,6 +43,7 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet | None
     reward_card: RewardModelCard | None
+    trunk_sharers: frozenset[str] = frozenset()
 
 
 def read_inputs(config: PPOConfig) -> Inputs:
@@ -90,10 +92,32 @@ def read_inputs(config: PPOConfig) -> Inputs:
         prompts=prompts(config.prompts, "prompts.path"),
         held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
         reward_card=card,
+        trunk_sharers=trunk_sharers(config, facts.num_layers),
     )
     if reward is not None:
         _check_chat_template(reward, (inputs.prompts, inputs.held_out), config.reward.model)
     return inputs
+
+
+def trunk_sharers(config: PPOConfig, num_layers: int) -> frozenset[str]:
+    """Which of `policy` and `critic` have frozen layers in common with the reference, which computes them for all.
+
+    The states are handed over as they are, so all must come from the same model and compute in the same type.
+
+    Args:
+        num_layers: of the policy.
+    """
+    policy, reference, critic = config.policy, config.reference, config.critic
+    trained = policy.learner.trainable_top_layers
+    if trained is None or trained >= num_layers or reference is None:
+        return frozenset()
+    wanted = (policy.model, policy.learner.dtype, policy.learner.gpus > 0)
+    if (reference.model or policy.model, reference.dtype, reference.gpus > 0) != wanted:
+        return frozenset()
+    if critic is None or critic.learner.trainable_top_layers != trained:
+        return frozenset({"policy"})
+    same = (critic.model or policy.model, critic.learner.dtype, critic.learner.gpus > 0) == wanted
+    return frozenset({"policy", "critic"}) if same else frozenset({"policy"})
 
 
 def _check_chat_template(reward_tokenizer: Any, prompt_sets: Iterable[PromptSet | None], model: str) -> None:

@@ -115,9 +115,8 @@ class PPO:
 
         self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
-        experience = [column.experience(shard) for shard, column in zip(shards, columns, strict=True)]
-        policy = train_policy(roles, experience, state.step, coefficient)
-        critic = train_critic(roles, experience, state.step, coefficient)
+        policy = train_policy(roles, shards, columns, state.step, coefficient)
+        critic = train_critic(roles, shards, columns, state.step, coefficient)
         # The policy's weights leave while the critic is still learning.
         sync = self._weights.begin(state.step + 1)
         done = clock.wait({"train": [*policy, *critic], "sync": [*sync.parity, *sync.answers]})

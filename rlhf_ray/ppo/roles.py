@@ -37,7 +37,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Roles:
-    """Actor groups of one PPO run."""
+    """Actor groups of one PPO run.
+
+    Attributes:
+        trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
+    """
 
     generators: ActorGroup[Generator]
     scorers: ActorGroup[Scorer]
@@ -45,6 +49,7 @@ class Roles:
     references: ActorGroup[Reference] | None
     critic: ActorGroup[CriticLearner] | None
     evaluator: ActorGroup[Evaluator] | None
+    trunk_sharers: frozenset[str]
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
@@ -101,6 +106,7 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
         references=groups.get("reference"),
         critic=groups.get("critic"),
         evaluator=groups.get("evaluator"),
+        trunk_sharers=inputs.trunk_sharers,
     )
     collect(_build(roles, config, inputs), deadlines.start_s)
     return roles
@@ -109,6 +115,7 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
 def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]]:
     policy, algorithm, temperature = config.policy, config.algorithm, config.sampling.temperature
     updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
+    trained = policy.learner.trainable_top_layers
     answers = roles.generators.build(
         partial(Generator, policy.model, config.generator, inputs.context_tokens, inputs.eos_token_id, config.weights)
     )
@@ -120,18 +127,38 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
         answers += roles.scorers.build(partial(RewardScorer, config.reward, policy.model))
     answers += roles.policy.build(
         *(
-            partial(PolicyLearner, policy, algorithm, rank, total_steps=updates, temperature=temperature, seed=seed)
+            partial(
+                PolicyLearner,
+                policy,
+                algorithm,
+                rank,
+                total_steps=updates,
+                temperature=temperature,
+                seed=seed,
+                shares_trunk="policy" in roles.trunk_sharers,
+            )
             for rank in ranks(roles.policy)
         )
     )
     if roles.references is not None and config.reference is not None:
         model = config.reference.model or policy.model
-        answers += roles.references.build(partial(Reference, model, config.reference, temperature))
+        answers += roles.references.build(
+            partial(Reference, model, config.reference, temperature, trained if roles.trunk_sharers else None)
+        )
     if roles.critic is not None and config.critic is not None:
         model = config.critic.model or policy.model
         answers += roles.critic.build(
             *(
-                partial(CriticLearner, config.critic, model, algorithm, rank, total_steps=updates, seed=seed)
+                partial(
+                    CriticLearner,
+                    config.critic,
+                    model,
+                    algorithm,
+                    rank,
+                    total_steps=updates,
+                    seed=seed,
+                    shares_trunk="critic" in roles.trunk_sharers,
+                )
                 for rank in ranks(roles.critic)
             )
         )

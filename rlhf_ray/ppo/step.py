@@ -21,7 +21,7 @@ from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.roles.reward_scorer import Conversation
-from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn
+from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
 
@@ -45,13 +45,20 @@ class Columns:
     """What the roles add to one shard."""
 
     rewards: Stored[RewardColumn]
+    trunk: Stored[TrunkColumn] | None
     reference: Stored[TokenColumn] | None
     values: Stored[TokenColumn] | None
     policy: Stored[TokenColumn] | None
 
-    def experience(self, shard: Shard) -> Deferred[ExperienceShard]:
-        """Rows and columns, put together in the learner."""
+    def experience(self, shard: Shard, *, with_trunk: bool) -> Deferred[ExperienceShard]:
+        """Rows and columns, put together in the learner.
+
+        Args:
+            with_trunk: the learner begins behind the frozen layers.
+        """
         present = {name: column.data for name, column in vars(self).items() if column is not None}
+        if not with_trunk:
+            present.pop("trunk", None)
         return Assembly(ExperienceShard, {"rollout": shard.rollout.data, **present})
 
 
@@ -120,7 +127,8 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
     if roles.references is None:
         return None
     return [
-        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data) for index, shard in enumerate(shards)
+        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data, None)
+        for index, shard in enumerate(shards)
     ]
 
 
@@ -133,22 +141,31 @@ def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> li
     Args:
         old_logprobs: ask the policy learner for its own log-probs too.
     """
-    rewards, references = score(roles, shards), refer(roles, shards)
-    return [
-        Columns(
-            rewards=rewards[index],
-            reference=references[index] if references else None,
-            values=roles.critic.of(index).keep(CriticLearner.values, shard.rollout.data) if roles.critic else None,
-            policy=roles.policy.of(index).keep(PolicyLearner.logprobs, shard.rollout.data) if old_logprobs else None,
-        )
-        for index, shard in enumerate(shards)
-    ]
+    columns = []
+    for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
+        rows = shard.rollout.data
+        trunk = reference = values = policy = None
+        states: Answer[TrunkColumn] | None = None
+        if roles.references is not None:
+            # Frozen layers first: everybody else waits for these.
+            if roles.trunk_sharers:
+                trunk = roles.references.of(index).keep(Reference.trunk, rows)
+                states = trunk.data
+            reference = roles.references.of(index).keep(Reference.logprobs, rows, states)
+        if roles.critic is not None:
+            begun_at = states if "critic" in roles.trunk_sharers else None
+            values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)
+        if old_logprobs:
+            policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, states)
+        columns.append(Columns(rewards, trunk, reference, values, policy))
+    return columns
 
 
 def train_policy(
-    roles: Roles, experience: Sequence[Deferred[ExperienceShard]], step: int, kl_coefficient: float
+    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], step: int, kl_coefficient: float
 ) -> list[Answer[PolicyReport]]:
     """Every rank learns from its own shards."""
+    experience = [column.experience(shard, with_trunk=True) for shard, column in zip(shards, columns, strict=True)]
     ranks = len(roles.policy)
     return [
         replica.ask(PolicyLearner.train, step, AllOf(tuple(experience[rank::ranks])), kl_coefficient)
@@ -157,12 +174,15 @@ def train_policy(
 
 
 def train_critic(
-    roles: Roles, experience: Sequence[Deferred[ExperienceShard]], step: int, kl_coefficient: float
+    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], step: int, kl_coefficient: float
 ) -> list[Answer[CriticReport]]:
     """As `train_policy`; nothing without a critic."""
-    critic = roles.critic
+    critic, with_trunk = roles.critic, "critic" in roles.trunk_sharers
     if critic is None:
         return []
+    experience = [
+        column.experience(shard, with_trunk=with_trunk) for shard, column in zip(shards, columns, strict=True)
+    ]
     return [
         replica.ask(CriticLearner.train, step, AllOf(tuple(experience[rank :: len(critic)])), kl_coefficient)
         for rank, replica in enumerate(critic)
@@ -184,7 +204,7 @@ def wait_for_columns(shards: Sequence[Shard], columns: Sequence[Columns], clock:
         {
             "generate": [shard.rollout.header for shard in shards],
             "reward": headers("rewards"),
-            "reference": headers("reference"),
+            "reference": headers("trunk") + headers("reference"),
             "values": headers("values"),
             "old_logprobs": headers("policy"),
         }

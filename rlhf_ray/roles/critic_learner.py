@@ -17,7 +17,7 @@ from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.models.token_models import CriticModel, load_critic_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import Meter, balanced_packs, checkpoint_folder, minibatches, token_column, total_weight
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class CriticLearner:
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
         seed: keys the minibatches.
+        shares_trunk: shards may come with the states behind the frozen layers.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class CriticLearner:
         *,
         total_steps: int,
         seed: int,
+        shares_trunk: bool = False,
     ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
@@ -63,13 +65,19 @@ class CriticLearner:
         def build() -> CriticModel:
             critic = load_critic_model(model, dtype=dtype, attention=resolve_attention(learner.attention, on_gpu))
             train_only_top_layers(critic.backbone, learner.trainable_top_layers)
+            if shares_trunk and learner.trainable_top_layers is not None:
+                critic.cut_above(learner.trainable_top_layers)
             return critic
 
         self._engine = DeepSpeedEngine(build, learner, rank, dtype, total_steps)
 
-    def values(self, rollout: Rollout) -> TokenColumn:
-        """Value of the state before each response token of this rank's shard."""
-        return token_column(self._engine, rollout, self._micro_batch_tokens, self._engine.module)
+    def values(self, rollout: Rollout, trunk: TrunkColumn | None = None) -> TokenColumn:
+        """Value of the state before each response token of this rank's shard.
+
+        Args:
+            trunk: of the rollout, where its frozen layers have been computed already.
+        """
+        return token_column(self._engine, rollout, trunk, self._micro_batch_tokens, self._engine.module)
 
     def train(self, step: int, shards: Sequence[ExperienceShard], kl_coefficient: float) -> CriticReport:
         """All epochs and minibatches of one step.
@@ -81,7 +89,7 @@ class CriticLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows = RolloutRows(rollouts)
+        rows = RolloutRows(rollouts, [shard.trunk for shard in shards])
         experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
         experience = experience.to(engine.device, torch.float32)
         values, returns = experience.values, experience.returns

@@ -191,10 +191,11 @@ class Generator:
             # other weights, leaves no trace in its arithmetic.
             self._calls += 1
             salt = f"{version}:{self._calls}"
+            # Outputs bear these names; those that `add_request` gives back are the engine's internal ones.
             requests = [f"{self._calls}-{index}" for index in range(len(sampling))]
             for index, (request, each) in enumerate(zip(requests, sampling, strict=True)):
-                prompt = TokensPrompt(prompt_token_ids=plan.prompts[index // count].tolist(), cache_salt=salt)
-                self._engine.llm_engine.add_request(request, prompt, each)
+                ids = plan.prompts[index // count].tolist()
+                self._engine.llm_engine.add_request(request, TokensPrompt(prompt_token_ids=ids, cache_salt=salt), each)
         outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []

@@ -12,7 +12,7 @@ from rlhf_ray.config.settings import AlgorithmSettings
 from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 
 def minibatches(
@@ -42,8 +42,7 @@ def balanced_packs(
     A rank with fewer packs would go along with passes that count for nothing; in shorter passes its samples cost what
     they cost, and each of them takes less memory. A collective.
     """
-    fewest = len(rows.pack(samples, micro_batch_tokens))
-    return rows.pack(samples, micro_batch_tokens, engine.most(fewest))
+    return rows.pack(samples, micro_batch_tokens, engine.most(rows.count_packs(samples, micro_batch_tokens)))
 
 
 def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: DeepSpeedEngine) -> float:
@@ -55,15 +54,17 @@ def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: De
 def token_column(
     engine: DeepSpeedEngine,
     rollout: Rollout,
+    trunk: TrunkColumn | None,
     micro_batch_tokens: int,
     forward: Callable[[PackedBatch], torch.Tensor],
 ) -> TokenColumn:
     """One float for each response token of a rollout, from forward passes without gradients.
 
     Args:
+        trunk: of the rollout, to begin with.
         forward: `[R]` of a pack.
     """
-    rows = RolloutRows([rollout])
+    rows = RolloutRows([rollout], [trunk])
     packs = balanced_packs(rows, range(len(rows)), micro_batch_tokens, engine)
     column = np.zeros(rows.num_columns, dtype=np.float32)
     results = engine.forward_each([pack.to(engine.device) for pack in packs], forward)

@@ -24,7 +24,7 @@ from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import Meter, balanced_packs, checkpoint_folder, minibatches, token_column, total_weight
 from rlhf_ray.roles.policy_weights import PolicyWeights
-from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn
+from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn, TrunkColumn
 
 _PREFIX = "language_model."
 _SUMS = (
@@ -79,6 +79,7 @@ class PolicyLearner:
         total_steps: optimizer steps of the whole run.
         temperature: of the sampling, 1 for supervised training.
         seed: keys the minibatches.
+        shares_trunk: shards may come with the states behind the frozen layers.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class PolicyLearner:
         total_steps: int,
         temperature: float = 1.0,
         seed: int = 0,
+        shares_trunk: bool = False,
     ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
@@ -107,14 +109,20 @@ class PolicyLearner:
                 attention=resolve_attention(learner.attention, on_gpu),
             )
             train_only_top_layers(model.language_model, learner.trainable_top_layers)
+            if shares_trunk and learner.trainable_top_layers is not None:
+                model.cut_above(learner.trainable_top_layers)
             return model
 
         self._engine = DeepSpeedEngine(build, learner, rank, self._dtype, total_steps)
         self._weights = PolicyWeights(self._engine, self._engine.unwrapped.language_model)
 
-    def logprobs(self, rollout: Rollout) -> TokenColumn:
-        """Log-probs of every response token of this rank's shard, as the learner computes them now."""
-        return token_column(self._engine, rollout, self._micro_batch_tokens, self._engine.module)
+    def logprobs(self, rollout: Rollout, trunk: TrunkColumn | None = None) -> TokenColumn:
+        """Log-probs of every response token of this rank's shard, as the learner computes them now.
+
+        Args:
+            trunk: of the rollout, where its frozen layers have been computed already.
+        """
+        return token_column(self._engine, rollout, trunk, self._micro_batch_tokens, self._engine.module)
 
     def train(self, step: int, shards: Sequence[ExperienceShard], kl_coefficient: float) -> PolicyReport:
         """All epochs and minibatches of one step.
@@ -126,7 +134,7 @@ class PolicyLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows = RolloutRows(rollouts)
+        rows = RolloutRows(rollouts, [shard.trunk for shard in shards])
         experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
         experience = experience.to(engine.device, torch.float32)
         run = engine.measure if step < algorithm.critic_warmup_steps else engine.optimizer_step

@@ -3,8 +3,9 @@
 One engine for the whole file, in an actor of its own.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from rlhf_ray.runtime.waiting import collect
 
 from rlhf_ray.config.settings import ActorSettings, GeneratorSettings, PolicySettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.models.buckets import Snapshot, WeightBucket
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.roles.policy_learner import PolicyLearner
-from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, RolloutHeader, TokenColumn
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, TokenColumn
 from rlhf_ray.runtime.actor_group import ActorGroup
+from rlhf_ray.runtime.answers import Answer, Assembly, Deferred, OneByOne, collect
 from rlhf_ray.runtime.learner_group import ranks
-from rlhf_ray.runtime.role_host import OneByOne
-from rlhf_ray.runtime.weight_transfer import ObjectStoreTransport, verify
+from rlhf_ray.runtime.weight_transfer import WeightSync, probe_rows
 from tests.making import ALGORITHM, KL_COEFFICIENT, learner_settings, random_rollout, shard_of
 from tests.system.groups import started
 
 PARITY = 1e-4
-SETTINGS = GeneratorSettings(dtype="float32", kv_cache_gib=0.05, max_concurrent_sequences=32)
+SETTINGS = GeneratorSettings(dtype="float32", kv_cache_gib=0.05, max_concurrent_sequences=32, shards_in_flight=2)
 
 
 class ObservedGenerator(Generator):
@@ -46,24 +47,47 @@ class ObservedGenerator(Generator):
 
 
 @pytest.fixture(scope="module")
-def groups(local_ray: Path, tied_policy_model: str, policy_tokenizer: Any) -> Iterator[tuple[ActorGroup, ActorGroup]]:
+def groups(
+    local_ray: Path, tied_policy_model: str, policy_tokenizer: Any
+) -> Iterator[tuple[ActorGroup[ObservedGenerator], ActorGroup[PolicyLearner]]]:
     """One generator and one policy learner, started together."""
     settings = PolicySettings(model=tied_policy_model, learner=learner_settings())
     with started(local_ray, {"generator": SETTINGS, "policy": ActorSettings()}) as [generators, policy]:
-        pending = generators.build(
-            ObservedGenerator, [(tied_policy_model, SETTINGS, 224, policy_tokenizer.eos_token_id, "object_store")]
+        eos_token_id = policy_tokenizer.eos_token_id
+        answers = generators.build(
+            partial(ObservedGenerator, tied_policy_model, SETTINGS, 224, eos_token_id, WeightSettings())
         )
-        build = partial(PolicyLearner, total_steps=20)
-        pending += policy.build(build, [(settings, ALGORITHM, rank) for rank in ranks(policy)])
-        collect(pending, 280)
+        answers += policy.build(
+            *(partial(PolicyLearner, settings, ALGORITHM, rank, total_steps=20) for rank in ranks(policy))
+        )
+        collect(answers, 280)
         yield generators, policy
 
 
+@dataclass
+class Engine:
+    """The generator, and the weights that it is to sample with."""
+
+    group: ActorGroup[ObservedGenerator]
+    snapshot: Deferred[Snapshot]
+
+    def load(self, learner: PolicyLearner, version: int) -> None:
+        """From now on the learner's weights."""
+        self.snapshot = snapshot_of(learner, version)
+
+    def generate(self, plan: ShardPlan) -> Rollout:
+        return self.group.wait([self.group.of(0).ask(Generator.generate, plan, self.snapshot)])[0]
+
+
 @pytest.fixture
-def generators(groups: tuple[ActorGroup, ActorGroup], tied_policy_model: str, single_rank: Rank) -> ActorGroup:
-    """The engine with the first weights."""
-    load(groups[0], learner(tied_policy_model, single_rank), 0)
-    return groups[0]
+def engine(
+    groups: tuple[ActorGroup[ObservedGenerator], ActorGroup[PolicyLearner]], tied_policy_model: str, single_rank: Rank
+) -> Engine:
+    """The engine with the first weights, under a version that no other test has used."""
+    return Engine(groups[0], snapshot_of(learner(tied_policy_model, single_rank), next(_VERSIONS)))
+
+
+_VERSIONS = itertools.count(1000)
 
 
 def learner(model: str, rank: Rank, temperature: float = 1.0) -> PolicyLearner:
@@ -72,10 +96,20 @@ def learner(model: str, rank: Rank, temperature: float = 1.0) -> PolicyLearner:
     return PolicyLearner(settings, algorithm, rank, total_steps=20, temperature=temperature)
 
 
-def load(generators: ActorGroup, source: PolicyLearner, version: int) -> None:
-    buckets = tuple(ray.put(bucket) for bucket in source.weight_buckets(40_000))
-    assert len(buckets) > 2
-    generators.call_all("load_weights", OneByOne(buckets), version)
+def snapshot_of(source: PolicyLearner, version: int) -> Deferred[Snapshot]:
+    layout = source.weight_layout(40_000)
+    assert len(layout) > 2
+    buckets: list[Answer[WeightBucket]] = [
+        Answer(ray.put(source.weight_bucket(index)), "policy-0", "here", "weight_bucket")
+        for index in range(len(layout))
+    ]
+    names = frozenset(name for bucket in layout for name in bucket)
+    return Assembly(Snapshot, {"version": version, "names": names, "buckets": OneByOne(tuple(buckets))})
+
+
+def distance(policy: PolicyLearner, rollout: Rollout) -> float:
+    """Largest |Δ log-prob| between learner and engine."""
+    return float(np.abs(policy.logprobs(rollout).data - rollout.logprobs).max())
 
 
 def plan_for(tokenizer: Any, **chosen: Any) -> ShardPlan:
@@ -94,10 +128,6 @@ def plan_for(tokenizer: Any, **chosen: Any) -> ShardPlan:
     return replace(plan, **chosen)
 
 
-def generate(generators: ActorGroup, plan: ShardPlan) -> tuple[Rollout, RolloutHeader]:
-    return generators.wait(generators.submit(0, "generate", plan, num_returns=2))  # type: ignore[return-value]
-
-
 def train(policy: PolicyLearner, rollout: Rollout, step: int) -> None:
     policy.train(step, [shard_of(rollout, policy.logprobs(rollout))], KL_COEFFICIENT)
 
@@ -107,10 +137,9 @@ def assert_equal(one: Rollout, other: Rollout) -> None:
         assert np.array_equal(value, getattr(other, name)), name
 
 
-def test_a_rollout_is_what_the_plan_asked_for(generators: ActorGroup, policy_tokenizer: Any):
+def test_a_rollout_is_what_the_plan_asked_for(engine: Engine, policy_tokenizer: Any):
     plan = plan_for(policy_tokenizer)
-    rollout, header = generate(generators, plan)
-    assert header == rollout.header()
+    rollout = engine.generate(plan)
     assert rollout.prompt_ids.tolist() == np.repeat(plan.prompt_ids, 4).tolist()
     assert rollout.sample_ids.tolist() == list(range(40, 56))
     for index in range(16):
@@ -126,31 +155,26 @@ def test_a_rollout_is_what_the_plan_asked_for(generators: ActorGroup, policy_tok
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_engine_and_learner_agree_before_and_after_every_sync(
-    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank, temperature: float
+    engine: Engine, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank, temperature: float
 ):
     policy = learner(tied_policy_model, single_rank, temperature)
     plan = plan_for(policy_tokenizer, temperature=temperature)
-    rollout, _ = generate(generators, plan)
-    assert policy.compare(rollout).max_abs <= PARITY
-    assert generators.call_all("dtype") == [policy.dtype()] == ["float32"]
+    rollout = engine.generate(plan)
+    assert distance(policy, rollout) <= PARITY
     for version in (1, 2, 3):
         train(policy, rollout, version)
-        stale = policy.compare(rollout)
-        assert stale.max_abs > 100 * PARITY, "weights that were not loaded must show"
-        load(generators, policy, version)
-        rollout, header = generate(generators, plan)
-        assert (header.version_min, header.version_max) == (version, version)
-        report = policy.compare(rollout)
-        assert report.max_abs <= PARITY
-        assert report.mean_ratio <= 1 + PARITY
-        assert abs(report.kl) <= PARITY
+        assert distance(policy, rollout) > 100 * PARITY, "weights that were not loaded must show"
+        engine.load(policy, version)
+        rollout = engine.generate(plan)
+        assert set(rollout.policy_versions) == {version}
+        assert distance(policy, rollout) <= PARITY
 
 
 def test_a_learner_at_another_temperature_disagrees(
-    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
+    engine: Engine, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
 ):
-    rollout, _ = generate(generators, plan_for(policy_tokenizer, temperature=0.7))
-    assert learner(tied_policy_model, single_rank).compare(rollout).max_abs > 100 * PARITY
+    rollout = engine.generate(plan_for(policy_tokenizer, temperature=0.7))
+    assert distance(learner(tied_policy_model, single_rank), rollout) > 100 * PARITY
 
 
 def long_prompts(count: int) -> tuple[np.ndarray, ...]:
@@ -161,25 +185,25 @@ def long_prompts(count: int) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("prompts", ["short", "long"])
-def test_a_plan_gives_the_same_rollout_again(generators: ActorGroup, policy_tokenizer: Any, prompts: str):
+def test_a_plan_gives_the_same_rollout_again(engine: Engine, policy_tokenizer: Any, prompts: str):
     """Whatever the engine did in between, and with prompts of which it could have kept a part."""
     plan = plan_for(policy_tokenizer, **({"prompts": long_prompts(4)} if prompts == "long" else {}))
-    first, _ = generate(generators, plan)
-    generate(generators, plan_for(policy_tokenizer, prompts=plan.prompts[::-1], seeds=plan.seeds[::-1]))
-    again, _ = generate(generators, plan)
+    first = engine.generate(plan)
+    engine.generate(plan_for(policy_tokenizer, prompts=plan.prompts[::-1], seeds=plan.seeds[::-1]))
+    again = engine.generate(plan)
     assert_equal(first, again)
 
 
-def test_other_seeds_give_other_responses(generators: ActorGroup, policy_tokenizer: Any):
+def test_other_seeds_give_other_responses(engine: Engine, policy_tokenizer: Any):
     plan = plan_for(policy_tokenizer)
     other = replace(plan, seeds=(*plan.seeds[1:], 12345))
-    tokens = [generate(generators, each)[0].tokens.tolist() for each in (plan, other)]
+    tokens = [engine.generate(each).tokens.tolist() for each in (plan, other)]
     assert tokens[0] != tokens[1]
 
 
-def test_halves_of_a_shard_are_parts_of_the_whole(generators: ActorGroup, policy_tokenizer: Any):
+def test_halves_of_a_shard_are_parts_of_the_whole(engine: Engine, policy_tokenizer: Any):
     plan = plan_for(policy_tokenizer)
-    whole, _ = generate(generators, plan)
+    whole = engine.generate(plan)
     halves = [
         replace(
             plan,
@@ -189,40 +213,89 @@ def test_halves_of_a_shard_are_parts_of_the_whole(generators: ActorGroup, policy
         )
         for part in (slice(0, 2), slice(2, 4))
     ]
-    rollouts = [generate(generators, half)[0] for half in halves]
+    rollouts = [engine.generate(half) for half in halves]
     for name in ("tokens", "response_lengths", "sample_ids", "finish_reasons", "logprobs"):
         assert np.array_equal(np.concatenate([getattr(each, name) for each in rollouts]), getattr(whole, name)), name
 
 
+def test_shards_in_flight_are_those_sampled_alone(engine: Engine, policy_tokenizer: Any):
+    """Two calls share the engine; neither sees the other, and a third with other weights waits for both."""
+    plans = [plan_for(policy_tokenizer), plan_for(policy_tokenizer, prompts=long_prompts(4), prompt_ids=(1, 2, 3, 4))]
+    alone = [engine.generate(plan) for plan in plans]
+    replica, other = engine.group.of(0), replace_version(engine.snapshot, next(_VERSIONS))
+    asked = [replica.ask(Generator.generate, plan, engine.snapshot) for plan in plans]
+    asked.append(replica.ask(Generator.generate, plans[0], other))
+    together = engine.group.wait(asked)
+    for one, both in zip(alone, together, strict=False):
+        assert_equal(one, both)
+    assert set(together[2].policy_versions) == {other.fields["version"]}
+    assert np.array_equal(together[2].logprobs, alone[0].logprobs)
+
+
+def replace_version(snapshot: Deferred[Snapshot], version: int) -> Assembly[Snapshot]:
+    assert isinstance(snapshot, Assembly)
+    return Assembly(Snapshot, {**snapshot.fields, "version": version})
+
+
 def test_nothing_computed_with_old_weights_survives_a_sync(
-    generators: ActorGroup, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
+    engine: Engine, tied_policy_model: str, policy_tokenizer: Any, single_rank: Rank
 ):
     [prompt] = long_prompts(1)
-    generators.call(0, "cached_tokens", prompt.tolist())
-    assert generators.call(0, "cached_tokens", prompt.tolist()) > 0, "the cache is not in use; this proves nothing"
+
+    def cached() -> int:
+        return engine.group.wait([engine.group.of(0).ask(ObservedGenerator.cached_tokens, prompt.tolist())])[0]
+
+    cached()
+    assert cached() > 0, "the cache is not in use; this proves nothing"
     policy = learner(tied_policy_model, single_rank)
     train(policy, random_rollout(0), 0)
-    load(generators, policy, 1)
-    assert generators.call(0, "cached_tokens", prompt.tolist()) == 0
+    engine.load(policy, 1)
+    engine.generate(plan_for(policy_tokenizer))
+    assert cached() == 0
 
 
-def test_a_sync_is_verified(groups: tuple[ActorGroup, ActorGroup], policy_tokenizer: Any):
+def test_a_sync_is_verified(
+    groups: tuple[ActorGroup[ObservedGenerator], ActorGroup[PolicyLearner]], policy_tokenizer: Any
+):
     """The loop's own check, with learner and engine in their actors."""
     generators, policy = groups
-    settings, transport = WeightSettings(), ObjectStoreTransport(policy, generators, bucket_mib=1)
-    probe = plan_for(policy_tokenizer, max_response_tokens=8)
-    transport.send(5)
-    parity = verify(settings, policy, generators, probe, version=5, exact=True)
+    prompts = plan_for(policy_tokenizer).prompts
+    sync = WeightSync(policy, generators, WeightSettings(bucket_mib=1), 1, probe_rows(prompts, 128, 224), 120)
+
+    def synchronized(version: int) -> Any:
+        begun = sync.begin(version)
+        reports = collect([*begun.parity, *begun.answers], 120)
+        return sync.verified(begun, reports[:1])
+
+    def trained(step: int) -> None:
+        rollout = random_rollout(0)
+        shards = [shard_of(rollout, TokenColumn(rollout.logprobs))]
+        collect([rank.ask(PolicyLearner.train, step, shards, KL_COEFFICIENT) for rank in policy], 120)
+
+    _, parity, repeated = synchronized(0)
+    assert (parity.version, repeated) == (0, [])
     assert 0 < parity.max_abs <= PARITY
+    trained(0)
+    _, parity, repeated = synchronized(1)
+    assert repeated == []
+    assert parity.change > 1e-3
+    assert parity.residual <= 1e-6 < parity.change
 
-    with pytest.raises(RoleFailure, match="version 5–5 after a sync to 6") as caught:
-        verify(settings, policy, generators, probe, version=6, exact=True)
-    assert (caught.value.kind, caught.value.role) == (FailureKind.FATAL, "generator-0")
+    # The learner goes on, and the engine is told of a version that it is not sent: it computes as before.
+    trained(1)
+    [stored] = [rank.keep(PolicyLearner.probe, sync._probe) for rank in policy]
+    stale = Assembly(Snapshot, {"version": 1, "names": frozenset(), "buckets": ()})
+    [skipped] = collect([generators.of(0).ask(Generator.synchronize, stale, sync._probe, stored.data)], 60)
+    assert "weights.max_abs_dlogp_float32" in skipped.fault
+    begun = sync.begin(2)
+    collect([*begun.parity, *begun.answers], 120)
+    _, parity, repeated = sync.verified(begun, [skipped])
+    assert repeated == [f"generator-0: {skipped.fault}"], "the weights are sent once more"
+    assert not parity.fault
 
-    rollout = random_rollout(0)
-    policy.call_all("train", 0, [shard_of(rollout, TokenColumn(rollout.logprobs))], KL_COEFFICIENT)
-    with pytest.raises(RoleFailure, match="disagree after the sync to version 5") as caught:
-        verify(settings, policy, generators, probe, version=5, exact=True)
-    assert (caught.value.kind, caught.value.role) == (FailureKind.FATAL, "generator-0")
-    transport.send(6)
-    assert verify(settings, policy, generators, probe, version=6, exact=True).max_abs <= PARITY
+
+def test_an_engine_that_has_nothing_to_load_says_so(engine: Engine, policy_tokenizer: Any):
+    nothing = Assembly(Snapshot, {"version": 77, "names": frozenset(), "buckets": ()})
+    with pytest.raises(RoleFailure, match="nothing to load version 77 from") as caught:
+        Engine(engine.group, nothing).generate(plan_for(policy_tokenizer))
+    assert (caught.value.kind, caught.value.role) == (FailureKind.INFRASTRUCTURE, "generator-0")

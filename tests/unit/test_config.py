@@ -105,14 +105,14 @@ def test_overrides_win_and_are_read_as_yaml(load):
         COMPLETE,
         "steps=7",
         "policy.learner.learning_rate=3e-6",
-        "algorithm.value_clip=null",
+        "algorithm.importance_cap=null",
         "reward.env={A: x}",
         "policy.model=a=b",
         "steps=8",
     )
     assert config.steps == 8
     assert config.policy.learner.learning_rate == 3e-6
-    assert config.algorithm.value_clip is None
+    assert config.algorithm.importance_cap is None
     assert config.reward.env == {"A": "x"}
     assert config.policy.model == "a=b"
 
@@ -172,6 +172,10 @@ def test_dump_and_load_give_the_same_settings(load):
         (["critic=null"], "critic"),
         (["algorithm.advantage=rloo"], "critic"),
         (["algorithm.advantage=grpo", "critic=null", "sampling.samples_per_prompt=1"], "sampling.samples_per_prompt"),
+        (
+            ["algorithm.advantage=rloo", "critic=null", "algorithm.critic_warmup_steps=2"],
+            "algorithm.critic_warmup_steps",
+        ),
         (["reference=null"], "reference"),
         (["sampling.prompts_per_step=12"], "sampling"),
         (["policy.learner.replicas=3"], "policy.learner.replicas"),
