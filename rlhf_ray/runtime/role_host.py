@@ -96,17 +96,10 @@ class RoleHost:
         """One method of the role; deferred arguments are fetched first."""
         return self._guarded(lambda: self._timed(method, args))
 
-<<<<<<< HEAD
     def keep(self, method: str, *args: Any) -> tuple[Any, Any]:
         """As `call`, for rows and columns: the value, and its header apart from it."""
         value = self.call(method, *args)
         return value, value.header()
-=======
-    def parts(self, method: str, *args: Any) -> list[Any]:
-        """One method: what it returns, a list in its parts, and an acknowledgement that can be waited for."""
-        result = self.call(method, *args)
-        return [*(result if isinstance(result, list) else [result]), True]
->>>>>>> wt-b
 
     def activity(self) -> Activity:
         """What happened since this was last asked."""
