@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
+.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-architectures bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -41,7 +41,7 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
-bench: bench-ppo bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
+bench: bench-ppo bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 
@@ -67,6 +67,10 @@ bench-overoptimisation: $(READY)  ## Best-of-n against ensembles and single judg
 bench-pandalm: $(READY)  ## A few hundred votes; VOTES=file
 	@$(BIN)/rlhf-ray prepare minilm
 	@$(BIN)/python -m bench.pandalm --votes $(VOTES)
+
+bench-architectures: $(READY)  ## Learners and engine on thirteen architectures, before training and after each sync
+	@$(BIN)/rlhf-ray prepare tiny
+	@$(BIN)/python -m bench.architectures
 
 bench-gate: $(READY)  ## The release gate on sound and on broken models
 	@$(BENCH_DATA)

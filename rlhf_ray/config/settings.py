@@ -152,7 +152,11 @@ class PolicySettings(Settings):
 class CriticSettings(Settings):
     """The value model of PPO."""
 
-    model: str | None = Field(None, description="Where the backbone comes from; empty: the policy's model.")
+    model: str | None = Field(
+        None,
+        description="Where the backbone comes from; empty: the policy's model. Values start at 0; at its scores "
+        "with a reward model of one label.",
+    )
     learner: LearnerSettings = Field(default_factory=LearnerSettings, description="How it is trained.")
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rlhf_ray.failures import BadInput
 
+_WINDOW_IN_THE_MASK = {"doge", "phimoe", "qwen2_moe"}
+"""Architectures of transformers 5.19 that tell their attention of a sliding window by the mask alone."""
 _PACKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers that keep to the sequences of a packed row."""
 
@@ -152,6 +154,8 @@ def check_packed_rows(model: str, key: str) -> None:
             reason = "it has recurrent layers, whose state would run from one sequence of a packed row into the next"
         elif other_layers:
             reason = f"it has layers of the kind {', '.join(sorted(other_layers))}"
+        elif config.model_type in _WINDOW_IN_THE_MASK and getattr(config, "sliding_window", None):
+            reason = "its sliding window is in a mask, which packed rows do without"
         elif not getattr(network, "_supports_attention_backend", False):
             reason = "its attention cannot be replaced by one that takes packed rows"
     if reason is not None:

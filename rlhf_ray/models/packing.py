@@ -261,6 +261,8 @@ def packed_sdpa(
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed_sdpa needs cu_seq_lens_q and max_length_q: the row's sequences")
+    if attention_mask is not None:
+        raise ValueError("packed_sdpa builds no mask, and cannot follow one that the model has made itself")
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     # A sequence's own width decides whether its window matters, not its longest neighbour: see `_row_layout`.
     window = sliding_window or None

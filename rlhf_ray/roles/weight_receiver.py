@@ -72,10 +72,11 @@ def _take_expert_kernels(model: nn.Module) -> dict[Any, Any]:
     Returns:
         The kernel of each layer's method, for the layers that no new weights arrive for.
     """
-    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
-    kernels = {method: method.moe_kernel for method in methods if getattr(method, "moe_kernel", None) is not None}
-    for method in kernels:
-        method.moe_kernel = None
+    kernels: dict[Any, Any] = {}
+    for layer in model.modules():
+        method: Any = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            kernels[method], method.moe_kernel = method.moe_kernel, None
     return kernels
 
 

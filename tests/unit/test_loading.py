@@ -180,6 +180,10 @@ def with_configuration(model: Path, **changed: Any) -> str:
         ({"model_type": "vit"}, "no decoder-only language model"),
         ({"model_type": "mamba"}, "recurrent layers"),
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "layers of the kind conv"),
+        (
+            {"model_type": "qwen2_moe", "use_sliding_window": True, "sliding_window": 8},
+            "its sliding window is in a mask",
+        ),
         ({"model_type": "bloom"}, "its attention cannot be replaced"),
     ],
 )

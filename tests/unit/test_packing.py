@@ -207,6 +207,12 @@ def test_what_shares_the_row_changes_nothing(feature: str, length: int):
     assert torch.equal(together[:, :length], alone)
 
 
+def test_a_mask_of_the_models_own_is_refused():
+    qkv = [torch.randn(1, 2, 6, 32) for _ in range(3)]
+    with pytest.raises(ValueError, match="cannot follow"):
+        packed_sdpa(torch.nn.Module(), *qkv, torch.zeros(6, 6), cu_seq_lens_q=torch.tensor([0, 6]), max_length_q=6)
+
+
 @pytest.mark.parametrize("feature", ["window", "soft cap", "sinks"])
 def test_attention_both_ways_that_it_does_not_compute_is_refused(feature: str):
     qkv = [torch.randn(1, 4, 6, 32) for _ in range(3)]
