@@ -4,6 +4,7 @@ The models are made in this process in a second each; vLLM runs in an actor of i
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_leaked_pairs_are_refused(sound: Path):
 
 
 @pytest.fixture(scope="module")
-def engine(local_ray: Path) -> Iterator[ActorGroup]:
+def engine(local_ray: Path) -> Iterator[ActorGroup[PoolingEngine]]:
     with started(local_ray, {"pooling-engine": ScorerSettings()}) as [group]:
         yield group
 
@@ -131,12 +132,12 @@ def engine(local_ray: Path) -> Iterator[ActorGroup]:
 TEXTS = HELD_OUT.chosen[:16] + HELD_OUT.rejected[:16] + ["good", "We found the ending was " + "very " * 40 + "dull."]
 
 
-def compared(engine: ActorGroup, folder: Path, use_activation: bool = False) -> Check:
+def compared(engine: ActorGroup[PoolingEngine], folder: Path, use_activation: bool = False) -> Check:
     """With an engine that takes the place of the one before it."""
     probes = RewardInspector(RewardSettings(model=str(folder))).probes(TEXTS)
-    engine.build_all(PoolingEngine, [(str(folder), str(folder), MAX_TOKENS, use_activation)])
-    theirs = engine.call(0, "score_tokens", [probe.token_ids for probe in probes])
-    engine.call(0, "close")
+    engine.build_all(partial(PoolingEngine, str(folder), str(folder), MAX_TOKENS, use_activation))
+    [theirs] = engine.call_all(PoolingEngine.score_tokens, [probe.token_ids for probe in probes])
+    engine.call_all(PoolingEngine.close)
     return vllm_check(np.array([probe.logits for probe in probes]), theirs, GATE.max_engine_difference)
 
 
@@ -145,18 +146,18 @@ def nothing_wrong() -> GateFigures:
     return GateFigures(perfect, None, None, perfect, None, 0.0)
 
 
-def test_vllm_gives_the_decoders_logits(engine: ActorGroup, sound: Path):
+def test_vllm_gives_the_decoders_logits(engine: ActorGroup[PoolingEngine], sound: Path):
     check = compared(engine, sound)
     assert check.passed, check.found
 
 
 @pytest.mark.parametrize("labels", [1, 4])
-def test_vllm_gives_the_encoders_logits(engine: ActorGroup, tmp_path: Path, labels: int):
+def test_vllm_gives_the_encoders_logits(engine: ActorGroup[PoolingEngine], tmp_path: Path, labels: int):
     check = compared(engine, write_encoder(tmp_path / "model", TEXTS, labels))
     assert check.passed, check.found
 
 
-def test_vllms_activation_left_on_is_refused(engine: ActorGroup, sound: Path):
+def test_vllms_activation_left_on_is_refused(engine: ActorGroup[PoolingEngine], sound: Path):
     check = compared(engine, sound, use_activation=True)
     assert not check.passed
     assert "activation left on" in check.found
@@ -165,7 +166,7 @@ def test_vllms_activation_left_on_is_refused(engine: ActorGroup, sound: Path):
 
 
 def test_a_directory_that_vllm_reads_otherwise_than_transformers_is_refused(
-    engine: ActorGroup, sound: Path, tmp_path: Path
+    engine: ActorGroup[PoolingEngine], sound: Path, tmp_path: Path
 ):
     folder = copied(sound, tmp_path / "model")
     plant_mean_pooling(folder)

@@ -1,6 +1,7 @@
 """ZeRO-1, 2 and 3 on two ranks give what one process gives, and go on from a checkpoint bit for bit."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def expected(tied_policy_model: str, single_rank: Rank, tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
-def pair(local_ray: Path) -> Iterator[ActorGroup]:
+def pair(local_ray: Path) -> Iterator[ActorGroup[Any]]:
     """Two empty processes; each test builds its learners in them."""
     with started(local_ray, {"learner": ActorSettings(replicas=2)}) as [group]:
         yield group
@@ -108,19 +109,19 @@ def pair(local_ray: Path) -> Iterator[ActorGroup]:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_ranks_equal_one_process(
-    pair: ActorGroup, tied_policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
+    pair: ActorGroup[Any], tied_policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
 ):
     places = ranks(pair)
 
     def build() -> None:
-        pair.wait(pair.build(Learners, [(tied_policy_model, place, zero_stage) for place in places]))
+        pair.build_all(*(partial(Learners, tied_policy_model, place, zero_stage) for place in places))
 
     build()
-    assert pair.call_all("values_are_zero") == [True, True]
-    reports = [pair.call_all("train", 0)]
-    pair.call_all("save", str(tmp_path / "checkpoint"))
-    reports.append(pair.call_all("train", 1))
-    critic = pair.call_all("export", str(tmp_path / "policy"))[0]
+    assert pair.call_all(Learners.values_are_zero) == [True, True]
+    reports = [pair.call_all(Learners.train, 0)]
+    pair.call_all(Learners.save, str(tmp_path / "checkpoint"))
+    reports.append(pair.call_all(Learners.train, 1))
+    critic = pair.call_all(Learners.export, str(tmp_path / "policy"))[0]
     weights = tensors_of(tmp_path / "policy", critic)
 
     single_reports, single_weights = expected
@@ -134,24 +135,25 @@ def test_two_ranks_equal_one_process(
     assert largest_difference(weights, single_weights) <= 1e-5
 
     build()
-    pair.call_all("load", str(tmp_path / "checkpoint"))
-    assert pair.call_all("train", 1) == reports[1]
-    again = tensors_of(tmp_path / "again", pair.call_all("export", str(tmp_path / "again"))[0])
+    pair.call_all(Learners.load, str(tmp_path / "checkpoint"))
+    assert pair.call_all(Learners.train, 1) == reports[1]
+    again = tensors_of(tmp_path / "again", pair.call_all(Learners.export, str(tmp_path / "again"))[0])
     assert largest_difference(again, weights) == 0
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_bfloat16_gradients_of_two_ranks_add_up_in_float32(pair: ActorGroup, zero_stage: int):
+def test_bfloat16_gradients_of_two_ranks_add_up_in_float32(pair: ActorGroup[Any], zero_stage: int):
     """In bfloat16, 1 + 2⁻⁹ is 1."""
-    pair.build_all(Sum, [(place, zero_stage) for place in ranks(pair)])
-    found = pair.wait([*pair.submit(0, "grad_norm", [1.0, 0.0]), *pair.submit(1, "grad_norm", [2.0**-9] * 2)])
+    pair.build_all(*(partial(Sum, place, zero_stage) for place in ranks(pair)))
+    gradients = ([1.0, 0.0], [2.0**-9] * 2)
+    found = pair.wait([rank.ask(Sum.grad_norm, own) for rank, own in zip(pair, gradients, strict=True)])
     assert found == pytest.approx([2 * (1 + 2 * 2.0**-9)] * 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "adapters"])
 def test_a_reward_model_of_two_ranks_equals_that_of_one_process(
-    pair: ActorGroup, tiny: Path, single_rank: Rank, tmp_path: Path, zero_stage: int, adapters: bool
+    pair: ActorGroup[Any], tiny: Path, single_rank: Rank, tmp_path: Path, zero_stage: int, adapters: bool
 ):
     """Five pairs on two ranks: one has more micro-batches than the other, and every pass is a collective."""
     model = str(tiny / "reward_model")
@@ -164,16 +166,17 @@ def test_a_reward_model_of_two_ranks_equals_that_of_one_process(
         return model, settings, training, REWARD_LAYOUT, place, 10, 0
 
     single = RewardLearner(*arguments(single_rank))
-    pair.build_all(RewardLearner, [arguments(place) for place in ranks(pair)])
+    pair.build_all(*(partial(RewardLearner, *arguments(place)) for place in ranks(pair)))
     for _ in range(2):
         expected = single.train_pairs(pairs)
-        found = pair.wait([*pair.submit(0, "train_pairs", pairs[0::2]), *pair.submit(1, "train_pairs", pairs[1::2])])
+        shares = (pairs[0::2], pairs[1::2])
+        found = pair.wait([rank.ask(RewardLearner.train_pairs, own) for rank, own in zip(pair, shares, strict=True)])
         for report in found:
             assert report.loss == pytest.approx(expected.loss, abs=1e-5)
             assert report.grad_norm == pytest.approx(expected.grad_norm, abs=1e-5)
             assert report.tokens == expected.tokens
-    scores = pair.call_all("score_tokens", texts)
+    scores = pair.call_all(RewardLearner.score_tokens, texts)
     np.testing.assert_allclose(scores[0], single.score_tokens(texts), rtol=0, atol=1e-5)
     single.export(str(tmp_path / "single"))
-    pair.call_all("export", str(tmp_path / "ranks"))
+    pair.call_all(RewardLearner.export, str(tmp_path / "ranks"))
     assert largest_difference(weights_in(tmp_path / "ranks"), weights_in(tmp_path / "single")) <= 1e-5
