@@ -439,14 +439,18 @@ class WeightSettings(Settings):
     )
     bucket_mib: PositiveInt = Field(64, description="Size of one bucket of weights.")
     probe_tokens: PositiveInt = Field(
-        256,
+        64,
         description="Prompt tokens on which engine and learner are compared after every sync: they must agree, and "
         "the engine's log-probs must have changed as the learner's have.",
     )
     max_abs_dlogp_float32: PositiveFloat = Field(
         1e-4, description="Largest |Δ log-prob| allowed when engine and learner compute in float32."
     )
-    max_median_dlogp_bfloat16: PositiveFloat = Field(0.05, description="Largest median |Δ log-prob| allowed otherwise.")
+    max_median_dlogp_bfloat16: PositiveFloat = Field(
+        0.3,
+        description="Largest median |Δ log-prob| allowed otherwise. Rounding is hundredths of a nat, and grows "
+        "with the logits.",
+    )
 
 
 class EvaluationSettings(Settings):

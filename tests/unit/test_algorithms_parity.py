@@ -67,7 +67,7 @@ def test_what_had_a_fault_is_not_what_the_next_is_compared_with():
     assert probe.sync(0.0, arrives=0.0, engine_stands_still=True).fault, "nor does it become the norm"
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf, 0.2])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 0.5])
 def test_a_distance_that_is_too_large_is_a_fault_at_the_first_sync(broken: float):
     settings = WeightSettings()
     learner = np.zeros(TOKENS, dtype=np.float32)
