@@ -129,7 +129,7 @@ class PPO:
         if kl is not None:
             self._kl.update(kl, headers.num_samples)
         state.kl_controller = self._kl.state_dict()
-        busy = self._timeline.read(state.step, clock.step_s)
+        busy = self._timeline.read(state.step)
         row = step_row(state, headers, policy_report, critic_report, parity, sampled_version, coefficient, clock, busy)
         self._run.tracker.step(row)
         return kl

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import ray
 
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import collect
-from rlhf_ray.runtime.role_host import Span
+from rlhf_ray.runtime.role_host import Activity, Span
 from rlhf_ray.tracking.run_folder import write_atomic
 
 
@@ -37,21 +38,25 @@ class Timeline:
             for number, replica in enumerate(self._replicas)
         ]
         self._steps = 0
+        self._read_at = 0.0
+        self._activities()  # loading the models is not part of any step
 
-    def read(self, step: int, step_s: float) -> float:
-        """The share of the cluster's core-seconds that roles were busy since the last reading.
-
-        Args:
-            step_s: how long that was.
-        """
-        activities = collect([replica.activity() for replica in self._replicas], self._timeout_s)
+    def read(self, step: int) -> float:
+        """The share of the cluster's core-seconds that roles were busy since the last reading."""
+        before = self._read_at
+        activities = self._activities()
         if self._steps < self._trace_steps:
             self._steps += 1
             self._events += [
                 _event(step, number, span) for number, activity in enumerate(activities) for span in activity.spans
             ]
             write_atomic(self._trace, json.dumps({"traceEvents": self._events}))
-        return sum(activity.cpu_s for activity in activities) / (self._cores * step_s)
+        return sum(activity.cpu_s for activity in activities) / (self._cores * (self._read_at - before))
+
+    def _activities(self) -> list[Activity]:
+        activities = collect([replica.activity() for replica in self._replicas], self._timeout_s)
+        self._read_at = time.monotonic()
+        return activities
 
 
 def _event(step: int, process: int, span: Span) -> dict[str, Any]:

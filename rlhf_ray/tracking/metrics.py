@@ -319,8 +319,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "utilization/busy",
         "",
-        "Core-seconds that the roles' processes used in the step, over the cluster's cores times the step's time. Low "
-        "where processes wait for each other: look at `trace.json`. On GPUs it says how busy the host is.",
+        "Core-seconds that the roles' processes used since the step before, over the cluster's cores times that time. "
+        "Low where processes wait for each other: look at `trace.json`. On GPUs it says how busy the host is.",
     ),
     Metric(
         "throughput/samples_per_s",
