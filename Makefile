@@ -41,9 +41,10 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
-bench-sync: $(READY)  ## Weight syncs with a stale, zeroed or permuted tensor: all must be caught
+bench-sync: $(READY)  ## Weight syncs: planted faults are caught, and every ZeRO stage holds for twenty steps
 	@$(BIN)/rlhf-ray prepare tiny && $(BIN)/rlhf-ray prepare smollm2-135m
 	@$(BIN)/python -m bench.sync_faults
+	@$(BIN)/python -m bench.zero_syncs
 
 bench: bench-sync bench-ppo bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
 

@@ -165,10 +165,10 @@ class Generator:
             RoleFailure: the engine gave back fewer tokens or log-probs than it says it sampled.
         """
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
         count = plan.samples_per_prompt
+        prompts = [ids for ids in plan.prompts for _ in range(count)]
         sampling = [
             SamplingParams(
                 temperature=plan.temperature,
@@ -183,23 +183,12 @@ class Generator:
         ]
         with self._turns:
             if snapshot.version != self._version:
-                while self._engine.llm_engine.has_unfinished_requests():
-                    self._step()
                 self._load(snapshot)
-            version = self._version
-            # Samples of a prompt share its keys and values, calls do not: what was sampled before a shard, or with
-            # other weights, leaves no trace in its arithmetic.
-            self._calls += 1
-            salt = f"{version}:{self._calls}"
-            # Outputs bear these names; those that `add_request` gives back are the engine's internal ones.
-            requests = [f"{self._calls}-{index}" for index in range(len(sampling))]
-            for index, (request, each) in enumerate(zip(requests, sampling, strict=True)):
-                ids = plan.prompts[index // count].tolist()
-                self._engine.llm_engine.add_request(request, TokensPrompt(prompt_token_ids=ids, cache_salt=salt), each)
+            requests = self._add(prompts, sampling)
         outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []
-        for prompt, output in zip((ids for ids in plan.prompts for _ in range(count)), outputs, strict=True):
+        for prompt, output in zip(prompts, outputs, strict=True):
             response = output.outputs[0]
             sampled = response.logprobs or []
             if len(sampled) != len(response.token_ids) or not response.token_ids:
@@ -216,14 +205,29 @@ class Generator:
         prompt_ids = np.repeat(np.array(plan.prompt_ids, dtype=np.int64), count)
         return Rollout(
             tokens=np.concatenate(sequences),
-            prompt_lengths=np.array([len(ids) for ids in plan.prompts for _ in range(count)], dtype=np.int32),
+            prompt_lengths=np.array([len(ids) for ids in prompts], dtype=np.int32),
             response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
             logprobs=np.array(logprobs, dtype=np.float32),
-            policy_versions=np.full(len(logprobs), version, dtype=np.int32),
+            policy_versions=np.full(len(logprobs), snapshot.version, dtype=np.int32),
             finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
             sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
             prompt_ids=prompt_ids,
         )
+
+    def _add(self, prompts: Sequence[NDArray[np.int32]], sampling: Sequence[Any]) -> list[str]:
+        """Requests of one call, by the names that their outputs bear.
+
+        Those of a call share the keys and values of a prompt, calls do not: what was sampled before, or with other
+        weights, leaves no trace in a call's arithmetic.
+        """
+        from vllm.inputs import TokensPrompt
+
+        self._calls += 1
+        requests = [f"{self._calls}-{index}" for index in range(len(prompts))]
+        for request, ids, each in zip(requests, prompts, sampling, strict=True):
+            prompt = TokensPrompt(prompt_token_ids=ids.tolist(), cache_salt=f"{self._version}:{self._calls}")
+            self._engine.llm_engine.add_request(request, prompt, each)
+        return requests
 
     def _finished(self, requests: Sequence[str]) -> list[Any]:
         """The outputs of requests. Several calls may be here at once: each steps the engine for all in its turn."""
@@ -251,29 +255,30 @@ class Generator:
             probe: prompts, the same at every version.
             learner: the learner's log-probs of the probe's tokens under these weights.
         """
-        if snapshot.names or snapshot.version != self._version:
-            self._load(snapshot)
+        with self._turns:
+            if snapshot.names or snapshot.version != self._version:
+                self._load(snapshot)
         exact = self._dtype == learner.dtype == "float32"
         return self._parity.judge(snapshot.version, self._probe(probe), learner.data, exact=exact)
 
     def _probe(self, probe: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
         """`[N]` log-probs at temperature 1 of every token of the probe but each prompt's first, without sampling."""
         from vllm import SamplingParams
-        from vllm.inputs import TokensPrompt
 
-        outputs = self._engine.generate(
-            [TokensPrompt(prompt_token_ids=ids.tolist()) for ids in probe],
-            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
-        )
+        scoring = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        with self._turns:
+            requests = self._add(probe, [scoring] * len(probe))
         logprobs = [
             entry[int(token)].logprob
-            for ids, output in zip(probe, outputs, strict=True)
+            for ids, output in zip(probe, self._finished(requests), strict=True)
             for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
         ]
         return np.array(logprobs, dtype=np.float32)
 
     def _load(self, snapshot: Snapshot) -> None:
+        """Load other weights, once everything that was begun with the present ones has ended."""
+        while self._engine.llm_engine.has_unfinished_requests():
+            self._step()
         if not snapshot.names:
             raise RoleFailure(
                 FailureKind.INFRASTRUCTURE,
