@@ -8,6 +8,7 @@ the engine must have moved as the learner has.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,11 @@ class Parity:
     change: float
     residual: float
     fault: str
+
+    @classmethod
+    def without_weights(cls, version: int, fault: str) -> Parity:
+        """Of weights that the engine could not load."""
+        return cls(version, math.nan, math.nan, math.nan, math.nan, fault)
 
 
 class ParityCheck:

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from rlhf_ray.algorithms.parity import Parity, ParityCheck
 from rlhf_ray.config.settings import GeneratorSettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.models.buckets import Snapshot, WeightsDamaged
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, ProbeColumn, Rollout
+
+_NO_VERSION = -1
 
 
 @dataclass(frozen=True)
@@ -255,9 +257,12 @@ class Generator:
             probe: prompts, the same at every version.
             learner: the learner's log-probs of the probe's tokens under these weights.
         """
-        with self._turns:
-            if snapshot.names or snapshot.version != self._version:
-                self._load(snapshot)
+        try:
+            with self._turns:
+                if snapshot.names or snapshot.version != self._version:
+                    self._load(snapshot)
+        except WeightsDamaged as damage:
+            return Parity.without_weights(snapshot.version, str(damage))
         exact = self._dtype == learner.dtype == "float32"
         return self._parity.judge(snapshot.version, self._probe(probe), learner.data, exact=exact)
 
@@ -288,6 +293,7 @@ class Generator:
                 f"{snapshot.version} from",
             )
         self._engine.start_weight_update()
+        self._version = _NO_VERSION  # until all is loaded
         self._engine.update_weights({"update_info": {"snapshot": snapshot}})
         self._finish_update(snapshot.version)
 

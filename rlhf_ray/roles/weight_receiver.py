@@ -48,7 +48,12 @@ class ObjectStoreWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class synchronises an accelerator here, which a CPU does not have; loading is synchronous.
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            # vLLM considers the update over. Left open, the reload would take up the next weights halfway.
+            self.finish_weight_update()
+            raise
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         self.model.load_weights(update_info.snapshot.tensors())
