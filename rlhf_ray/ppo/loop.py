@@ -93,6 +93,7 @@ class PPO:
         run.tracker.phase("first sync of the weights")
         sync = self._weights.begin(self._state.step)
         self._verify(sync, collect([*sync.parity, *sync.answers], self._timeout_s))
+        run.keep(self._state.step, self._state, self._save_checkpoint)  # a stop may have been asked for meanwhile
         while self._state.step < config.steps:
             kl = self._step()
             run.keep(self._state.step, self._state, self._save_checkpoint)
