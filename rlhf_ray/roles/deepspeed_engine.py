@@ -113,6 +113,9 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=configuration, dist_init_required=False
         )
+        if self._zero_stage == 0 and rank.world_size == 1:
+            # There is nobody to reduce with, and DeepSpeed would copy all gradients into one buffer for it.
+            self._engine.enable_backward_allreduce = False
 
     @property
     def module(self) -> Any:
