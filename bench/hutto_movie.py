@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from bench.commands import read_json, train_reward_model
 from bench.results import Result, publish
-from rlhf_ray.config.settings import PreferenceSettings, RewardSettings
+from rlhf_ray.config.reward_model import PreferenceSettings
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.models.reward_models import load_reward_tokenizer
 from rlhf_ray.randomness import keyed_generator
@@ -56,7 +57,7 @@ def training_results(runs: Path, data: Path, overrides: list[str]) -> list[Resul
 
 
 def invariance_results(model: Path, tokens: list[list[int]]) -> list[Result]:
-    """Equality to the bit within each mode, and the price of the fixed shapes, on one thread in float32."""
+    """Bit-for-bit equality within each mode, and the price of the fixed shapes, on one thread in float32."""
     fixed, free = (
         RewardScorer(RewardSettings(model=str(model), batch_invariant=invariant)) for invariant in (True, False)
     )

@@ -69,7 +69,7 @@ class Summary:
     Attributes:
         seconds: from the first request to the last answer.
         accepted: requests answered with a score.
-        throughput: accepted requests a second.
+        throughput: accepted requests per second.
         p50_s, p99_s: latency of the accepted requests; NaN where there is none.
         statuses: requests by status, and by type of error behind a colon.
         tries: requests that were sent, repetitions included.
@@ -126,7 +126,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """Times of a Poisson process, ascending, from 0 to `seconds`.
 
     Args:
-        rate: expected arrivals a second.
+        rate: expected arrivals per second.
     """
     random = keyed_generator(seed, "arrivals")
     times = np.cumsum(random.exponential(1 / rate, size=int(rate * seconds + 10 * (rate * seconds) ** 0.5) + 10))

@@ -11,6 +11,7 @@ called it cannot unpickle a rollout or a column, so a stray `ray.get` fails at o
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -36,12 +37,12 @@ def refuse_rollouts_in_this_process(refuse: bool = True) -> None:
     _refuse = refuse
 
 
-class Shipped:
+class Shipped(ABC):
     """Base of everything that travels between roles through the object store."""
 
+    @abstractmethod
     def header(self) -> Any:
         """What the driver may know of it."""
-        raise NotImplementedError
 
     def __setstate__(self, state: Any) -> None:
         if _refuse:

@@ -15,7 +15,6 @@ from rlhf_ray.config.settings import (
     OffIsAWord,
     PositiveFloat,
     PositiveInt,
-    PreferenceSettings,
     PromptSettings,
     RunConfig,
     ScorerSettings,
@@ -26,6 +25,20 @@ PREFERENCE = "preference"
 """The attribute that every pair has: which of its responses people prefer."""
 
 BenchmarkName = Literal["reward-bench", "reward-bench-2", "rm-bench", "judge-bench"]
+
+
+class PreferenceSettings(Settings):
+    """Human comparisons."""
+
+    path: str = Field(description="JSONL or Parquet file, folder, or `datasets` name; rows as in `docs/data.md`.")
+    split: str | None = Field(None, description="Split of a `datasets` name.")
+    min_gap: NonNegativeFloat | None = Field(
+        None, description="Use only pairs whose `gap` (difference of mean ratings) is at least this."
+    )
+    limit: PositiveInt | None = Field(None, description="Use only the first n rows.")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="A row that cannot be used ends the run, or is counted, listed and left out."
+    )
 
 
 class LoraSettings(Settings):

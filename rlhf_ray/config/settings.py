@@ -589,17 +589,3 @@ class SFTConfig(RunConfig):
     checkpoint: CheckpointSettings = Field(
         default_factory=lambda: CheckpointSettings(every_steps=50, keep=1), description="Checkpointing."
     )
-
-
-class PreferenceSettings(Settings):
-    """Human comparisons."""
-
-    path: str = Field(description="JSONL or Parquet file, folder, or `datasets` name; rows as in `docs/data.md`.")
-    split: str | None = Field(None, description="Split of a `datasets` name.")
-    min_gap: NonNegativeFloat | None = Field(
-        None, description="Use only pairs whose `gap` (difference of mean ratings) is at least this."
-    )
-    limit: PositiveInt | None = Field(None, description="Use only the first n rows.")
-    on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="A row that cannot be used ends the run, or is counted, listed and left out."
-    )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.config.settings import PreferenceSettings
+from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.data.chat import Message, parse_messages, render_turn
 from rlhf_ray.data.rows import BadRows, Row, RowError, first_present, number_value, quoted_names, read_rows, text_value
 from rlhf_ray.failures import BadInput

@@ -9,8 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.reward_model import PREFERENCE, EnsembleSettings, RewardModelConfig, RewardTrainingSettings
-from rlhf_ray.config.settings import PreferenceSettings
+from rlhf_ray.config.reward_model import (
+    PREFERENCE,
+    EnsembleSettings,
+    PreferenceSettings,
+    RewardModelConfig,
+    RewardTrainingSettings,
+)
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_names, load_preferences
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import check_tokenizer_fits, check_top_layers, read_model_facts

@@ -8,15 +8,23 @@ from functools import partial
 
 import torch
 
-from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard
 from rlhf_ray.algorithms.losses import explained_variance, value_loss
 from rlhf_ray.algorithms.segments import Moments
 from rlhf_ray.config.settings import AlgorithmSettings, CriticSettings
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, train_only_top_layers
-from rlhf_ray.models.packing import PackedBatch, RolloutRows
+from rlhf_ray.models.packing import PackedBatch
 from rlhf_ray.models.token_models import CriticModel, load_critic_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
-from rlhf_ray.roles.learner import Meter, balanced_packs, checkpoint_folder, minibatches, token_column, total_weight
+from rlhf_ray.roles.learner import (
+    Meter,
+    balanced_packs,
+    checkpoint_folder,
+    minibatches,
+    read_shards,
+    token_column,
+    total_weight,
+)
 from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 
@@ -89,9 +97,7 @@ class CriticLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows = RolloutRows(rollouts, [shard.trunk for shard in shards])
-        experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
-        experience = experience.to(engine.device, torch.float32)
+        rows, experience = read_shards(shards, algorithm, kl_coefficient, engine)
         values, returns = experience.values, experience.returns
         if values is None or returns is None:
             raise ValueError("the critic learns from values and returns; the shards have none")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
 from rlhf_ray.config.settings import AlgorithmSettings
 from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
@@ -32,6 +33,19 @@ def minibatches(
             for chosen, part in zip(slices, np.array_split(samples[order], algorithm.minibatches), strict=True):
                 chosen += part.tolist()
         yield from slices
+
+
+def read_shards(
+    shards: Sequence[ExperienceShard], algorithm: AlgorithmSettings, kl_coefficient: float, engine: DeepSpeedEngine
+) -> tuple[RolloutRows, Experience]:
+    """This rank's samples, ready to be packed, and what the losses need of them, on its device. A collective.
+
+    Args:
+        kl_coefficient: β.
+    """
+    rows = RolloutRows([shard.rollout for shard in shards], [shard.trunk for shard in shards])
+    experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
+    return rows, experience.to(engine.device, torch.float32)
 
 
 def balanced_packs(

@@ -12,17 +12,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceStats, build_experience
+from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceStats
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import mismatch, policy_loss, truncated_importance_weights
 from rlhf_ray.config.settings import AlgorithmSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
-from rlhf_ray.models.packing import PackedBatch, RolloutRows, micro_batches, pack
+from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
-from rlhf_ray.roles.learner import Meter, balanced_packs, checkpoint_folder, minibatches, token_column, total_weight
+from rlhf_ray.roles.learner import (
+    Meter,
+    balanced_packs,
+    checkpoint_folder,
+    minibatches,
+    read_shards,
+    token_column,
+    total_weight,
+)
 from rlhf_ray.roles.policy_weights import PolicyWeights
 from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn, TrunkColumn
 
@@ -134,9 +142,7 @@ class PolicyLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows = RolloutRows(rollouts, [shard.trunk for shard in shards])
-        experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
-        experience = experience.to(engine.device, torch.float32)
+        rows, experience = read_shards(shards, algorithm, kl_coefficient, engine)
         run = engine.measure if step < algorithm.critic_warmup_steps else engine.optimizer_step
         meter = Meter(engine, _SUMS, _MAXIMA)
         before_update: dict[str, float] = {}

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from rlhf_ray.config.settings import PreferenceSettings, PromptSettings, TextSettings
+from rlhf_ray.config.reward_model import PreferenceSettings
+from rlhf_ray.config.settings import PromptSettings, TextSettings
 from rlhf_ray.data.preferences import attribute_names, load_preferences
 from rlhf_ray.data.prompts import Prompt, PromptSet, load_prompts
 from rlhf_ray.data.rows import BadRows

@@ -438,7 +438,8 @@ def test_tiny_models_load_and_tell_texts_apart(tiny):
 def test_tiny_data_loads_with_the_loaders(tiny):
     from transformers import AutoTokenizer
 
-    from rlhf_ray.config.settings import PreferenceSettings, PromptSettings, TextSettings
+    from rlhf_ray.config.reward_model import PreferenceSettings
+    from rlhf_ray.config.settings import PromptSettings, TextSettings
     from rlhf_ray.data.preferences import load_preferences
     from rlhf_ray.data.prompts import load_prompts
     from rlhf_ray.data.text import load_text

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rlhf_ray.config.settings import PreferenceSettings
+from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, Votes, load_preferences
 from rlhf_ray.data.rows import BadRows, RowError
 from rlhf_ray.failures import BadInput
