@@ -24,6 +24,10 @@ from rlhf_ray.rollout import Rollout, TrunkColumn, offsets
 _WIDTH_STEP = 16
 """Sequences are padded to multiples of so many tokens."""
 
+_SHORT_WIDTH = 128
+"""Up to here attention on a CPU is written out: the fused kernel's backward pass takes longer, in bfloat16 many times,
+and the weights that are kept for it are no larger than the other activations."""
+
 
 class RowBounds:
     """Where the sequences of a packed row lie.
@@ -356,14 +360,15 @@ def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted:
         return padded.unflatten(0, (num_sequences, width)).transpose(1, 2)
 
     query, key, value = (spread(each) for each in heads)
-    if wanted.softcap is not None or wanted.sinks is not None:
+    short = wanted.causal and width <= _SHORT_WIDTH and query.device.type == "cpu"
+    if short or wanted.softcap is not None or wanted.sinks is not None:
         attended = _written_out_attention(query, key, value, wanted)
     else:
         mask = None
         if not wanted.causal:
             mask = (torch.arange(width, device=query.device) < group.lengths[:, None])[:, None, None, :]
         elif wanted.window is not None and wanted.window < width:
-            mask = _causal_mask(width, wanted.window, query.device)
+            mask = ~_causal_hidden(width, wanted.window, query.device)
         attended = F.scaled_dot_product_attention(
             query,
             key,
@@ -377,29 +382,37 @@ def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted:
     return attended.transpose(1, 2).flatten(0, 1).index_select(0, group.slots)
 
 
-def _causal_mask(width: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """`[width, width]`, true where a query (row) sees a key (column)."""
+def _causal_hidden(width: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[width, width]`, true where a query (row) does not see a key (column)."""
     seen = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    return seen if window is None else seen.triu(1 - window)
+    return ~(seen if window is None else seen.triu(1 - window))
 
 
 def _written_out_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, wanted: _Attention
 ) -> torch.Tensor:
-    """Causal attention as `[S, heads, width, value_size]` with what the fused kernel has no argument for."""
-    repeats = query.shape[1] // key.shape[1]
-    keys, values = (each.float().repeat_interleave(repeats, dim=1) for each in (key, value))
-    scale = query.shape[-1] ** -0.5 if wanted.scaling is None else wanted.scaling
-    scores = query.float() @ keys.transpose(-1, -2) * scale
+    """Causal attention as `[S, heads, width, value_size]`, scores and weights in float32: with what the fused kernel
+    has no argument for, and where its backward pass is slow.
+
+    All queries that share a key are rows of one matrix product, so keys and values are not repeated.
+    """
+    num_sequences, num_heads, width, size = query.shape
+    groups = num_sequences * key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    queries, keys, values = (each.to(dtype).reshape(groups, -1, each.shape[-1]) for each in (query, key, value))
+    scale = size**-0.5 if wanted.scaling is None else wanted.scaling
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(num_sequences, num_heads, width, width) * scale
     if wanted.softcap is not None:
         scores = (scores / wanted.softcap).tanh() * wanted.softcap
-    scores = scores.masked_fill(~_causal_mask(query.shape[2], wanted.window, query.device), -torch.inf)
+    hidden = torch.zeros(width, width, dtype=dtype, device=query.device)
+    scores = scores + hidden.masked_fill_(_causal_hidden(width, wanted.window, query.device), -torch.inf)
     if wanted.sinks is None:
         weights = scores.softmax(-1)
     else:
-        sinks = wanted.sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        sinks = wanted.sinks.to(dtype)[:, None, None].expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
-    return (F.dropout(weights, wanted.dropout) @ values).to(query.dtype)
+    attended = torch.bmm(F.dropout(weights, wanted.dropout).reshape(groups, -1, width), values)
+    return attended.view(num_sequences, num_heads, width, -1).to(query.dtype)
 
 
 def _plain_attention(
