@@ -83,6 +83,7 @@ def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracke
     report = data_report.report_data(
         inputs.training.preferences,
         held_out.preferences if held_out else None,
+        inputs.validation.preferences if inputs.validation else None,
         training_tokens=inputs.training.num_tokens,
         held_out_tokens=held_out.num_tokens if held_out else None,
         training_left_out=inputs.training.left_out,
@@ -118,7 +119,8 @@ def _finish(
 ) -> None:
     """From weights to a reward model with its card, judged, and released or refused."""
     model = str(folder.reward_model)
-    TrainingTexts.of(hash_pairs(inputs.training.pairs)).save(folder.reward_model)
+    validation = hash_pairs(inputs.validation.pairs) if inputs.validation else None
+    TrainingTexts.of(hash_pairs(inputs.training.pairs), validation).save(folder.reward_model)
     weights = tuple(config.aggregation.attributes.get(name, 0.0) for name in layout.attributes)
     card = RewardModelCard(
         version="",
