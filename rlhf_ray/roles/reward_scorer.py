@@ -78,7 +78,8 @@ class RewardScorer:
     """One replica of the reward model: all models of an ensemble, all heads, one score.
 
     Token ids go to the model as the policy sampled them where both have the same tokenizer and, for chat messages, the
-    same template. Otherwise the response is decoded, and chat messages are rendered with the reward model's template.
+    same template and a card. Otherwise the response is decoded, and chat messages are rendered with the reward model's
+    template.
 
     Args:
         settings: model and limits.
@@ -95,7 +96,7 @@ class RewardScorer:
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.texts = RewardTexts(settings.model, settings.max_length)
         self._responses = ResponseReader(policy_model) if policy_model else None
-        self._shared_ids = self._responses.shared_ids(self.texts.tokenizer) if self._responses else SharedIds.NONE
+        self._shared_ids = self._responses.shared_ids(self.texts) if self._responses else SharedIds.NONE
         card = self.texts.card
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
@@ -158,12 +159,14 @@ class RewardScorer:
         if self._shared_ids is SharedIds.ALL or (self._shared_ids is SharedIds.TEXTS and prompt.messages is None):
             self._responses.token_ids(rollout, index)
             return self.texts.finish(rollout.sample_tokens(index).tolist())
-        response = self._responses.text(rollout, index)
-        if prompt.messages is None:
-            return self.texts.encode(prompt.text + response)
-        return self.texts.encode_messages([*prompt.messages, {"role": "assistant", "content": response}])
+        return self.texts.encode_turn(prompt.messages or prompt.text, self._responses.text(rollout, index))
 
-    def score_encoded(self, encoded: Sequence[Encoded], causes: Mapping[int, str] | None = None) -> ScoredTexts:
+    def score_encoded(
+        self,
+        encoded: Sequence[Encoded],
+        causes: Mapping[int, str] | None = None,
+        prompts: NDArray[np.int64] | None = None,
+    ) -> ScoredTexts:
         """As `score_texts`, for what `encode` returned.
 
         Args:

@@ -113,16 +113,17 @@ def test_another_tokenizer_is_scored_by_its_text(scorer: RewardScorer, tiny: Pat
     np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=SCORE_ROUNDING)
 
 
+@pytest.mark.parametrize("shared_ids", [True, False])
 def test_chat_messages_are_rendered_with_the_reward_models_template(
-    scorer: RewardScorer, tiny: Path, foreign_policy: str
+    scorer: RewardScorer, tiny: Path, foreign_policy: str, shared_ids: bool
 ):
-    foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
-    tokenizer = load_tokenizer(foreign_policy, "policy.model")
+    """Without a card as the template has it, even where the policy has the same: its ids end at the eos."""
+    own = scorer if shared_ids else RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(str(tiny / "policy") if shared_ids else foreign_policy, "policy.model")
     prompts = [Conversation("not this", ({"role": "user", "content": prompt},)) for prompt in PROMPTS]
-    column = foreign.score(sampled(tokenizer), conversations(prompts))
+    column = own.score(sampled(tokenizer), conversations(prompts))
     rendered = [
-        # As in training: white space behind the end-of-sequence token is left out.
-        f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>"
+        f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>\n"
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
     np.testing.assert_allclose(
