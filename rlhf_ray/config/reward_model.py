@@ -118,7 +118,7 @@ class AggregationSettings(Settings):
         "(mean − λ·variance).",
     )
     variance_weight: NonNegativeFloat = Field(
-        0.5, description="λ of `mean_minus_variance`, for scores in standard deviations of the members."
+        0.5, description="λ of `mean_minus_variance`, for scores in a member's standard deviations within a pair."
     )
     attributes: dict[str, float] = Field(
         default_factory=lambda: {PREFERENCE: 1.0},

@@ -20,6 +20,7 @@ from rlhf_ray.algorithms.ensemble import (
     aggregate_attributes,
     aggregate_members,
     disagreement,
+    centre_within_groups,
     standardise,
 )
 from rlhf_ray.config.reward_model import PREFERENCE
@@ -68,9 +69,9 @@ class ScoreAggregation(_Part):
 
     Attributes:
         members: over the members of an ensemble.
-        variance_weight: λ of `mean_minus_variance`, for scores in standard deviations of the members.
+        variance_weight: λ of `mean_minus_variance`, for scores in standard deviations within a pair.
         attribute_weights: of each attribute, in the order of the layout.
-        offsets, scales: of each member over training texts; empty for a single one, whose scores stay as they are.
+        offsets, scales: of each member over training pairs; empty for a single one, whose scores stay as they are.
         length_coefficient: subtracted for each token of the text.
     """
 
@@ -82,7 +83,10 @@ class ScoreAggregation(_Part):
     length_coefficient: float = 0.0
 
     def scores(
-        self, heads: NDArray[np.float64], num_tokens: NDArray[np.int64]
+        self,
+        heads: NDArray[np.float64],
+        num_tokens: NDArray[np.int64],
+        prompts: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """One score a text, and how much the members disagree about it.
 
@@ -93,11 +97,15 @@ class ScoreAggregation(_Part):
             heads: `[N, A, K]` logits.
             num_tokens: `[N]`.
 
+            prompts: `[N]` number of each text's prompt. Members are then centred within a prompt of several texts;
+                None: every score is of its own text alone.
         Returns:
             `[N]` scores, and `[N]` standard deviations over the members in the unit of the score.
         """
         columns = self.member_scores(heads)
         # The variance is in squared units of the score: with λ per unit, the scale of the members does not matter.
+        if prompts is not None and columns.shape[1] > 1:
+            columns = centre_within_groups(columns, prompts)
         score = aggregate_members(columns, self.members, self.variance_weight / self._unit)
         return score - self.length_coefficient * num_tokens, disagreement(columns)
 
@@ -111,7 +119,7 @@ class ScoreAggregation(_Part):
 
     @property
     def _unit(self) -> float:
-        """Mean standard deviation of the members, in which their scores are put back after they were standardised."""
+        """Mean scale of the members, in which their scores are put back after they were standardised."""
         return sum(self.scales) / len(self.scales) if self.scales else 1.0
 
 

@@ -242,10 +242,10 @@ def _fit_aggregation(
     rows = range(0, len(training.pairs), stride)
     texts = [side[row] for side in (training.chosen, training.rejected) for row in rows]
     scored = score_all(scorers, texts)
-    columns = aggregation.member_scores(scored.heads)
-    if columns.shape[1] > 1:
+    chosen, rejected = aggregation.member_scores(scored.heads).reshape(2, len(rows), -1)
+    if chosen.shape[1] > 1:
         try:
-            scale = fit_member_scale(columns)
+            scale = fit_member_scale(chosen, rejected)
         except ValueError as error:
             raise Refused(card.base_model, (f"ensemble: {error}; there is nothing to aggregate",)) from None
         aggregation = aggregation.model_copy(update={"offsets": scale.offset, "scales": scale.scale})

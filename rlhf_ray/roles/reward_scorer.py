@@ -124,6 +124,9 @@ class RewardScorer:
     def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
+        Members of an ensemble are centred within each prompt (`centre_within_groups`), so with `minimum` and
+        `mean_minus_variance` a score depends on the prompt's other samples.
+
         Args:
             prompts: of the shard, by prompt id.
         """
@@ -135,7 +138,7 @@ class RewardScorer:
             except RowError as problem:
                 encoded.append(([], False))
                 causes[index] = problem.found
-        return self.score_encoded(encoded, causes).column()
+        return self.score_encoded(encoded, causes, rollout.prompt_ids.astype(np.int64)).column()
 
     def score_texts(self, texts: Sequence[str], *, templated: bool = False) -> ScoredTexts:
         """A score, or the cause why there is none, for every whole text.
@@ -171,6 +174,7 @@ class RewardScorer:
 
         Args:
             causes: why some of them, by their place, cannot be scored.
+            prompts: see `ScoreAggregation.scores`.
         """
         failures = [""] * len(encoded)
         wanted: list[int] = []
@@ -188,7 +192,8 @@ class RewardScorer:
         heads = np.full(shape, math.nan)
         for rows in self._batches(wanted, num_tokens):
             heads[rows] = self._forward([encoded[index][0] for index in rows])
-        scores, disagreement = (each / self._temperature for each in self._aggregation.scores(heads, num_tokens))
+        aggregated = self._aggregation.scores(heads, num_tokens, prompts)
+        scores, disagreement = (each / self._temperature for each in aggregated)
         for index in wanted:
             if not math.isfinite(scores[index]):
                 failures[index] = f"the reward model returned {scores[index]}"

@@ -266,6 +266,28 @@ def several_labels(folder: Path, labels: int, seed: int) -> None:
     network.save_pretrained(folder)
 
 
+def test_members_are_centred_within_the_prompts_of_a_rollout(altered: Path, tiny: Path, policy_tokenizer: Any):
+    several_labels(altered, 3, seed=0)
+    aggregation = ScoreAggregation(members="minimum", offsets=(0.0, 0.1, -0.1), scales=(1.0, 2.0, 0.5))
+    card_of(layout=MemberLayout(heads=3), aggregation=aggregation).save(altered)
+    scorer = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    rollout = sampled(policy_tokenizer)
+    groups = np.array([0, 0, 0, 1, 1, 2])
+    prompts = {group: Conversation(PROMPTS[group]) for group in range(3)}
+    apart = scorer.score(rollout, conversations())
+    together = scorer.score(replace(rollout, prompt_ids=groups), prompts)
+    members = aggregation.member_scores(scorer.score_texts(texts()).heads)
+    expected = members.copy()
+    for group in (0, 1):
+        own = members[groups == group]
+        expected[groups == group] = own - own.mean(0) + own.mean()
+    np.testing.assert_allclose(apart.scores, members.min(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    np.testing.assert_allclose(together.scores, expected.min(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    np.testing.assert_allclose(together.disagreement, expected.std(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    assert together.scores[5] == apart.scores[5]
+    assert (together.disagreement[:5] < 0.5 * apart.disagreement[:5]).any()
+
+
 def test_heads_members_and_models_become_one_score(altered: Path, tiny: Path):
     """Two attributes, two heads on each of two trunks: in the places that the card says."""
     from transformers import AutoModelForSequenceClassification
