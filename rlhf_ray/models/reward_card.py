@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,8 @@ from rlhf_ray.algorithms.ensemble import (
     MemberScale,
     aggregate_attributes,
     aggregate_members,
-    disagreement,
     centre_within_groups,
+    disagreement,
     standardise,
 )
 from rlhf_ray.config.reward_model import PREFERENCE
@@ -96,16 +97,16 @@ class ScoreAggregation(_Part):
         Args:
             heads: `[N, A, K]` logits.
             num_tokens: `[N]`.
-
             prompts: `[N]` number of each text's prompt. Members are then centred within a prompt of several texts;
                 None: every score is of its own text alone.
+
         Returns:
             `[N]` scores, and `[N]` standard deviations over the members in the unit of the score.
         """
         columns = self.member_scores(heads)
-        # The variance is in squared units of the score: with λ per unit, the scale of the members does not matter.
         if prompts is not None and columns.shape[1] > 1:
             columns = centre_within_groups(columns, prompts)
+        # The variance is in squared units of the score: with λ per unit, the scale of the members does not matter.
         score = aggregate_members(columns, self.members, self.variance_weight / self._unit)
         return score - self.length_coefficient * num_tokens, disagreement(columns)
 
@@ -192,3 +193,9 @@ def weights_version(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + e^-x), without overflow. Of Δ/T, a score difference over the temperature, it is the probability that
+    people prefer the one to the other."""
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
