@@ -195,22 +195,20 @@ def report_data(
         training_tokens, held_out_tokens: `[P, 2]`, tokens of the whole chosen and rejected text of each pair.
         training_left_out, held_out_left_out: what happened to pairs that are not in the sets, or not in full.
     """
-    hashes = hash_pairs(training.pairs)
-    validation_hashes = hash_pairs(validation.pairs) if validation else None
-    report = DataReport(
-        _report_set(training, hashes, training_tokens, training_left_out),
-        held_out=None,
-        leakage=None,
-        validation_leakage=TrainingTexts.of(hashes).leakage(validation_hashes) if validation_hashes else None,
-    )
-    if held_out is None:
-        return report
-    held_out_hashes = hash_pairs(held_out.pairs)
-    return replace(
-        report,
-        held_out=_report_set(held_out, held_out_hashes, held_out_tokens, held_out_left_out),
-        leakage=TrainingTexts.of(hashes, validation_hashes).leakage(held_out_hashes),
-    )
+    seen = [hash_pairs(training.pairs)]
+    report = DataReport(_report_set(training, seen[0], training_tokens, training_left_out), None, None, None)
+    if validation is not None:
+        hashes = hash_pairs(validation.pairs)
+        report = replace(report, validation_leakage=TrainingTexts.of(*seen).leakage(hashes))
+        seen.append(hashes)
+    if held_out is not None:
+        hashes = hash_pairs(held_out.pairs)
+        report = replace(
+            report,
+            held_out=_report_set(held_out, hashes, held_out_tokens, held_out_left_out),
+            leakage=TrainingTexts.of(*seen).leakage(hashes),
+        )
+    return report
 
 
 def lines(report: DataReport) -> list[str]:

@@ -87,12 +87,8 @@ class TrainingTexts:
     prompts: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, training: PairHashes, validation: PairHashes | None = None) -> TrainingTexts:
-        """
-        Args:
-            validation: pairs that the best model was chosen by: an accuracy on them is no longer held out.
-        """
-        sets = [training] if validation is None else [training, validation]
+    def of(cls, *sets: PairHashes) -> TrainingTexts:
+        """Of the training pairs, and of the validation pairs that the best model was chosen by, if any."""
 
         def union(*names: str) -> NDArray[np.uint64]:
             return np.unique(np.concatenate([getattr(hashes, name) for hashes in sets for name in names]))

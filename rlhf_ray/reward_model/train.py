@@ -119,8 +119,8 @@ def _finish(
 ) -> None:
     """From weights to a reward model with its card, judged, and released or refused."""
     model = str(folder.reward_model)
-    validation = hash_pairs(inputs.validation.pairs) if inputs.validation else None
-    TrainingTexts.of(hash_pairs(inputs.training.pairs), validation).save(folder.reward_model)
+    seen = [used for used in (inputs.training, inputs.validation) if used is not None]
+    TrainingTexts.of(*(hash_pairs(used.pairs) for used in seen)).save(folder.reward_model)
     weights = tuple(config.aggregation.attributes.get(name, 0.0) for name in layout.attributes)
     card = RewardModelCard(
         version="",
