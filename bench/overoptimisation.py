@@ -175,7 +175,7 @@ def train_members(
     """Networks with one hidden layer, trained side by side with Adam and the Bradley-Terry loss.
 
     Returns:
-        The proxies: features `[..., D]` to scores `[..., K]` in standard deviations over the training texts.
+        The proxies: features `[..., D]` to scores `[..., K]` in standard deviations within a training pair.
     """
     texts = np.concatenate([chosen, rejected])
     mean, std = texts.mean(axis=0), texts.std(axis=0)
@@ -222,7 +222,7 @@ def train_members(
         flat = prepared(features.reshape(-1, size))
         return forward(flat.expand(MEMBERS, -1, -1)).T.double().numpy().reshape(*features.shape[:-1], MEMBERS)
 
-    scale = fit_member_scale(raw_scores(texts))
+    scale = fit_member_scale(raw_scores(chosen), raw_scores(rejected))
     return lambda features: standardise(raw_scores(features), scale)
 
 

@@ -24,36 +24,38 @@ MemberAggregation = Literal["mean", "minimum", "mean_minus_variance"]
 
 @dataclass(frozen=True)
 class MemberScale:
-    """Where each member's scores lie and how far they spread, over the texts it was trained on.
+    """Where each member's scores lie and how far they spread, over the pairs it was trained on.
 
     Attributes:
         offset: mean score of each of the K members.
-        scale: standard deviation of each, above 0.
+        scale: standard deviation of each within a pair, above 0.
     """
 
     offset: tuple[float, ...]
     scale: tuple[float, ...]
 
 
-def fit_member_scale(scores: ArrayLike) -> MemberScale:
-    """Mean and (population) standard deviation of every member.
+def fit_member_scale(chosen: ArrayLike, rejected: ArrayLike) -> MemberScale:
+    """Mean of every member, and its standard deviation within pairs, `√(Σ (chosen − rejected)² / 2P)`.
+
+    Comparisons tell nothing of how far scores to different prompts lie apart, so that is no part of the scale.
 
     Args:
-        scores: `[N, K]`, of N training texts.
+        chosen, rejected: `[P, K]`, of the two responses of P training pairs.
 
     Raises:
-        ValueError: a member gives all texts the same score, or one that is not finite.
+        ValueError: a member gives both responses of every pair the same score, or one that is not finite.
     """
-    values = np.asarray(scores, dtype=np.float64)
-    offset, scale = values.mean(axis=0), values.std(axis=0)
-    unusable = np.flatnonzero(~(np.isfinite(scale) & (np.ptp(values, axis=0) > 0)))
+    sides = np.asarray([chosen, rejected], dtype=np.float64)
+    offset, scale = sides.mean(axis=(0, 1)), np.sqrt(np.square(sides[0] - sides[1]).mean(axis=0) / 2)
+    unusable = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
     if unusable.size:
-        raise ValueError(f"member {unusable[0]} tells no text from another (standard deviation {scale[unusable[0]]})")
+        raise ValueError(f"member {unusable[0]} tells no response from another (spread {scale[unusable[0]]})")
     return MemberScale(tuple(offset.tolist()), tuple(scale.tolist()))
 
 
 def standardise(scores: ArrayLike, scale: MemberScale) -> NDArray[np.float64]:
-    """Scores of all members in one unit, standard deviations from the member's mean over the training texts.
+    """Scores of all members in one unit, standard deviations within a pair, from the member's mean in training.
 
     Comparisons fix neither the offset nor, with noisy labels, the scale of a score. Without this the minimum over
     members is the score of whichever member lies lowest, and the variance is that of the offsets.
@@ -62,6 +64,29 @@ def standardise(scores: ArrayLike, scale: MemberScale) -> NDArray[np.float64]:
         scores: `[..., K]`.
     """
     return (np.asarray(scores, dtype=np.float64) - np.array(scale.offset)) / np.array(scale.scale)
+
+
+def centre_within_groups(scores: ArrayLike, groups: ArrayLike) -> NDArray[np.float64]:
+    """Take out where each member's scores of a prompt lie; their mean over the members stays.
+
+    What a member adds to all responses to a prompt changes none of its preferences, so comparisons cannot identify it,
+    and it is no disagreement about a response. With several responses to the prompt it can be seen and taken out.
+
+    Args:
+        scores: `[N, K]`, in one unit; rows that are not finite have no part in it.
+        groups: `[N]`, equal for responses to the same prompt. One that is alone in its group stays as it is.
+
+    Returns:
+        `[N, K]`.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    counted = np.isfinite(values).all(axis=1)
+    sizes = np.bincount(group, counted)
+    sums = np.stack([np.bincount(group, np.where(counted, column, 0.0)) for column in values.T], axis=1)
+    means = sums / np.maximum(sizes, 1)[:, None]
+    offsets = np.where(sizes[:, None] > 1, means - _mean(means)[:, None], 0.0)
+    return values - offsets[group]
 
 
 def aggregate_attributes(scores: ArrayLike, weights: Sequence[float]) -> NDArray[np.float64]:

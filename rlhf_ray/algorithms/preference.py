@@ -18,11 +18,12 @@ def bradley_terry_loss(
 ) -> torch.Tensor:
     """Weighted sum over pairs of the cross-entropy between the raters' and the model's preference.
 
-    With `z = chosen − rejected − margin`: `−p log σ(z) − (1 − p) log σ(−z)`, which is lowest at
-    `chosen − rejected = margin + logit(p)`. With p = 1 this is eq. 2 of Llama 2 (Touvron et al. 2023): a margin asks
-    for a larger gap where the raters were more certain. Label smoothing replaces p by `(1 − s) p + s (1 − p)`.
-    Centering adds `centering · (chosen + rejected)²` (Eisenstein et al. 2023), because comparisons determine
-    differences only, and a policy needs scores that are comparable between prompts.
+    With Δ = chosen − rejected and margin m: `−p log σ(Δ − m) − (1 − p) log σ(−Δ − m)`, which is eq. 2 of Llama 2
+    (Touvron et al. 2023) for each rater, averaged over them. A margin asks for a larger gap in the direction of each
+    rater's label: with p < ½ the rejected one is to lead by more, and a tie is lowest at Δ = 0 whatever the margin.
+    Without one the loss is lowest at Δ = logit(p). Label smoothing replaces p by `(1 − s) p + s (1 − p)`. Centering
+    adds `centering · (chosen + rejected)²` (Eisenstein et al. 2023), because comparisons determine differences only,
+    and a policy needs scores that are comparable between prompts.
 
     Args:
         chosen_scores: `[P]`.
@@ -38,10 +39,10 @@ def bradley_terry_loss(
     """
     dtype = torch.promote_types(chosen_scores.dtype, torch.float32)
     chosen, rejected = chosen_scores.to(dtype), rejected_scores.to(dtype)
-    logits = chosen - rejected if margin is None else chosen - rejected - margin.to(dtype)
+    gap, wanted = chosen - rejected, 0.0 if margin is None else margin.to(dtype)
     probability = chosen_probability.to(dtype)
     target = (1 - label_smoothing) * probability + label_smoothing * (1 - probability)
-    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    loss = -target * F.logsigmoid(gap - wanted) - (1 - target) * F.logsigmoid(-gap - wanted)
     return (weight.to(dtype) * (loss + centering * (chosen + rejected).square())).sum()
 
 

@@ -118,7 +118,7 @@ class AggregationSettings(Settings):
         "(mean − λ·variance).",
     )
     variance_weight: NonNegativeFloat = Field(
-        0.5, description="λ of `mean_minus_variance`, for scores in standard deviations of the members."
+        0.5, description="λ of `mean_minus_variance`, for scores in a member's standard deviations within a pair."
     )
     attributes: dict[str, float] = Field(
         default_factory=lambda: {PREFERENCE: 1.0},
@@ -157,7 +157,9 @@ class GateSettings(Settings):
         description="Accuracy where the shorter response is the better one: the upper end of its 95 % interval must "
         "reach this.",
     )
-    max_leaked_share: Fraction = Field(0.0, description="Share of pairs with a text that was trained on.")
+    max_leaked_share: Fraction = Field(
+        0.0, description="Share of pairs with a text that was trained on, or that the model was chosen by."
+    )
     max_failed_share: Fraction = Field(0.0, description="Share of pairs of which a text could not be scored.")
     vllm: bool = Field(True, description="Also score the probes with vLLM's pooling engine, which must agree.")
     max_engine_difference: PositiveFloat = Field(
@@ -175,7 +177,8 @@ class RewardModelConfig(RunConfig):
     pairs: PreferenceSettings = Field(description="Pairs to train on.")
     validation: PreferenceSettings | None = Field(
         None,
-        description="Pairs for early stopping and the best model. Not the held-out ones: those judge what was chosen.",
+        description="Pairs for early stopping and the best model. Not the held-out ones, which judge what was chosen; "
+        "a text in both is a leak.",
     )
     held_out: PreferenceSettings | None = Field(None, description="Pairs to judge the result on.")
     model: str = Field(description="Hugging Face directory (or hub id) of the backbone.")
@@ -199,6 +202,8 @@ class RewardModelConfig(RunConfig):
         training = self.training
         if training.evaluate_every is not None and self.validation is None:
             raise ValueError("training.evaluate_every: needs a validation section with pairs of its own")
+        if self.validation is not None and training.evaluate_every is None:
+            raise ValueError("validation: nothing is judged on it; set training.evaluate_every too")
         if training.patience is not None and training.evaluate_every is None:
             raise ValueError("training.patience: counts judgements; set training.evaluate_every too")
         if training.lora is not None and self.learner.trainable_top_layers is not None:

@@ -55,8 +55,6 @@ def render_turn(
 ) -> tuple[str, str]:
     """Prompt (with the generation prompt) and response, cut so that they add up to the rendered conversation.
 
-    White space that the template puts behind the end-of-sequence token is left out: a policy stops there.
-
     Raises:
         RowError: the template renders the prompt differently once there is a response, or as `render`.
     """
@@ -67,6 +65,10 @@ def render_turn(
             "the chat template renders the prompt differently once the response follows",
             "a template whose generation prompt is how a response begins, or text in place of messages",
         )
-    if tokenizer.eos_token and whole.rstrip().endswith(tokenizer.eos_token):
-        whole = whole.rstrip()
     return prompt_text, whole[len(prompt_text) :]
+
+
+def end_at_eos(tokenizer: PreTrainedTokenizerBase, rendered: str) -> str:
+    """Rendered text without the white space behind its end-of-sequence token, which a policy never writes."""
+    ended = rendered.rstrip()
+    return ended if tokenizer.eos_token and ended.endswith(tokenizer.eos_token) else rendered

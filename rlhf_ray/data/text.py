@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.settings import TextSettings
-from rlhf_ray.data.chat import parse_messages, render_turn
+from rlhf_ray.data.chat import end_at_eos, parse_messages, render_turn
 from rlhf_ray.data.prompts import encode_prompt
 from rlhf_ray.data.rows import BadRows, RowError, first_present, read_rows, text_value
 from rlhf_ray.failures import BadInput
@@ -143,7 +143,7 @@ def _encode_turn(
     if not response[-1]["content"].strip():
         raise RowError("the answer is empty", "an answer that is not blank")
     prompt_ids = _plain_ids(prompt_text, tokenizer)
-    return prompt_ids + _plain_ids(response_text, tokenizer), len(prompt_ids)
+    return prompt_ids + _plain_ids(end_at_eos(tokenizer, response_text), tokenizer), len(prompt_ids)
 
 
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from rlhf_ray.algorithms.ensemble import (
     MemberScale,
     aggregate_attributes,
     aggregate_members,
+    centre_within_groups,
     disagreement,
     standardise,
 )
@@ -68,9 +70,9 @@ class ScoreAggregation(_Part):
 
     Attributes:
         members: over the members of an ensemble.
-        variance_weight: λ of `mean_minus_variance`, for scores in standard deviations of the members.
+        variance_weight: λ of `mean_minus_variance`, for scores in standard deviations within a pair.
         attribute_weights: of each attribute, in the order of the layout.
-        offsets, scales: of each member over training texts; empty for a single one, whose scores stay as they are.
+        offsets, scales: of each member over training pairs; empty for a single one, whose scores stay as they are.
         length_coefficient: subtracted for each token of the text.
     """
 
@@ -82,7 +84,10 @@ class ScoreAggregation(_Part):
     length_coefficient: float = 0.0
 
     def scores(
-        self, heads: NDArray[np.float64], num_tokens: NDArray[np.int64]
+        self,
+        heads: NDArray[np.float64],
+        num_tokens: NDArray[np.int64],
+        prompts: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """One score a text, and how much the members disagree about it.
 
@@ -92,11 +97,15 @@ class ScoreAggregation(_Part):
         Args:
             heads: `[N, A, K]` logits.
             num_tokens: `[N]`.
+            prompts: `[N]` number of each text's prompt. Members are then centred within a prompt of several texts;
+                None: every score is of its own text alone.
 
         Returns:
             `[N]` scores, and `[N]` standard deviations over the members in the unit of the score.
         """
         columns = self.member_scores(heads)
+        if prompts is not None and columns.shape[1] > 1:
+            columns = centre_within_groups(columns, prompts)
         # The variance is in squared units of the score: with λ per unit, the scale of the members does not matter.
         score = aggregate_members(columns, self.members, self.variance_weight / self._unit)
         return score - self.length_coefficient * num_tokens, disagreement(columns)
@@ -111,7 +120,7 @@ class ScoreAggregation(_Part):
 
     @property
     def _unit(self) -> float:
-        """Mean standard deviation of the members, in which their scores are put back after they were standardised."""
+        """Mean scale of the members, in which their scores are put back after they were standardised."""
         return sum(self.scales) / len(self.scales) if self.scales else 1.0
 
 
@@ -184,3 +193,9 @@ def weights_version(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + e^-x), without overflow. Of Δ/T, a score difference over the temperature, it is the probability that
+    people prefer the one to the other."""
+    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.data.chat import Message, render_turn
+from rlhf_ray.data.chat import Message, render
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, weights_version
@@ -51,9 +51,7 @@ class RewardTexts:
         positions = int(AutoConfig.from_pretrained(self.folders(model)[0]).max_position_embeddings)
         longest = min(positions, self.tokenizer.model_max_length)
         limit = max_length or (card.max_length if card else longest)
-        self._encoding = RewardEncoding.for_tokenizer(self.tokenizer, limit)
-        if card is not None:
-            self._encoding = RewardEncoding(limit, card.append_eos)
+        self._encoding = RewardEncoding.for_model(self.tokenizer, card, limit)
         folder = Path(model)
         self.version = card.version if card else weights_version(folder) if folder.is_dir() else model
 
@@ -95,13 +93,27 @@ class RewardTexts:
         max_tokens: int | None = None,
         keep: Literal["end", "start"] = "end",
     ) -> Encoded:
-        """As `encode`, for a conversation that ends with the response.
+        """As `encode`, for a conversation that ends with the response. Where the model has no chat template, a user's
+        turn and its answer are prompt and response.
 
         Raises:
-            RowError: the chat template does not take it.
+            RowError: there is no chat template for any other conversation, or it does not take this one.
         """
-        text = "".join(render_turn(self.tokenizer, list(messages[:-1]), list(messages[-1:])))
+        if self.tokenizer.chat_template is None and [each["role"] for each in messages] == ["user", "assistant"]:
+            text = "".join(str(each["content"]) for each in messages)
+            return self.encode(text, max_tokens=max_tokens, keep=keep)
+        text = render(self.tokenizer, messages, add_generation_prompt=False)
         return self.encode(text, templated=True, max_tokens=max_tokens, keep=keep)
+
+    def encode_turn(self, prompt: str | Sequence[Message], response: str) -> Encoded:
+        """As `encode`, for a prompt (text or chat messages) and the response to it.
+
+        Raises:
+            RowError: as `encode_messages`.
+        """
+        if isinstance(prompt, str):
+            return self.encode(prompt + response)
+        return self.encode_messages([*prompt, {"role": "assistant", "content": response}])
 
     def finish(self, token_ids: list[int]) -> Encoded:
         """Token ids of a whole text, ended as the model expects and cut at the front."""
@@ -167,16 +179,13 @@ class ResponseReader:
         """
         return str(self._tokenizer.decode(self.token_ids(rollout, index), skip_special_tokens=True))
 
-    def shared_ids(self, tokenizer: Any) -> SharedIds:
-        """Which sampled texts have the token ids that a reward model's tokenizer would give them.
-
-        Args:
-            tokenizer: of the reward model, with its chat template.
-        """
-        own = self._tokenizer
+    def shared_ids(self, texts: RewardTexts) -> SharedIds:
+        """Which sampled texts have the token ids that a reward model would give them."""
+        own, tokenizer = self._tokenizer, texts.tokenizer
         # An empty text shows which special tokens are put around a text.
         if own("").input_ids != tokenizer("").input_ids or self._vocabulary != tokenizer.get_vocab():
             return SharedIds.NONE
         names = ("chat_template", "bos_token", "eos_token")
         same_template = all(getattr(own, name) == getattr(tokenizer, name) for name in names)
-        return SharedIds.ALL if same_template else SharedIds.TEXTS
+        # A published model was shown what its template puts behind the token at which a policy stops.
+        return SharedIds.ALL if same_template and texts.card is not None else SharedIds.TEXTS

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
-from rlhf_ray.data.chat import render_turn
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
@@ -21,7 +20,7 @@ from rlhf_ray.models.loading import (
 )
 from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_models import check_reward_model, load_reward_tokenizer
-from rlhf_ray.models.reward_texts import templated_tokenizer
+from rlhf_ray.models.reward_texts import RewardTexts
 from rlhf_ray.roles.remote_scorer import check_reward_service
 
 
@@ -71,7 +70,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
     card = _check_reward_model(config.reward)
-    reward = None if config.reward.url else templated_tokenizer(config.reward.model, card, "reward.model")
+    reward = None if config.reward.url else RewardTexts(config.reward.model, config.reward.max_length)
     wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
 
     def prompts(settings: PromptSettings, key: str) -> PromptSet:
@@ -120,14 +119,14 @@ def trunk_sharers(config: PPOConfig, num_layers: int) -> frozenset[str]:
     return frozenset({"policy", "critic"}) if same else frozenset({"policy"})
 
 
-def _check_chat_template(reward_tokenizer: Any, prompt_sets: Iterable[PromptSet | None], model: str) -> None:
+def _check_chat_template(reward: RewardTexts, prompt_sets: Iterable[PromptSet | None], model: str) -> None:
     """See that the reward model can be shown chat messages, by the first ones of each set."""
     for prompts in prompt_sets:
         chat = next((prompt.messages for prompt in prompts or () if prompt.messages is not None), None)
         if chat is None:
             continue
         try:
-            render_turn(reward_tokenizer, chat, [{"role": "assistant", "content": "Yes."}])
+            reward.encode_turn(chat, "Yes.")
         except RowError as problem:
             raise BadInput(
                 "reward.model",

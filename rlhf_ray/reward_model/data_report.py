@@ -6,8 +6,8 @@ Texts count as the same when they differ only in Unicode form, case or white spa
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,16 +165,23 @@ class SetReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """Training and held-out pairs, and what of the latter is in the former."""
+    """Training and held-out pairs, and what of the latter the model has seen.
+
+    Attributes:
+        leakage: held-out pairs that are also in training, or in validation, by which the model was chosen.
+        validation_leakage: validation pairs that are also in training; None without validation pairs.
+    """
 
     training: SetReport
     held_out: SetReport | None
     leakage: Leakage | None
+    validation_leakage: Leakage | None
 
 
 def report_data(
     training: PreferenceSet,
     held_out: PreferenceSet | None = None,
+    validation: PreferenceSet | None = None,
     *,
     training_tokens: NDArray[np.int64] | None = None,
     held_out_tokens: NDArray[np.int64] | None = None,
@@ -184,38 +191,43 @@ def report_data(
     """Look at pairs before training on them.
 
     Args:
-        training, held_out: their `pairs` are those that are used (after `min_gap` and the limit of length).
+        training, held_out, validation: their `pairs` are those that are used (after `min_gap` and the limit of length).
         training_tokens, held_out_tokens: `[P, 2]`, tokens of the whole chosen and rejected text of each pair.
         training_left_out, held_out_left_out: what happened to pairs that are not in the sets, or not in full.
     """
-    hashes = hash_pairs(training.pairs)
-    training_report = _report_set(training, hashes, training_tokens, training_left_out)
-    if held_out is None:
-        return DataReport(training_report, None, None)
-    held_out_hashes = hash_pairs(held_out.pairs)
-    return DataReport(
-        training_report,
-        _report_set(held_out, held_out_hashes, held_out_tokens, held_out_left_out),
-        TrainingTexts.of(hashes).leakage(held_out_hashes),
-    )
+    seen = [hash_pairs(training.pairs)]
+    report = DataReport(_report_set(training, seen[0], training_tokens, training_left_out), None, None, None)
+    if validation is not None:
+        hashes = hash_pairs(validation.pairs)
+        report = replace(report, validation_leakage=TrainingTexts.of(*seen).leakage(hashes))
+        seen.append(hashes)
+    if held_out is not None:
+        hashes = hash_pairs(held_out.pairs)
+        report = replace(
+            report,
+            held_out=_report_set(held_out, hashes, held_out_tokens, held_out_left_out),
+            leakage=TrainingTexts.of(*seen).leakage(hashes),
+        )
+    return report
 
 
 def lines(report: DataReport) -> list[str]:
     """The report in a dozen lines, for the terminal."""
     told = _set_lines("training", report.training)
-    if report.held_out is not None and report.leakage is not None:
+    if report.held_out is not None:
         # Repeats and attributes matter for training; of the rest, a held-out set shows whether it is like training.
         told += _set_lines("held out", report.held_out)[:3]
+    for name, seen, leakage in _leaks(report):
         found = ", ".join(
-            f"{name} {finding.count:,} ({_percent(finding.share)})"
-            for name, finding in (
-                ("whole pair", report.leakage.pairs),
-                ("a text", report.leakage.texts),
-                ("a response", report.leakage.responses),
-                ("the prompt", report.leakage.prompts),
+            f"{what} {finding.count:,} ({_percent(finding.share)})"
+            for what, finding in (
+                ("whole pair", leakage.pairs),
+                ("a text", leakage.texts),
+                ("a response", leakage.responses),
+                ("the prompt", leakage.prompts),
             )
         )
-        told.append(f"held-out pairs also in training: {found}")
+        told.append(f"{name} pairs also in {seen}: {found}")
     return told
 
 
@@ -224,27 +236,34 @@ def warnings(report: DataReport) -> tuple[str, ...]:
     found = _set_warnings("training", report.training)
     if report.held_out is not None:
         found += _set_warnings("held out", report.held_out)
-    leakage = report.leakage
-    if leakage is None:
-        return tuple(found)
-    if leakage.texts.count:
-        found.append(
-            f"leakage: {_told(leakage.texts)} of the held-out set have a text that is also in training, "
-            f"{leakage.pairs.count:,} of them both; accuracy on them is memory, not judgement: split by text"
-            + _first(leakage.texts)
-        )
-    if leakage.prompts.share >= NOTICEABLE_SHARE:
-        found.append(
-            f"leakage: {_told(leakage.prompts)} of the held-out set have a prompt that is also in training; held-out "
-            "accuracy is then for new responses, not for new prompts: split by prompt to know the latter"
-            + _first(leakage.prompts)
-        )
-    if leakage.responses.share - leakage.texts.share >= NOTICEABLE_SHARE:
-        found.append(
-            f"leakage: {_told(leakage.responses)} of the held-out set have a response that training has too, some "
-            "under other prompts; a score that ignores the prompt would look right on them" + _first(leakage.responses)
-        )
+    for name, seen, leakage in _leaks(report):
+        if leakage.texts.count:
+            found.append(
+                f"leakage: {_told(leakage.texts)} of the {name} set have a text that is also in {seen}, "
+                f"{leakage.pairs.count:,} of them both; accuracy on them is memory, not judgement: split by text"
+                + _first(leakage.texts)
+            )
+        if leakage.prompts.share >= NOTICEABLE_SHARE:
+            found.append(
+                f"leakage: {_told(leakage.prompts)} of the {name} set have a prompt that is also in {seen}; accuracy "
+                "on them is for new responses, not for new prompts: split by prompt to know the latter"
+                + _first(leakage.prompts)
+            )
+        if leakage.responses.share - leakage.texts.share >= NOTICEABLE_SHARE:
+            found.append(
+                f"leakage: {_told(leakage.responses)} of the {name} set have a response that is also in {seen}, some "
+                "under other prompts; a score that ignores the prompt would look right on them"
+                + _first(leakage.responses)
+            )
     return tuple(found)
+
+
+def _leaks(report: DataReport) -> Iterator[tuple[str, str, Leakage]]:
+    """Each set that is to be new to the model, what it must not have in common with, and what it has."""
+    if report.leakage is not None:
+        yield "held-out", "training" if report.validation_leakage is None else "training or validation", report.leakage
+    if report.validation_leakage is not None:
+        yield "validation", "training", report.validation_leakage
 
 
 def _report_set(

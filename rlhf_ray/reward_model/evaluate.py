@@ -165,10 +165,7 @@ def read_reward_text(model: str, key: str, scorer: ScorerSettings, card: RewardM
     check_tokenizer_fits(tokenizer, facts, model, key)
     check_reward_model(facts, card, model, key)
     limit = scorer.max_length or (card.max_length if card else min(facts.context_tokens, tokenizer.model_max_length))
-    encoding = RewardEncoding.for_tokenizer(tokenizer, limit)
-    if card is not None:
-        encoding = RewardEncoding(limit, card.append_eos)
-    return RewardText(tokenizer, encoding, scorer.on_too_long)
+    return RewardText(tokenizer, RewardEncoding.for_model(tokenizer, card, limit), scorer.on_too_long)
 
 
 def _leakage(config: RewardEvaluationConfig, used: UsedPairs, text: RewardText) -> Leakage | None:

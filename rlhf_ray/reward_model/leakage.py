@@ -1,6 +1,6 @@
-"""Whether pairs of an evaluation were in a reward model's training data.
+"""Whether pairs of an evaluation were in a reward model's training data, or in what it was chosen by.
 
-Hashes of the training texts stay with the model, so leakage can be found long after, without the data. Texts count
+Hashes of those texts stay with the model, so leakage can be found long after, without the data. Texts count
 as the same when they differ only in Unicode form, case or white space.
 """
 
@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Leakage:
-    """Pairs of an evaluation that were in the training data, by how much of them was.
+    """Pairs that were in other data, most often in training, by how much of them was.
 
     Attributes:
         pairs: both whole texts (prompt + response) were one training pair, in either order.
@@ -79,7 +79,7 @@ class PairHashes:
 
 @dataclass(frozen=True, eq=False)
 class TrainingTexts:
-    """What a reward model was trained on, as sorted hashes without repeats, uint64."""
+    """What a reward model was trained on or chosen by, as sorted hashes without repeats, uint64."""
 
     pairs: NDArray[np.uint64]
     texts: NDArray[np.uint64]
@@ -87,12 +87,18 @@ class TrainingTexts:
     prompts: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, hashes: PairHashes) -> TrainingTexts:
+    def of(cls, *sets: PairHashes) -> TrainingTexts:
+        """Of the training pairs, and of the validation pairs that the best model was chosen by, if any."""
+
+        def union(*names: str) -> NDArray[np.uint64]:
+            return np.unique(np.concatenate([getattr(hashes, name) for hashes in sets for name in names]))
+
+        prompts = union("prompts")
         return cls(
-            pairs=np.unique(hashes.pairs),
-            texts=np.union1d(hashes.chosen, hashes.rejected),
-            responses=np.union1d(hashes.chosen_responses, hashes.rejected_responses),
-            prompts=np.unique(hashes.prompts[hashes.prompts != 0]),
+            pairs=union("pairs"),
+            texts=union("chosen", "rejected"),
+            responses=union("chosen_responses", "rejected_responses"),
+            prompts=prompts[prompts != 0],
         )
 
     def save(self, folder: Path) -> None:

@@ -83,6 +83,7 @@ def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracke
     report = data_report.report_data(
         inputs.training.preferences,
         held_out.preferences if held_out else None,
+        inputs.validation.preferences if inputs.validation else None,
         training_tokens=inputs.training.num_tokens,
         held_out_tokens=held_out.num_tokens if held_out else None,
         training_left_out=inputs.training.left_out,
@@ -118,7 +119,8 @@ def _finish(
 ) -> None:
     """From weights to a reward model with its card, judged, and released or refused."""
     model = str(folder.reward_model)
-    TrainingTexts.of(hash_pairs(inputs.training.pairs)).save(folder.reward_model)
+    seen = [used for used in (inputs.training, inputs.validation) if used is not None]
+    TrainingTexts.of(*(hash_pairs(used.pairs) for used in seen)).save(folder.reward_model)
     weights = tuple(config.aggregation.attributes.get(name, 0.0) for name in layout.attributes)
     card = RewardModelCard(
         version="",
@@ -240,10 +242,10 @@ def _fit_aggregation(
     rows = range(0, len(training.pairs), stride)
     texts = [side[row] for side in (training.chosen, training.rejected) for row in rows]
     scored = score_all(scorers, texts)
-    columns = aggregation.member_scores(scored.heads)
-    if columns.shape[1] > 1:
+    chosen, rejected = aggregation.member_scores(scored.heads).reshape(2, len(rows), -1)
+    if chosen.shape[1] > 1:
         try:
-            scale = fit_member_scale(columns)
+            scale = fit_member_scale(chosen, rejected)
         except ValueError as error:
             raise Refused(card.base_model, (f"ensemble: {error}; there is nothing to aggregate",)) from None
         aggregation = aggregation.model_copy(update={"offsets": scale.offset, "scales": scale.scale})

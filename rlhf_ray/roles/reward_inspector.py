@@ -133,9 +133,8 @@ class RewardInspector:
 
     @cached_property
     def _encoding(self) -> RewardEncoding:
-        if self._card is not None:
-            return RewardEncoding(self._card.max_length, self._card.append_eos)
-        return RewardEncoding.for_tokenizer(self._tokenizer, self._longest_text())
+        limit = self._card.max_length if self._card else self._longest_text()
+        return RewardEncoding.for_model(self._tokenizer, self._card, limit)
 
     def _longest_text(self) -> int:
         from transformers import AutoConfig

@@ -36,7 +36,7 @@ class EncodedPair:
     Attributes:
         chosen, rejected: token ids of the whole texts.
         probabilities: soft label of each attribute, the preference first; None where the row has none.
-        margin: the preference's scores at least this much apart, or None.
+        margin: by how much more the preference's scores should differ, or None.
         weight: in the loss.
         member_weights: further weight for each head of an ensemble.
     """
@@ -124,13 +124,14 @@ class RewardLearner:
         self._seed = seed
 
     def train_pairs(self, pairs: Sequence[EncodedPair]) -> PairReport:
-        """One optimizer step on this rank's pairs: each attribute's loss averaged over the pairs that have it, summed
-        over attributes and averaged over heads."""
+        """One optimizer step on this rank's pairs: the loss summed over the attributes that a pair has, and averaged
+        over pairs and heads. Every label weighs the same; averaged over the pairs that have it, an attribute's only
+        label in a batch would weigh as much as all preferences together."""
         engine, training, heads = self._engine, self._training, self._layout.heads
         torch.manual_seed(keyed_seed(self._seed, "dropout", engine.steps_done, engine.rank.rank))
         attributes = range(len(self._layout.attributes))
-        own = [sum(pair.weight for pair in pairs if pair.probabilities[a] is not None) for a in attributes]
-        *weights, count = engine.all_reduce(torch.tensor([*own, len(pairs)], dtype=torch.float64)).tolist()
+        own = torch.tensor([sum(pair.weight for pair in pairs), len(pairs)], dtype=torch.float64)
+        total_weight, count = engine.all_reduce(own).tolist()
         meter = Meter(engine, ("loss", "accuracy", "margin", "score", "score_square", "tokens"))
         self._computed_tokens = 0
 
@@ -156,7 +157,7 @@ class RewardLearner:
                         label_smoothing=training.label_smoothing,
                         centering=training.centering,
                     )
-                    total = total + summed / (weights[attribute] or 1.0) / heads
+                    total = total + summed / (total_weight or 1.0) / heads
             if counts:
                 mean_chosen, mean_rejected = (side[:, 0].detach().mean(-1) for side in (chosen, rejected))
                 scores = torch.cat([mean_chosen, mean_rejected])

@@ -78,7 +78,8 @@ class RewardScorer:
     """One replica of the reward model: all models of an ensemble, all heads, one score.
 
     Token ids go to the model as the policy sampled them where both have the same tokenizer and, for chat messages, the
-    same template. Otherwise the response is decoded, and chat messages are rendered with the reward model's template.
+    same template and a card. Otherwise the response is decoded, and chat messages are rendered with the reward model's
+    template.
 
     Args:
         settings: model and limits.
@@ -95,7 +96,7 @@ class RewardScorer:
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self.texts = RewardTexts(settings.model, settings.max_length)
         self._responses = ResponseReader(policy_model) if policy_model else None
-        self._shared_ids = self._responses.shared_ids(self.texts.tokenizer) if self._responses else SharedIds.NONE
+        self._shared_ids = self._responses.shared_ids(self.texts) if self._responses else SharedIds.NONE
         card = self.texts.card
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
@@ -123,6 +124,9 @@ class RewardScorer:
     def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.
 
+        Members of an ensemble are centred within each prompt (`centre_within_groups`), so with `minimum` and
+        `mean_minus_variance` a score depends on the prompt's other samples.
+
         Args:
             prompts: of the shard, by prompt id.
         """
@@ -134,7 +138,7 @@ class RewardScorer:
             except RowError as problem:
                 encoded.append(([], False))
                 causes[index] = problem.found
-        return self.score_encoded(encoded, causes).column()
+        return self.score_encoded(encoded, causes, rollout.prompt_ids.astype(np.int64)).column()
 
     def score_texts(self, texts: Sequence[str], *, templated: bool = False) -> ScoredTexts:
         """A score, or the cause why there is none, for every whole text.
@@ -158,16 +162,19 @@ class RewardScorer:
         if self._shared_ids is SharedIds.ALL or (self._shared_ids is SharedIds.TEXTS and prompt.messages is None):
             self._responses.token_ids(rollout, index)
             return self.texts.finish(rollout.sample_tokens(index).tolist())
-        response = self._responses.text(rollout, index)
-        if prompt.messages is None:
-            return self.texts.encode(prompt.text + response)
-        return self.texts.encode_messages([*prompt.messages, {"role": "assistant", "content": response}])
+        return self.texts.encode_turn(prompt.messages or prompt.text, self._responses.text(rollout, index))
 
-    def score_encoded(self, encoded: Sequence[Encoded], causes: Mapping[int, str] | None = None) -> ScoredTexts:
+    def score_encoded(
+        self,
+        encoded: Sequence[Encoded],
+        causes: Mapping[int, str] | None = None,
+        prompts: NDArray[np.int64] | None = None,
+    ) -> ScoredTexts:
         """As `score_texts`, for what `encode` returned.
 
         Args:
             causes: why some of them, by their place, cannot be scored.
+            prompts: see `ScoreAggregation.scores`.
         """
         failures = [""] * len(encoded)
         wanted: list[int] = []
@@ -185,7 +192,8 @@ class RewardScorer:
         heads = np.full(shape, math.nan)
         for rows in self._batches(wanted, num_tokens):
             heads[rows] = self._forward([encoded[index][0] for index in rows])
-        scores, disagreement = (each / self._temperature for each in self._aggregation.scores(heads, num_tokens))
+        aggregated = self._aggregation.scores(heads, num_tokens, prompts)
+        scores, disagreement = (each / self._temperature for each in aggregated)
         for index in wanted:
             if not math.isfinite(scores[index]):
                 failures[index] = f"the reward model returned {scores[index]}"

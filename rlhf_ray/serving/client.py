@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from random import Random
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-import tenacity
 
-from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.serving.client_calls import (
     Call,
     EachReward,
@@ -47,20 +46,6 @@ __all__ = ["AsyncRewardClient", "Messages", "PromptResponse", "ResponsePair", "R
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 5.0
 Result = TypeVar("Result")
-
-
-class _Wait:
-    """What `Retry-After` says, and on top an exponential wait with a jitter that parts the clients."""
-
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-
-    def __call__(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        asked = (error.retry_after_s or 0.0) if isinstance(error, RewardServiceError) else 0.0
-        own = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (state.attempt_number - 1))
-        jitter = keyed_generator(0, "retry", self._request_id, state.attempt_number).uniform(0.5, 1.0)
-        return asked + own * float(jitter)
 
 
 class _Connection:
@@ -106,19 +91,19 @@ class _Connection:
         content = {"Content-Type": "application/json"} if call.method == "POST" else {}
         return {"X-Request-Id": call.request_id, **content}
 
-    def retrying(self, call: Call, deadline_s: float) -> dict[str, Any]:
-        """Options of tenacity."""
-        stops: list[Any] = [tenacity.stop_before_delay(max(0.0, deadline_s - time.monotonic()))]
-        if self._retries is not None:
-            stops.append(tenacity.stop_after_attempt(self._retries + 1))
-        return {
-            "stop": tenacity.stop_any(*stops),
-            "wait": _Wait(call.request_id),
-            "retry": tenacity.retry_if_exception(
-                lambda error: isinstance(error, RewardServiceError) and error.may_pass
-            ),
-            "reraise": True,
-        }
+    def wait_s(self, error: RewardServiceError, call: Call, attempt: int, deadline_s: float) -> float:
+        """How long to wait after the first, second, … attempt: what `Retry-After` says, and on top an exponential wait
+        with a jitter that parts the clients.
+
+        Raises:
+            RewardServiceError: the one given, where no other attempt is to be made.
+        """
+        own = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** (attempt - 1))
+        wait_s = (error.retry_after_s or 0.0) + own * Random(f"{call.request_id}/{attempt}").uniform(0.5, 1.0)
+        used_up = self._retries is not None and attempt > self._retries
+        if not error.may_pass or used_up or time.monotonic() + wait_s >= deadline_s:
+            raise error
+        return wait_s
 
 
 def _lost(error: httpx.RequestError, call: Call) -> RewardServiceError:
@@ -212,15 +197,22 @@ class RewardClient:
             call = next(flow)
             while True:
                 try:
-                    content = tenacity.Retrying(**self._connection.retrying(call, deadline_s))(
-                        self._attempt, call, deadline_s
-                    )
+                    content = self._answer(call, deadline_s)
                 except RewardServiceError as error:
                     call = flow.throw(error)
                 else:
                     call = flow.send(content)
         except StopIteration as end:
             return end.value
+
+    def _answer(self, call: Call, deadline_s: float) -> bytes:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return self._attempt(call, deadline_s)
+            except RewardServiceError as error:
+                time.sleep(self._connection.wait_s(error, call, attempt, deadline_s))
 
     def _attempt(self, call: Call, deadline_s: float) -> bytes:
         limit_s = self._connection.attempt_s(call, deadline_s)
@@ -299,15 +291,22 @@ class AsyncRewardClient:
             call = next(flow)
             while True:
                 try:
-                    content: bytes = await tenacity.AsyncRetrying(**self._connection.retrying(call, deadline_s))(
-                        self._attempt, call, deadline_s
-                    )
+                    content = await self._answer(call, deadline_s)
                 except RewardServiceError as error:
                     call = flow.throw(error)
                 else:
                     call = flow.send(content)
         except StopIteration as end:
             return end.value
+
+    async def _answer(self, call: Call, deadline_s: float) -> bytes:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return await self._attempt(call, deadline_s)
+            except RewardServiceError as error:
+                await asyncio.sleep(self._connection.wait_s(error, call, attempt, deadline_s))
 
     async def _attempt(self, call: Call, deadline_s: float) -> bytes:
         limit_s = self._connection.attempt_s(call, deadline_s)

@@ -157,7 +157,8 @@ def test_prompts_that_cannot_be_used_are_named_by_line(
 def test_chat_messages_need_a_chat_template_of_the_reward_model(
     refused: Callable[..., str], edited: Callable[[str, Edit], Path], tmp_path: Path
 ) -> None:
-    prompts = jsonl(tmp_path / "prompts.jsonl", {"prompt": [{"role": "user", "content": "I think the movie was"}]})
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I think the movie was"}]
+    prompts = jsonl(tmp_path / "prompts.jsonl", {"prompt": turns})
     model = edited("reward_model", lambda folder: (folder / "chat_template.jinja").unlink())
     message = refused(f"prompts.path={prompts}", f"reward.model={model}")
     assert message.startswith(f"reward.model: '{model}' cannot be shown the prompts, which are chat messages: ")

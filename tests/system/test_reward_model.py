@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.reward_card import RewardModelCard
+from rlhf_ray.reward_model.leakage import TrainingTexts
 from rlhf_ray.roles.reward_scorer import RewardScorer
 from tests.system.commands import REPOSITORY, Command, rows_of, run, start, wait_until, without_times
 from tests.system.test_ppo import tensor_hashes
@@ -201,6 +202,11 @@ def test_a_member_that_gets_no_better_ends_early(data_root: Path, runs: Path):
     [ended] = [event for event in rows_of(runs / "early" / "events.jsonl") if event["kind"] == "member_ended_early"]
     assert "since step 1" in ended["cause"]
     assert RewardModelCard.load(str(runs / "early" / "reward_model"), "model") is not None
+    # What chose the model cannot judge it later.
+    seen = TrainingTexts.load(str(runs / "early" / "reward_model"), "model")
+    assert seen is not None
+    rows = rows_of(data_root / "tiny" / "pairs_test.jsonl")
+    assert seen.contains([row["prompt"] + row["chosen"] for row in rows]).all()
 
 
 def test_a_model_is_judged_again_from_its_directory_and_under_a_policy(trained: Path, data_root: Path, tmp_path: Path):

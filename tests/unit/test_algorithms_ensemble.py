@@ -7,6 +7,7 @@ from rlhf_ray.algorithms.ensemble import (
     MemberAggregation,
     aggregate_attributes,
     aggregate_members,
+    centre_within_groups,
     disagreement,
     fit_member_scale,
     standardise,
@@ -65,29 +66,68 @@ def test_a_score_does_not_depend_on_its_batch_by_a_bit(members: int) -> None:
         assert np.array_equal(apart, together)
 
 
-def test_standardised_members_have_one_unit_over_the_training_texts() -> None:
+def test_standardised_members_have_one_unit_within_pairs() -> None:
     generator = np.random.default_rng(4)
-    training = generator.normal(size=(500, 3)) * [0.1, 1, 20] + [7, -3, 100]
-    standard = standardise(training, fit_member_scale(training))
-    assert standard.mean(0) == pytest.approx([0, 0, 0], abs=1e-12)
-    assert standard.std(0) == pytest.approx([1, 1, 1])
+    chosen, rejected = generator.normal(size=(2, 500, 3)) * [0.1, 1, 20] + [7, -3, 100]
+    scale = fit_member_scale(chosen, rejected)
+    standard = [standardise(side, scale) for side in (chosen, rejected)]
+    assert np.concatenate(standard).mean(0) == pytest.approx([0, 0, 0], abs=1e-12)
+    within = (np.stack(standard) - np.mean(standard, axis=0)).var(0, ddof=0).sum(0) * 2 / 500
+    assert within == pytest.approx([1, 1, 1])
+
+
+def test_offsets_of_prompts_are_no_part_of_a_members_scale() -> None:
+    generator = np.random.default_rng(8)
+    prompts = generator.normal(size=(400, 1))
+    chosen, rejected = generator.normal(size=(2, 400, 1)) + np.array([[[0.5]], [[-0.5]]])
+    # The second member says the same of every pair, and lies elsewhere from prompt to prompt.
+    members = [np.concatenate([side, side + 10 * prompts], axis=1) for side in (chosen, rejected)]
+    scale = fit_member_scale(*members)
+    assert scale.scale[0] == pytest.approx(scale.scale[1], rel=1e-12)
 
 
 def test_offset_and_scale_of_a_member_change_nothing_after_standardising() -> None:
     generator = np.random.default_rng(5)
-    training, other = generator.normal(size=(300, 4)), generator.normal(size=(50, 4))
+    chosen, rejected, other = (generator.normal(size=(size, 4)) for size in (150, 150, 50))
     scale, offset = np.array([0.5, 1, 3, 10]), np.array([-100, 0, 5, 50])
-    moved = standardise(other * scale + offset, fit_member_scale(training * scale + offset))
-    plain = standardise(other, fit_member_scale(training))
+    moved = standardise(other * scale + offset, fit_member_scale(chosen * scale + offset, rejected * scale + offset))
+    plain = standardise(other, fit_member_scale(chosen, rejected))
     for how in HOWS:
         assert aggregate_members(moved, how, 0.5) == pytest.approx(aggregate_members(plain, how, 0.5))
     # What it is there against: the lowest member alone would decide.
     assert np.array_equal(aggregate_members(other * scale + offset, "minimum"), (other * scale + offset)[:, 0])
 
 
+def test_members_are_centred_within_prompts_of_several_responses() -> None:
+    generator = np.random.default_rng(9)
+    prompts = generator.permutation(np.repeat(np.arange(30), 6))
+    shared, own = generator.normal(size=(180, 1)), 0.1 * generator.normal(size=(180, 4))
+    offsets = 5 * generator.normal(size=(30, 4))
+    scores = shared + own + offsets[prompts]
+    centred = centre_within_groups(scores, prompts)
+    for prompt in range(30):  # by hand
+        rows = prompts == prompt
+        expected = scores[rows] - scores[rows].mean(0) + scores[rows].mean()
+        assert centred[rows] == pytest.approx(expected, abs=1e-12)
+    assert disagreement(scores).mean() > 3
+    assert disagreement(centred).mean() < 0.1
+    # The worst case orders the responses to a prompt as they deserve; the lowest offset did before.
+    worst = aggregate_members(centred, "minimum") - offsets.mean(1)[prompts]
+    assert np.abs(worst - shared[:, 0]).max() < 0.5
+
+
+def test_a_prompts_only_response_and_scores_that_are_none_are_left_as_they_are() -> None:
+    scores = np.array([[1.0, 4.0], [2.0, 2.0], [0.0, 6.0], [np.nan, 1.0]])
+    centred = centre_within_groups(scores, np.array([7, 3, 7, 7]))
+    assert centred[1].tolist() == [2.0, 2.0]
+    # Prompt 7 has member means 0.5 and 5 over its two scored responses, and 2.75 over both.
+    assert centred[[0, 2]].tolist() == [[3.25, 1.75], [2.25, 3.75]]
+    assert np.isnan(centred[3, 0])
+
+
 @pytest.mark.parametrize("broken", [0.25, np.nan, np.inf])
 def test_a_member_without_an_opinion_is_refused(broken: float) -> None:
-    scores = np.random.default_rng(6).normal(size=(20, 3))
-    scores[:, 1] = broken
+    scores = np.random.default_rng(6).normal(size=(2, 20, 3))
+    scores[..., 1] = broken
     with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="member 1"):
-        fit_member_scale(scores)
+        fit_member_scale(*scores)

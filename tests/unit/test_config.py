@@ -243,3 +243,11 @@ def test_a_bare_off_is_the_word(tmp_path):
     path.write_text("run: {name: a}\nmodel: m\npairs: {path: p}\naggregation: {length_penalty: off}\n")
     config = load_config(RewardModelConfig, path, ["tracking.progress=off"])
     assert (config.tracking.progress, config.aggregation.length_penalty) == ("off", "off")
+
+
+def test_validation_pairs_that_nothing_is_judged_on_are_refused(tmp_path):
+    path = tmp_path / "rm.yaml"
+    path.write_text("run: {name: a}\nmodel: m\npairs: {path: p}\nvalidation: {path: v}\n")
+    with pytest.raises(BadInput, match=r"validation: nothing is judged on it; set training\.evaluate_every too"):
+        load_config(RewardModelConfig, path)
+    assert load_config(RewardModelConfig, path, ["training.evaluate_every=5"]).validation is not None

@@ -262,16 +262,16 @@ CHAT_PROMPT = "[user]Hi<eos>\n[assistant]"
         ({"prompt": "P", "chosen": " c", "rejected": " r"}, ("P", " c", " r")),
         ({"input": "P", "chosen": " c", "rejected": " r"}, ("P", " c", " r")),
         ({"chosen": "P c", "rejected": "P r"}, ("", "P c", "P r")),
-        ({"prompt": [USER], "chosen": [answer("c")], "rejected": [answer("r")]}, (CHAT_PROMPT, "c<eos>", "r<eos>")),
-        ({"prompt": [USER], "chosen": "c", "rejected": "r"}, (CHAT_PROMPT, "c<eos>", "r<eos>")),
-        ({"chosen": [USER, answer("c")], "rejected": [USER, answer("r")]}, (CHAT_PROMPT, "c<eos>", "r<eos>")),
+        ({"prompt": [USER], "chosen": [answer("c")], "rejected": [answer("r")]}, (CHAT_PROMPT, "c<eos>\n", "r<eos>\n")),
+        ({"prompt": [USER], "chosen": "c", "rejected": "r"}, (CHAT_PROMPT, "c<eos>\n", "r<eos>\n")),
+        ({"chosen": [USER, answer("c")], "rejected": [USER, answer("r")]}, (CHAT_PROMPT, "c<eos>\n", "r<eos>\n")),
         (
             {"prompt": "Hi", "chosen": [USER, answer("c")], "rejected": [USER, answer("r")]},
-            (CHAT_PROMPT, "c<eos>", "r<eos>"),
+            (CHAT_PROMPT, "c<eos>\n", "r<eos>\n"),
         ),
         (
             {"prompt": [USER], "chosen": [USER, answer("c")], "rejected": [USER, answer("r")]},
-            (CHAT_PROMPT, "c<eos>", "r<eos>"),
+            (CHAT_PROMPT, "c<eos>\n", "r<eos>\n"),
         ),
         (
             {
@@ -279,7 +279,7 @@ CHAT_PROMPT = "[user]Hi<eos>\n[assistant]"
                 "chosen": [USER, answer("x"), OTHER_USER, answer("c")],
                 "rejected": [USER, answer("x"), OTHER_USER, answer("r")],
             },
-            ("[user]Hi<eos>\n[assistant]x<eos>\n[user]Bye<eos>\n[assistant]", "c<eos>", "r<eos>"),
+            ("[user]Hi<eos>\n[assistant]x<eos>\n[user]Bye<eos>\n[assistant]", "c<eos>\n", "r<eos>\n"),
         ),
     ],
 )

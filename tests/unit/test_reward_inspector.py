@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard
@@ -110,7 +111,7 @@ def test_padding_in_front_is_found_where_positions_are_absolute(encoder: Path, t
 @pytest.mark.parametrize(
     ("build_scorer", "found_by", "found"),
     [
-        (planting.ACTIVATION_LEFT_ON, "raw_scores", "all scores of member 0 lie in 0…1"),
+        (planting.ACTIVATION_LEFT_ON, "plain_transformers", "differs from our scorer by up to"),
         (planting.CONSTANT, "raw_scores", "scores every text 0"),
         (planting.NOT_A_NUMBER, "raw_scores", "20 of 20 texts have no finite score"),
         (planting.READ_ONE_TOKEN_EARLY, "read_at_last_token", "our scorer differs from it by"),
@@ -130,6 +131,27 @@ def test_a_fault_in_the_scorer_is_found(
     assert found in checks[found_by].found
     # What lies in the directory is sound.
     assert not failed(checks) & {"special_tokens", "head_saved", "version", "template"}
+
+
+def test_a_model_of_ratings_between_0_and_1_is_sound(encoder: Path, tmp_path: Path):
+    """Regression on ratings gives raw scores in 0…1 without an activation anywhere."""
+    folder = copied(encoder, tmp_path / "model")
+    (folder / "reward_model.json").unlink()
+    largest = np.abs(RewardScorer(RewardSettings(model=str(folder))).score_texts(TEXTS).heads).max()
+
+    def rescaled(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        bias = weights["classifier.bias"]
+        return {
+            **weights,
+            "classifier.weight": weights["classifier.weight"] * (0.4 / (largest + bias.abs().max())),
+            "classifier.bias": torch.full_like(bias, 0.5),
+        }
+
+    planting.edit_weights(folder, rescaled)
+    heads = RewardScorer(RewardSettings(model=str(folder))).score_texts(TEXTS).heads
+    assert ((heads > 0) & (heads < 1)).all()
+    checks = inspect(folder)
+    assert not failed(checks), checks
 
 
 def test_one_bit_is_a_fault_in_the_batch_invariant_mode(decoder: Path):
@@ -183,7 +205,6 @@ def test_what_was_never_recorded_is_not_said_to_hold(decoder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("labels", [1, 3])
 def test_probes_are_the_models_raw_logits_label_by_label(tmp_path: Path, labels: int):
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     folder = write_encoder(tmp_path / "model", TEXTS, num_labels=labels)

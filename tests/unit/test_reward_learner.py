@@ -114,13 +114,14 @@ def expected_loss(learner: RewardLearner, pairs: list[EncodedPair], layout: Memb
 
     total = 0.0
     for attribute in range(shape[0]):
-        labelled = [pair for pair in pairs if pair.probabilities[attribute] is not None]
-        weight = sum(pair.weight for pair in labelled)
-        for pair in labelled:
-            chosen, rejected = score(pair.chosen)[attribute], score(pair.rejected)[attribute]
-            difference = chosen - rejected - ((pair.margin or 0.0) if attribute == 0 else 0.0)
+        weight = sum(pair.weight for pair in pairs)
+        for pair in pairs:
             label = pair.probabilities[attribute]
-            entropy = -(label * F.logsigmoid(difference) + (1 - label) * F.logsigmoid(-difference))
+            if label is None:
+                continue
+            chosen, rejected = score(pair.chosen)[attribute], score(pair.rejected)[attribute]
+            gap, margin = chosen - rejected, (pair.margin or 0.0) if attribute == 0 else 0.0
+            entropy = -(label * F.logsigmoid(gap - margin) + (1 - label) * F.logsigmoid(-gap - margin))
             own = torch.tensor(pair.member_weights).double() * (entropy + centering * (chosen + rejected).square())
             total += float(own.sum()) * pair.weight / weight / layout.heads
     return total
@@ -135,6 +136,22 @@ def test_loss_is_summed_over_attributes_and_averaged_over_heads(bert: str, singl
     assert report.loss == pytest.approx(expected, abs=1e-5)
     assert report.tokens == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
     assert report.tokens <= report.computed_tokens
+
+
+def test_a_label_weighs_the_same_whichever_attribute_it_is_of(bert: str, single_rank: Rank):
+    """One safety label among 32 pairs adds a thirty-second of a loss, not as much as all preferences together."""
+    layout = MemberLayout(attributes=("preference", "safety"))
+    random = np.random.default_rng(5)
+
+    def pair(index: int, safety: float | None) -> EncodedPair:
+        chosen, rejected = (tuple(side) for side in random.integers(3, 300, (2, 5 + index % 4)).tolist())
+        return EncodedPair(chosen, rejected, (1.0, safety), None, 1.0, (1.0,))
+
+    pairs = [pair(index, None) for index in range(31)] + [pair(31, 1.0)]
+    training = RewardTrainingSettings(centering=0.0)
+    report = reward_learner(bert, single_rank, layout, training).train_pairs(pairs)
+    # Both heads start near 0, where a pair's loss is log 2.
+    assert report.loss == pytest.approx(33 / 32 * np.log(2), rel=0.02)
 
 
 def test_step_does_not_depend_on_the_micro_batches(bert: str, single_rank: Rank):

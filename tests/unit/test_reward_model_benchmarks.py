@@ -280,7 +280,7 @@ def test_text_of_an_item():
     prompt = (USER, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"})
     item = BenchmarkItem(prompt, "C", "f:1")
     assert item_text(item, SimpleNamespace(chat_template=None)) == "Q\nA\nB\nC"
-    assert item_text(item, Template()) == "<user>Q</s>\n<assistant>A</s>\n<user>B</s>\n<assistant>C</s>"
+    assert item_text(item, Template()) == "<user>Q</s>\n<assistant>A</s>\n<user>B</s>\n<assistant>C</s>\n"
 
 
 def test_every_benchmark_is_loaded_by_name(tmp_path):

@@ -270,13 +270,40 @@ def test_warnings_of_left_out_and_cut_pairs():
     [
         ([pair("P1", "yes1!", "no 1")], ["have a text that is also in training, 1 of them both", "a prompt"]),
         ([pair("P1", "new", "old")], ["have a prompt that is also in training"]),
-        ([pair("Q", "new", "yes1!")], ["have a response that training has too"]),
+        ([pair("Q", "new", "yes1!")], ["have a response that is also in training"]),
     ],
 )
 def test_warnings_of_leakage(held_out, told):
     found = warnings(report_data(pair_set(*healthy()), pair_set(*held_out, name="test.jsonl")))
     assert len(found) == len(told)
     assert all(part in line and "test.jsonl:1" in line for part, line in zip(told, found, strict=True))
+
+
+def test_a_held_out_pair_that_helped_to_choose_the_model_is_a_leak():
+    training, validation, held_out = (
+        pair_set(*healthy(start=start), name=name)
+        for start, name in ((0, "train.jsonl"), (100, "validation.jsonl"), (200, "test.jsonl"))
+    )
+    assert warnings(report_data(training, held_out, validation)) == ()
+    assert report_data(training, held_out, validation).leakage.texts.count == 0
+    report = report_data(training, validation, validation)
+    assert report.leakage.pairs.count == 100
+    [texts, prompts] = warnings(report)
+    assert "100 pairs (100.0 %) of the held-out set have a text that is also in training or validation" in texts
+    assert "a prompt that is also in training or validation" in prompts
+    assert lines(report)[-2].startswith("held-out pairs also in training or validation: whole pair 100 (100.0 %)")
+
+
+def test_a_validation_pair_that_was_trained_on_is_told():
+    pairs = pair_set(*healthy())
+    report = report_data(pairs, None, pair_set(*healthy()[:3], *healthy(97, start=100), name="validation.jsonl"))
+    assert report.leakage is None
+    assert report.validation_leakage.texts.count == 3
+    texts, prompts = warnings(report)
+    assert "3 pairs (3.0 %) of the validation set have a text that is also in training" in texts
+    assert "validation.jsonl:1" in texts
+    assert "the validation set have a prompt" in prompts
+    assert lines(report)[-1].startswith("validation pairs also in training: whole pair 3 (3.0 %), a text 3")
 
 
 def test_the_report_is_json_and_its_lines_are_few():

@@ -104,7 +104,7 @@ class LengthScorer:
         return np.array([np.nan if "?" in text and not templated else float(len(text)) for text in texts])
 
 
-def test_each_text_is_scored_once_and_chat_as_in_training(policy_tokenizer: Any):
+def test_each_text_is_scored_once_and_chat_as_its_template_has_it(policy_tokenizer: Any):
     turns = [QUESTION, {"role": "assistant", "content": "Good."}]
     rendered = policy_tokenizer.apply_chat_template(turns, tokenize=False)
     scorer = LengthScorer()
@@ -114,7 +114,7 @@ def test_each_text_is_scored_once_and_chat_as_in_training(policy_tokenizer: Any)
     scores = score_samples(samples, policy_tokenizer, scorer)
     (plain, plain_is_templated), (chat, chat_is_templated) = scorer.calls
     assert plain == ["I think yes", "I think no", "p?", "p", "pa"]
-    assert chat[0] == rendered.rstrip()
+    assert chat[0] == rendered
     assert (len(chat), plain_is_templated, chat_is_templated) == (2, False, True)
     np.testing.assert_array_equal(scores, [[11, 10, 11], [len(chat[0]), len(chat[0]), len(chat[1])], [np.nan, 1, 2]])
 

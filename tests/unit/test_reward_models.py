@@ -1,5 +1,6 @@
 """How a text becomes the tokens that a reward model scores, and the card beside its weights."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.config.reward_model import PreferenceSettings
+from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation, weights_version
@@ -17,6 +20,8 @@ from rlhf_ray.models.reward_models import (
     load_reward_tokenizer,
     pad_texts,
 )
+from rlhf_ray.models.reward_texts import RewardTexts
+from rlhf_ray.reward_model.inputs import read_pairs
 
 TEXT = "I think the movie was good in every way."
 
@@ -108,6 +113,69 @@ def test_templated_texts_get_no_second_special_tokens(encoder_tokenizer: Any):
     plain, _ = encoding.encode(TEXT, encoder_tokenizer)
     templated, _ = encoding.encode(TEXT, encoder_tokenizer, templated=True)
     assert templated == plain[1:-1]
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TURN = [{"role": "user", "content": "Was it good?"}, {"role": "assistant", "content": "Yes, it was."}]
+
+
+def with_template(tiny: Path, folder: Path, template: str | None, eos_token: str | None = None) -> Path:
+    """The tiny reward model under another template; `eos_token` becomes a token of its vocabulary."""
+    model = Path(shutil.copytree(tiny / "reward_model", folder))
+    tokenizer = load_tokenizer(str(model), "reward.model")
+    (model / "chat_template.jinja").unlink()
+    tokenizer.chat_template = template
+    if eos_token is not None:
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    tokenizer.save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token"),
+    [
+        (CHATML, None),
+        (CHATML, "<|im_end|>"),
+        (CHATML.replace("<|im_start|>", "<start_of_turn>").replace("<|im_end|>", "<end_of_turn>"), None),
+    ],
+    ids=["ChatML that does not end in eos", "ChatML with white space behind eos", "Gemma"],
+)
+def test_a_published_model_is_shown_the_rendered_template_as_it_is(
+    tiny: Path, tmp_path: Path, template: str, eos_token: str | None
+):
+    """As model cards of published reward models have it: `tokenizer(apply_chat_template(…, tokenize=False))`."""
+    model = with_template(tiny, tmp_path / "model", template, eos_token)
+    texts = RewardTexts(str(model), None)
+    rendered = texts.tokenizer.apply_chat_template(TURN, tokenize=False)
+    published = texts.tokenizer(rendered, add_special_tokens=False).input_ids
+    assert texts.encode_messages(TURN) == (published, False)
+    assert texts.encode(rendered, templated=True) == (published, False)
+    # Pairs that are judged, and chats that a service cuts.
+    row = {"prompt": TURN[:1], "chosen": TURN[1:], "rejected": "No."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    encoding = RewardEncoding.for_model(texts.tokenizer, None, 256)
+    used = read_pairs(
+        PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", texts.tokenizer, encoding, "fail"
+    )
+    assert used.chosen == (tuple(published),)
+    assert texts.encode_messages(TURN, max_tokens=5) == ([published[0], *published[-4:]], True)
+    # One that was trained here ends as it did in training: where a policy stops.
+    card_of(chat_template=template, max_length=256).save(model)
+    [*kept, last], _ = RewardTexts(str(model), None).encode_messages(TURN)
+    assert last == texts.tokenizer.eos_token_id
+    assert kept == (published if eos_token is None else published[: len(kept)])
+
+
+def test_one_turn_without_a_chat_template_is_prompt_and_response(tiny: Path, tmp_path: Path):
+    texts = RewardTexts(str(with_template(tiny, tmp_path / "model", None)), None)
+    assert texts.encode_messages(TURN) == texts.encode(TURN[0]["content"] + TURN[1]["content"])
+    assert texts.encode_messages(TURN, max_tokens=5)[1]
+    for messages in ([{"role": "system", "content": "Be brief."}, *TURN], [*TURN, *TURN], TURN[1:]):
+        with pytest.raises(RowError, match="no chat template"):
+            texts.encode_messages(messages)
 
 
 def card_of(**chosen: Any) -> RewardModelCard:

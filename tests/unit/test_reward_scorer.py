@@ -113,16 +113,17 @@ def test_another_tokenizer_is_scored_by_its_text(scorer: RewardScorer, tiny: Pat
     np.testing.assert_allclose(column.scores, scorer.score_texts(texts()).scores, rtol=0, atol=SCORE_ROUNDING)
 
 
+@pytest.mark.parametrize("shared_ids", [True, False])
 def test_chat_messages_are_rendered_with_the_reward_models_template(
-    scorer: RewardScorer, tiny: Path, foreign_policy: str
+    scorer: RewardScorer, tiny: Path, foreign_policy: str, shared_ids: bool
 ):
-    foreign = RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
-    tokenizer = load_tokenizer(foreign_policy, "policy.model")
+    """Without a card as the template has it, even where the policy has the same: its ids end at the eos."""
+    own = scorer if shared_ids else RewardScorer(RewardSettings(model=str(tiny / "reward_model")), foreign_policy)
+    tokenizer = load_tokenizer(str(tiny / "policy") if shared_ids else foreign_policy, "policy.model")
     prompts = [Conversation("not this", ({"role": "user", "content": prompt},)) for prompt in PROMPTS]
-    column = foreign.score(sampled(tokenizer), conversations(prompts))
+    column = own.score(sampled(tokenizer), conversations(prompts))
     rendered = [
-        # As in training: white space behind the end-of-sequence token is left out.
-        f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>"
+        f"<bos>user\n{prompt}<eos>\n<bos>assistant\n{response}<eos>\n"
         for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
     ]
     np.testing.assert_allclose(
@@ -263,6 +264,28 @@ def several_labels(folder: Path, labels: int, seed: int) -> None:
         folder, num_labels=labels, ignore_mismatched_sizes=True, dtype=torch.float32
     )
     network.save_pretrained(folder)
+
+
+def test_members_are_centred_within_the_prompts_of_a_rollout(altered: Path, tiny: Path, policy_tokenizer: Any):
+    several_labels(altered, 3, seed=0)
+    aggregation = ScoreAggregation(members="minimum", offsets=(0.0, 0.1, -0.1), scales=(1.0, 2.0, 0.5))
+    card_of(layout=MemberLayout(heads=3), aggregation=aggregation).save(altered)
+    scorer = RewardScorer(RewardSettings(model=str(altered)), str(tiny / "policy"))
+    rollout = sampled(policy_tokenizer)
+    groups = np.array([0, 0, 0, 1, 1, 2])
+    prompts = {group: Conversation(PROMPTS[group]) for group in range(3)}
+    apart = scorer.score(rollout, conversations())
+    together = scorer.score(replace(rollout, prompt_ids=groups), prompts)
+    members = aggregation.member_scores(scorer.score_texts(texts()).heads)
+    expected = members.copy()
+    for group in (0, 1):
+        own = members[groups == group]
+        expected[groups == group] = own - own.mean(0) + own.mean()
+    np.testing.assert_allclose(apart.scores, members.min(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    np.testing.assert_allclose(together.scores, expected.min(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    np.testing.assert_allclose(together.disagreement, expected.std(1), rtol=0, atol=4 * SCORE_ROUNDING)
+    assert together.scores[5] == apart.scores[5]
+    assert (together.disagreement[:5] < 0.5 * apart.disagreement[:5]).any()
 
 
 def test_heads_members_and_models_become_one_score(altered: Path, tiny: Path):

@@ -4,6 +4,7 @@ tokenizer and limits are those of the tiny reward model."""
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -152,6 +153,20 @@ def test_what_no_tokenizer_takes_is_a_bad_request(tiny, given):
         assert (error.type, error.index) == (ErrorType.BAD_REQUEST, 0)
 
     run(tiny, test)
+
+
+def test_one_turn_for_a_model_without_a_chat_template_is_prompt_and_response(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink()
+    turn = ({"role": "user", "content": "Was it"}, {"role": "assistant", "content": " good?"})
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        as_chat, as_text = (await engine.score([ScoreInput(messages=turn), *texts("Was it good?")])).scores
+        assert as_chat == as_text
+        error = await refused(engine.score([ScoreInput(messages=({"role": "system", "content": "S"}, *turn))]))
+        assert (error.type, error.index) == (ErrorType.BAD_REQUEST, 0)
+
+    run(folder, test)
 
 
 def test_the_queue_has_an_end_and_a_deadline(tiny):

@@ -212,7 +212,7 @@ def pair_accuracy(cases: Sequence[ScoredCase]) -> float:
 def item_text(item: BenchmarkItem, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that a reward model scores for an item.
 
-    With a chat template this is the rendered conversation, ended as in training (`render_turn`). Without one it is
+    With a chat template this is the rendered conversation. Without one it is
     the contents of the messages and the response, in order, with one newline between them.
 
     Args:

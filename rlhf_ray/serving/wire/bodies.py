@@ -10,6 +10,7 @@ import pydantic_core
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rlhf_ray.models.reward_card import sigmoid as sigmoid
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer
 
@@ -99,8 +100,3 @@ def plain(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
     return Response(
         pydantic_core.to_json(content, inf_nan_mode="null"), status, headers=headers, media_type="application/json"
     )
-
-
-def sigmoid(value: float) -> float:
-    """1 / (1 + e^-x), without overflow."""
-    return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))
