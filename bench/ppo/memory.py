@@ -113,18 +113,16 @@ class MemoryRun:
     Attributes:
         steps: after the first.
         prompts: of a step, with four samples each.
-        micro_batch_samples: sequences in one pass, which decides on a learner's peak.
     """
 
     name: str
     steps: int
     prompts: int
-    micro_batch_samples: int
 
 
 def memory_runs(growth_steps: int) -> tuple[MemoryRun, ...]:
     """The peak is of steps of 64 samples; growth is of many small ones, whose packs are as large."""
-    return MemoryRun("peak", 5, 16, 32), MemoryRun("growth", growth_steps - 1, 8, 32)
+    return MemoryRun("peak", 5, 16), MemoryRun("growth", growth_steps - 1, 8)
 
 
 def memory_results(
@@ -132,7 +130,6 @@ def memory_results(
 ) -> list[Result]:
     """Peak and growth of one run, in GB of 10⁹ bytes."""
     watch = MemoryWatch(runs / "bench" / "metrics.jsonl", pages=True)
-    tokens = run.micro_batch_samples * prepared.sequence_tokens
     overrides = {
         "prompts.path": prepared.prompts.absolute(),
         "policy.model": prepared.model.absolute(),
@@ -140,7 +137,6 @@ def memory_results(
         "sampling.prompts_per_shard": run.prompts // 2,
         "sampling.samples_per_prompt": SAMPLES_PER_PROMPT,
         "sampling.max_response_tokens": prepared.case.response_tokens,
-        **{f"{role}.micro_batch_tokens": tokens for role in ("policy.learner", "critic.learner", "reference")},
     }
     run_ppo("memory.yaml", runs, data, run.steps, overrides, more, watch.watch)
     label = f"{prepared.case.model} float32, {run.prompts * SAMPLES_PER_PROMPT} samples"
