@@ -24,6 +24,7 @@ from rlhf_ray.reward_model.calibration import calibration
 from rlhf_ray.reward_model.groups import Groups
 from rlhf_ray.reward_model.label_noise import bayes_accuracy, rater_ceiling
 from tests.synthetic import (
+    PAIRS_PER_PROMPT,
     Model,
     Responses,
     flipped,
@@ -42,9 +43,11 @@ SURE = {"sure raters": 2.0, "unsure raters": 1.0}
 REPETITIONS = 500
 
 
-def refused(model: Model, seeds: int, *, leaked: float = 0.0, **draw: float) -> float:
+def refused(
+    model: Model, seeds: int, *, prompts: int = PROMPTS, spread: float = 2.0, votes: int = 1, leaked: float = 0.0
+) -> float:
     """Share of the seeds."""
-    draws = (Responses.draw(seed, PROMPTS, **draw) for seed in range(seeds))
+    draws = (Responses.draw(seed, prompts, spread=spread, votes=votes) for seed in range(seeds))
     return float(np.mean([not judged(responses, model, leaked).verdict.released for responses in draws]))
 
 
@@ -57,6 +60,10 @@ def false_refusals(seeds: int) -> Iterator[Result]:
                 shares.append(refused(model, seeds, spread=spread, votes=votes))
                 yield Result(f"refused: {name}, {raters}, votes {votes}", shares[-1], target="<= 0.05")
     yield Result("sound models refused", float(np.mean(shares)), target="<= 0.05")
+    for raters, spread in SURE.items():
+        for prompts in (50, 70):
+            name = f"refused: perfect, {raters}, votes 1, {prompts * PAIRS_PER_PROMPT} pairs"
+            yield Result(name, refused(perfect, seeds, prompts=prompts, spread=spread))
 
 
 def power(seeds: int) -> Iterator[Result]:
@@ -133,8 +140,8 @@ def coverage() -> Iterator[Result]:
         excess = calibration(delta, label, Groups.by(range(500)), seed=seed).excess
         held_ece.append((excess.low or 0.0) <= 0 <= (excess.high or 0.0))
         if seed < REPETITIONS // 2:
-            share = judged(Responses.draw(seed, PROMPTS), perfect).evaluation.length.overpayment.share
-            held_length.append((share.low or 0.0) <= 0 <= (share.high or 0.0))
+            overpaid = judged(Responses.draw(seed, PROMPTS), perfect).evaluation.length.overpayment.share
+            held_length.append((overpaid.low or 0.0) <= 0 <= (overpaid.high or 0.0))
     yield from _between("calibration excess of calibrated models", held_ece)
     yield from _between("overpaid length of perfect models", held_length)
     falls = []
