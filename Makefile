@@ -78,6 +78,7 @@ bench-architectures: $(READY)  ## Learners and engine on thirteen architectures,
 	@$(BIN)/python -m bench.architectures
 
 bench-gate: $(READY)  ## The release gate on sound and on broken models
+	@$(BIN)/python -m bench.judgement
 	@$(BENCH_DATA)
 	@$(BIN)/python -m bench.gate
 

@@ -2,7 +2,8 @@
 
 Twenty MiniLM models of movie ratings that differ by their seed (first weights of the head, order of the pairs, dropout)
 go through training, evaluation and all checks, vLLM's included, and all should be released. Then the directory of one
-of them is broken in the classic ways, one at a time, and each should be refused.
+of them is broken in the classic ways, one at a time, and each should be refused. Faults of data and judgement are on
+trial in `bench/judgement.py`.
 """
 
 from __future__ import annotations

@@ -232,8 +232,8 @@ def measure(task: Task, seeds: int) -> Curves:
         sample = task.draw(seed)
         scores = train_members(sample.chosen, sample.rejected, seed)(sample.pool)
 
-        def gold_left(proxy: Array, gold: Array = sample.gold, seed: int = seed) -> list[float]:
-            return [point.gold for point in best_of_n_curve(proxy, gold, task.ns, seed=seed).points]
+        def gold_left(proxy: Array, gold: Array = sample.gold) -> list[float]:
+            return [point.gold for point in best_of_n_curve(proxy, gold, task.ns).points]
 
         members.append([gold_left(scores[..., member]) for member in range(MEMBERS)])
         ensembles.append([gold_left(aggregate_members(scores, how, VARIANCE_WEIGHT)) for how in ENSEMBLES])

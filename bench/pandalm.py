@@ -57,7 +57,7 @@ def main() -> None:
             Result("agreement with single votes", report["vote_accuracy"]),
             Result("ceiling of that agreement", report["ceiling"]["accuracy"]),
             Result("accuracy where the shorter is preferred", shorter["value"]),
-            Result("length correlation", report["length"]["association"]["correlation"]),
+            Result("share of score differences overpaid for length", report["length"]["overpayment"]["share"]["value"]),
             Result("longer preferred, by people", report["length"]["longer_preferred"]["value"]),
             Result("exit status of train-rm (1: refused)", status),
             Result("whole command", seconds, "s"),

@@ -24,6 +24,9 @@ from rlhf_ray.config.settings import (
 PREFERENCE = "preference"
 """The attribute that every pair has: which of its responses people prefer."""
 
+JUDGES_WITHOUT_MODEL = ("samples", "vader")
+"""Values of `best_of_n.judge` that name no reward model's directory."""
+
 BenchmarkName = Literal["reward-bench", "reward-bench-2", "rm-bench", "judge-bench"]
 
 
@@ -126,16 +129,17 @@ class AggregationSettings(Settings):
     )
     length_penalty: Annotated[NonNegativeFloat | Literal["off", "fitted"], OffIsAWord] = Field(
         "off",
-        description="Subtracted for each token of the text. `fitted`: what takes the partial correlation of score and "
-        "length, given the preference, to 0 on the training pairs.",
+        description="Subtracted for each token of the text. `fitted`: what the score overpays for a token on the "
+        "training pairs, if that is more than chance.",
     )
 
 
 class JudgementSettings(Settings):
     """What the evaluation computes."""
 
-    bins: PositiveInt = Field(15, description="Bins of the reliability diagram.")
-    resamples: PositiveInt = Field(2000, description="Bootstrap samples behind every interval.")
+    bins: PositiveInt = Field(
+        10, description="Bins of the reliability diagram, from one half to 1; fewer for less than 50 pairs each."
+    )
     gap_bins: PositiveInt = Field(4, description="Ranges of `gap`, of about as many pairs each, for accuracy by gap.")
 
 
@@ -143,19 +147,24 @@ class GateSettings(Settings):
     """What a reward model must satisfy to be released. Every check that fails is listed with its reason."""
 
     enabled: bool = Field(True, description="Judge at the end of `train-rm`; `eval-rm` does with `--gate`.")
+    min_pairs: PositiveInt = Field(
+        300, description="Fewest pairs with a preference; fewer cannot show that a sound model is sound."
+    )
+    min_prompts: PositiveInt = Field(
+        10, description="Fewest prompts that they come from; a row without a prompt counts as one."
+    )
     min_accuracy: Fraction = Field(
         0.5, description="The lower end of the accuracy's 95 % interval must be above; 0.5 is chance."
     )
     max_calibration_excess: PositiveFloat = Field(
-        0.05, description="Expected calibration error, after temperature scaling, above its sampling floor."
+        0.05,
+        description="Expected calibration error, after temperature scaling, above its sampling floor: the upper end of "
+        "its 95 % interval must not be above.",
     )
-    max_length_correlation: Fraction = Field(
-        0.35, description="Largest absolute partial correlation of score and length given the preference."
-    )
-    min_accuracy_shorter_chosen: Fraction = Field(
-        0.5,
-        description="Accuracy where the shorter response is the better one: the upper end of its 95 % interval must "
-        "reach this.",
+    max_overpaid_length: Fraction = Field(
+        0.4,
+        description="Share of a typical score difference that is paid for length beyond what people prefer it for: "
+        "the upper end of its 95 % interval must not be above.",
     )
     max_leaked_share: Fraction = Field(
         0.0, description="Share of pairs with a text that was trained on, or that the model was chosen by."
@@ -232,7 +241,7 @@ class BestOfNSettings(Settings):
     """Samples of a policy, ranked by the reward model and judged by somebody else."""
 
     path: str | None = Field(
-        None, description="JSONL with `prompt` and `responses` (and optionally `judge`, a number each); empty: sampled."
+        None, description="JSONL with `prompt` and `responses` (for `judge: samples` also `judge`); empty: sampled."
     )
     policy: str | None = Field(None, description="Directory of the policy that is sampled from.")
     generator: GeneratorSettings = Field(default_factory=GeneratorSettings, description="The engine.")
@@ -241,12 +250,17 @@ class BestOfNSettings(Settings):
     max_prompt_tokens: PositiveInt = Field(256, description="A longer prompt is bad input.")
     max_response_tokens: PositiveInt = Field(64, description="A response is cut off here.")
     temperature: PositiveFloat = Field(1.0, description="Sampling temperature.")
-    judge: str = Field("vader", description="`vader`, or the directory of another reward model.")
+    judge: str = Field(
+        description="Who says what a response is worth: `samples` (the `judge` of their rows), `vader` (a lexicon of "
+        "sentiment) or the directory of another reward model."
+    )
 
     @model_validator(mode="after")
     def _samples_come_from_somewhere(self) -> BestOfNSettings:
         if self.path is None and (self.policy is None or self.prompts is None):
             raise ValueError("needs `path` with samples, or `policy` and `prompts` to sample from")
+        if self.path is None and self.judge == "samples":
+            raise ValueError("`judge: samples` needs `path` with samples that were judged")
         return self
 
 

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from rlhf_ray.reward_model.accuracy import Proportion, StratumAccuracy
+from rlhf_ray.reward_model.accuracy import StratumAccuracy
 from rlhf_ray.reward_model.bias import FormatArtefact, LengthBias
 from rlhf_ray.reward_model.calibration import Calibration
 from rlhf_ray.reward_model.data_report import LOW_CEILING, NOTICEABLE_SHARE, DataReport
 from rlhf_ray.reward_model.disagreement import DisagreementReport
 from rlhf_ray.reward_model.evaluation import Histogram, PairEvaluation
 from rlhf_ray.reward_model.gate import CHANCE
+from rlhf_ray.reward_model.groups import Estimate, Proportion
 from rlhf_ray.reward_model.leakage import Leakage
 
 if TYPE_CHECKING:
@@ -34,17 +35,14 @@ WIDE_INTERVAL = 0.06  # Most changes move accuracy by one to three points, which
 WEAK_STRATUM = 0.05  # Behind the whole by as much as a new backbone typically brings.
 FEW_PAIRS = 30  # Fewer pairs of a kind have an interval that says nothing about the kind.
 CALIBRATION_EXCESS = 0.02  # Two points of probability above the floor: visible in the reliability diagram.
-LENGTH_CORRELATION = 0.2  # 4 % of the variance that is left; optimisation needs less than a sampler to find it.
-HIGH_LENGTH_CORRELATION = 0.35  # 12 %, where the release gate stands by default.
-SHORTER_DEFICIT = 0.1  # Length alone then decides about one pair in ten.
-FORMAT_CORRELATION = 0.2  # As for length.
+OVERPAYMENT = 0.2  # 4 % of the scores' variance; optimisation needs less than a sampler to find it.
+HIGH_OVERPAYMENT = 0.4  # 16 %, where the release gate stands by default.
 USEFUL_AUROC = 0.6  # Below, setting aside the pairs that members differ on removes hardly more errors than chance.
 LOST_GAIN = 0.1  # A tenth of the gain at the peak; smaller drops are within the noise of a few hundred prompts.
 FLAT_PROMPTS = 0.05  # Prompts without a difference in reward have no gradient; PPO pays for sampling them.
 BETWEEN_PROMPTS = 0.9  # The rest, within prompts, is all that a policy can change.
 WEAK_RANKING = 0.1  # Spearman within a prompt; below, proxy and judge order a prompt's samples almost independently.
 OFF_CENTRE_STDS = 2.0  # All scores then have one sign, and clipping or a critic that starts at 0 takes notice.
-SWAP_ERROR = 1e-3  # Rounding of float32 is a thousand times smaller.
 POSITION_BIAS = 0.05  # Raters who take the first response in 55 % of the pairs or more.
 
 
@@ -90,11 +88,10 @@ def advise(
         *_labels(evaluation, data),
         *_gaps(evaluation.by_gap),
         *_calibration(evaluation),
-        *_formats(evaluation.formats, evaluation.length),
+        *_formats(evaluation.formats),
         *_disagreement(evaluation.disagreement),
         *_coverage(evaluation.pairs, failed_texts, cut_pairs),
         *_scale(evaluation.scores),
-        *_soundness(evaluation),
     ]
     return tuple(sorted(found, key=lambda advice: get_args(Severity).index(advice.severity)))
 
@@ -104,7 +101,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def interval_text(share: Proportion) -> str:
+def interval_text(share: Estimate) -> str:
     """`87.5 % (85.1–89.7 %)`, or without an interval where there is none."""
     if share.value is None:
         return "–"
@@ -191,9 +188,11 @@ def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Advice]:
     curve = report.curve
     first, last = curve.points[0], curve.points[-1]
     peak = next(point for point in curve.points if point.n == curve.peak_n)
+    if curve.drop.low is None or curve.drop.low <= 0:
+        return
     if peak.n == first.n:
         yield Advice(
-            f"Picking by reward never gains anything by {report.judge}, at any n up to {last.n}.",
+            f"By {report.judge}, what is picked by reward among {last.n} is worse than a random sample.",
             "What the model rewards in this policy's samples is not what the judge values: training would move the "
             "policy and not improve it.",
             "See whether the judge measures what the pairs do; if so, comparisons of this policy's samples.",
@@ -231,24 +230,25 @@ def _spread(spread: RewardSpread) -> Iterator[Advice]:
 
 
 def _length(length: LengthBias) -> Iterator[Advice]:
-    association = length.association
-    shorter, longer = length.accuracy_shorter_preferred, length.accuracy_longer_preferred
-    correlation = association.correlation or 0.0
-    sure = association.low is not None and association.high is not None and association.low * association.high > 0
-    blind = shorter.high is not None and shorter.high < CHANCE and shorter.count >= FEW_PAIRS
-    uneven = _clearly_below(shorter, longer, SHORTER_DEFICIT)
-    if not ((sure and abs(correlation) > LENGTH_CORRELATION) or blind or uneven):
-        return
-    kind = "shorter" if correlation < 0 else "longer"
-    yield Advice(
-        f"Given the preference, score and length still correlate by {correlation:+.2f}; accuracy is "
-        f"{interval_text(shorter)} where the shorter response is the better one, {interval_text(longer)} where the "
-        "longer one is.",
-        f"A policy is paid for {kind} responses, better or not; length is the first thing that it finds.",
-        "aggregation.length_penalty: fitted takes the correlation out of the score; pairs balanced in length take it "
-        "out of the model.",
-        "high" if blind or (sure and abs(correlation) > HIGH_LENGTH_CORRELATION) else "medium",
-    )
+    paid = length.overpayment
+    if paid.score.low is not None and paid.score.low <= 0 and length.longer_preferred.count >= FEW_PAIRS:
+        yield Advice(
+            f"Between responses of the same length the score may say nothing; accuracy is "
+            f"{interval_text(length.accuracy_shorter_preferred)} where the shorter response is the better one, "
+            f"{interval_text(length.accuracy_longer_preferred)} where the longer one is.",
+            "The model may take length for quality; length is the first thing that a policy finds.",
+            "Pairs balanced in length, for training and to judge by.",
+            "high",
+        )
+    elif _surely(paid.share, OVERPAYMENT):
+        yield Advice(
+            f"Of a typical score difference {interval_text(paid.share)} is paid for length beyond what people prefer "
+            "it for.",
+            "A policy is paid for longer responses, better or not; length is the first thing that it finds.",
+            "aggregation.length_penalty: fitted takes it out of the score; pairs balanced in length take it out of the "
+            "model.",
+            "high" if (paid.share.value or 0.0) > HIGH_OVERPAYMENT else "medium",
+        )
 
 
 def _sources(evaluation: PairEvaluation) -> Iterator[Advice]:
@@ -354,23 +354,14 @@ def _calibration(evaluation: PairEvaluation) -> Iterator[Advice]:
         )
 
 
-def _formats(formats: Sequence[FormatArtefact], length: LengthBias) -> Iterator[Advice]:
+def _formats(formats: Sequence[FormatArtefact]) -> Iterator[Advice]:
     found = [
-        each
-        for each in formats
-        if each.pairs_that_differ >= FEW_PAIRS
-        and each.association.correlation is not None
-        and each.association.low is not None
-        and each.association.high is not None
-        and each.association.low * each.association.high > 0
-        and abs(each.association.correlation) > FORMAT_CORRELATION
-        # A count that goes with length no more than length itself does is told of there.
-        and abs(each.association.correlation) > abs(length.association.correlation or 0.0)
+        each for each in formats if each.pairs_that_differ >= FEW_PAIRS and _surely(each.overpayment.share, OVERPAYMENT)
     ]
     if found:
-        told = ", ".join(f"{each.name} ({each.association.correlation:+.2f})" for each in found)
+        told = "; ".join(f"{each.name}: {interval_text(each.overpayment.share)}" for each in found)
         yield Advice(
-            f"Given the preference, the score still goes with {told}.",
+            f"Of a typical score difference this is paid for format beyond what people prefer it for: {told}.",
             "A policy takes up the format, for it is easier to produce than quality.",
             "Pairs with equal content in different formats, labelled as ties; or formatting stripped from training.",
             "medium",
@@ -378,10 +369,10 @@ def _formats(formats: Sequence[FormatArtefact], length: LengthBias) -> Iterator[
 
 
 def _disagreement(report: DisagreementReport | None) -> Iterator[Advice]:
-    if report is None or report.auroc is None or report.auroc_low is None or report.auroc_high is None:
+    if report is None or report.auroc.low is None or report.auroc.high is None:
         return
-    told = f"{report.auroc:.2f} ({report.auroc_low:.2f}–{report.auroc_high:.2f})"
-    if report.auroc_high < USEFUL_AUROC or report.auroc_low <= CHANCE:
+    told = f"{report.auroc.value:.2f} ({report.auroc.low:.2f}–{report.auroc.high:.2f})"
+    if report.auroc.high < USEFUL_AUROC or report.auroc.low <= CHANCE:
         yield Advice(
             f"Disagreement of the members hardly foretells errors: area under the ROC curve {told}, chance is 0.5.",
             "Minimum or variance penalty then protect from nothing and add noise.",
@@ -420,20 +411,13 @@ def _scale(scores: Histogram) -> Iterator[Advice]:
         )
 
 
-def _soundness(evaluation: PairEvaluation) -> Iterator[Advice]:
-    if evaluation.swap_antisymmetry > SWAP_ERROR:
-        yield Advice(
-            f"The same pairs, scored again in another order, differ by up to {evaluation.swap_antisymmetry:.2g} in "
-            "probability.",
-            "A score depends on what it is scored beside.",
-            "scorer.batch_invariant: true shows whether the shapes are the cause; scorer.dtype: float32.",
-            "medium",
-        )
-
-
 def _miscalibrated(calibration: Calibration) -> bool:
-    floor = calibration.floor
-    return calibration.ece - floor.mean > CALIBRATION_EXCESS and calibration.ece > floor.quantile_95
+    return _surely(calibration.excess, CALIBRATION_EXCESS)
+
+
+def _surely(estimate: Estimate, distance: float) -> bool:
+    """Further above 0, and not by chance."""
+    return estimate.value is not None and estimate.value > distance and estimate.low is not None and estimate.low > 0
 
 
 def _clearly_below(one: Proportion, other: Proportion, distance: float) -> bool:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.accuracy import LEVEL, RESAMPLES, interval, resampled_sums
+from rlhf_ray.reward_model.groups import LEVEL, Estimate, mean_with_interval
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class BestOfNPoint:
         sqrt_kl: its root, Gao et al.'s d.
         proxy: mean score of the pick.
         gold: mean worth of the pick.
-        gold_low, gold_high: bootstrap interval over prompts.
+        gold_low, gold_high: interval over prompts.
     """
 
     n: int
@@ -42,11 +41,17 @@ class BestOfNPoint:
 
 @dataclass(frozen=True)
 class BestOfNCurve:
-    """Points by ascending n, the first at n = 1, and where gold is highest."""
+    """Points by ascending n, the first at n = 1, and where gold is highest.
+
+    Attributes:
+        drop: mean over prompts of gold at the peak − gold at the largest n. The peak was looked for, and is where
+            chance helped: its interval holds for whichever of the points is compared with the last (Bonferroni).
+    """
 
     points: tuple[BestOfNPoint, ...]
     peak_n: int
     peak_sqrt_kl: float
+    drop: Estimate
 
 
 @dataclass(frozen=True)
@@ -145,10 +150,6 @@ def best_of_n_curve(
     proxy_scores: ArrayLike,
     gold_scores: ArrayLike,
     ns: Sequence[int],
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
 ) -> BestOfNCurve:
     """Proxy and gold of the proxy's pick, the average over all subsets of n of a prompt's N samples.
 
@@ -171,11 +172,9 @@ def best_of_n_curve(
         [_mean_of_tied(scores, worth) for scores, worth in zip(proxy_sorted, gold_sorted, strict=True)]
     )
     gold_picked = gold_expected @ weights
-    drawn = resampled_sums(gold_picked, keyed_generator(seed, "best-of-n"), resamples) / len(gold_picked)
     points = []
     for column, n in enumerate(sizes):
-        low, high = interval(drawn[:, column], level)
-        kl = kl_bound(n)
+        kl, gold_mean = kl_bound(n), mean_with_interval(gold_picked[:, column])
         points.append(
             BestOfNPoint(
                 n=n,
@@ -183,12 +182,14 @@ def best_of_n_curve(
                 sqrt_kl=math.sqrt(kl),
                 proxy=float((proxy_sorted @ weights[:, column]).mean()),
                 gold=float(gold_picked[:, column].mean()),
-                gold_low=low,
-                gold_high=high,
+                gold_low=gold_mean.low,
+                gold_high=gold_mean.high,
             )
         )
-    peak = max(points, key=lambda point: point.gold)
-    return BestOfNCurve(tuple(points), peak.n, peak.sqrt_kl)
+    peak = max(range(len(points)), key=lambda column: points[column].gold)
+    level = 1 - (1 - LEVEL) / max(len(points) - 1, 1)
+    drop = mean_with_interval(gold_picked[:, peak] - gold_picked[:, -1], level)
+    return BestOfNCurve(tuple(points), points[peak].n, points[peak].sqrt_kl, drop)
 
 
 def fit_overoptimisation(points: Sequence[BestOfNPoint]) -> OverOptimisation | None:

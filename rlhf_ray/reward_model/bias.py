@@ -1,49 +1,55 @@
 """Biases: what moves the score besides the preference, and what in the labels may have taught it.
 
-A longer response is often a better one, so a correlation of score with length proves nothing. What counts is the
-correlation that is left **given the preference**: among pairs that people judge alike, does the longer one score
-higher? The same question is asked of formatting.
+A longer response is often a better one, so that score and length go together proves nothing. Nor does it where people
+prefer the same response: among such pairs the better one is better by more or by less, and a perfect score, which
+says so, still goes with length. What counts is the other way round: **given the score**, does length tell what people
+prefer? If they like the longer one *less* than the score says, the score pays for length. That they like it *more* is
+no fault: any score misses a part of what makes responses better, and longer, and so does not pay for it. The same is
+asked of formatting, given score and length.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit
 
-from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.accuracy import (
-    LEVEL,
-    RESAMPLES,
-    Groups,
-    Proportion,
-    check_pairs,
-    grouped_sums,
-    interval,
-    pair_credit,
-    resampled_sums,
-    share_with_interval,
-)
+from rlhf_ray.reward_model.accuracy import check_pairs, pair_credit
+from rlhf_ray.reward_model.groups import UNKNOWN, Estimate, Groups, Proportion
+
+PRIOR_STD = 5.0
+"""Of the coefficients, in log-odds for a typical difference: wider than any data on preferences."""
 
 
 @dataclass(frozen=True)
-class PartialAssociation:
-    """How score and a feature of the text go together given the preference.
+class Overpayment:
+    """What the score pays for a feature of the text beyond what people prefer it for.
 
     Attributes:
-        correlation: partial correlation in [−1, 1]; None where score or feature has no variation of its own left.
-        low, high: bootstrap interval.
-        coefficient: slope, score for each unit of the feature. `score − coefficient · feature` has a partial
-            correlation of 0: it is the fitted penalty. None where the feature has no variation left.
+        score: log-odds of being preferred for a typical difference (root mean square) of scores between responses
+            with the same features. An interval that holds 0: it says nothing that the features do not say.
+        share: of a typical difference of scores, what a typical difference of the feature is paid too much, which a
+            policy can exploit; negative: too little. `UNKNOWN` where the interval of `score` holds 0.
+        coefficient: the same as score for each unit of the feature: `score − coefficient · feature` pays as people do.
     """
 
-    correlation: float | None
-    low: float | None
-    high: float | None
+    score: Estimate
+    share: Estimate
     coefficient: float | None
+
+    @property
+    def penalty(self) -> float:
+        """What to subtract for each unit of the feature: the coefficient where more than chance is overpaid, else 0."""
+        return self.coefficient or 0.0 if self.share.low is not None and self.share.low > 0 else 0.0
+
+
+NOTHING_TO_PAY_FOR = Overpayment(UNKNOWN, UNKNOWN, None)
+"""Where score or feature do not vary."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +57,14 @@ class LengthBias:
     """Length in the score and in the labels.
 
     Attributes:
-        association: of score and length.
+        overpayment: for length.
         accuracy_longer_preferred: accuracy on pairs whose preferred response is the longer one.
         accuracy_shorter_preferred: accuracy where it is the shorter one; a model that only counts words has 0 here.
         longer_preferred: share of the labels that prefer the longer response, ties and equal lengths left out.
         mean_length_difference: mean of preferred − other, over pairs without a tie; None where all are ties.
     """
 
-    association: PartialAssociation
+    overpayment: Overpayment
     accuracy_longer_preferred: Proportion
     accuracy_shorter_preferred: Proportion
     longer_preferred: Proportion
@@ -73,13 +79,13 @@ class FormatArtefact:
         name: of the feature, see `FORMAT_FEATURES`.
         pairs_that_differ: pairs in which the two responses have different values of it.
         more_preferred: share of these whose preferred response has more of it, ties in the label left out.
-        association: of score and feature, over all pairs.
+        overpayment: for the feature, given length.
     """
 
     name: str
     pairs_that_differ: int
     more_preferred: Proportion
-    association: PartialAssociation
+    overpayment: Overpayment
 
 
 def _matches(pattern: str) -> Callable[[str], float]:
@@ -106,74 +112,72 @@ FORMAT_FEATURES: Mapping[str, Callable[[str], float]] = {
 """Counts in a response by name, Markdown as CommonMark has it; the last is the share of its letters."""
 
 
-def partial_association(
+def overpayment(
     score_differences: ArrayLike,
     feature_differences: ArrayLike,
     chosen_probability: ArrayLike,
+    groups: Groups,
     *,
-    seed: int,
-    groups: Groups = None,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> PartialAssociation:
-    """Partial correlation and slope of score on a feature of the text, given the preference, within pairs.
+    given: Sequence[ArrayLike] = (),
+) -> Overpayment:
+    """Logistic regression of the preference on differences of score and feature, without intercept.
 
-    Over the 2P texts, score, feature and label (p for the chosen one, 1 − p for the rejected one) are centred within
-    their pair, so that what the responses to a prompt have in common plays no part. Score and feature are regressed on
-    the label, and the residuals correlated. As both texts of a pair are each other's negative after centring, this
-    is least squares on the P differences, without intercept: with l = 2p − 1,
-    e_s = Δs − l (Σ l Δs / Σ l²), e_f alike, correlation Σ e_s e_f / √(Σ e_s² Σ e_f²), slope Σ e_s e_f / Σ e_f².
-    With hard labels, chosen first, that is the plain correlation of Δs and Δf over pairs. Orientation does not matter.
+    With P(chosen) = σ(a Δs + b Δf + …), a score that is quality plus c for each unit of the feature has b = −a c: what
+    it overpays is −b/a, as a share of a typical score difference −(b/a) · rms(Δf) / rms(Δs). Soft labels are taken as
+    they are. The coefficients have a normal prior (`PRIOR_STD`), so that they stay finite, with wide intervals, where
+    scores separate the labels, or where score and feature are the same thing. Variances are those of the estimating
+    equations (Huber 1967), summed over related pairs; the share's is from those of a and b by the delta method.
 
     Args:
-        score_differences: `[P]` chosen − rejected.
-        feature_differences: `[P]` chosen − rejected.
+        score_differences, feature_differences: `[P]` chosen − rejected. Orientation does not matter.
         chosen_probability: `[P]` in [0, 1].
-        groups: `[P]` what pairs share, for an interval over groups.
+        groups: of the pairs.
+        given: `[P]` each, differences of other features that are held fixed.
     """
-    feature = np.asarray(feature_differences, dtype=np.float64)
-    return _partial_associations(score_differences, [feature], chosen_probability, seed, groups, resamples, level)[0]
+    delta, probability = check_pairs(score_differences, chosen_probability)
+    columns = np.stack([delta, *(check_pairs(each, probability)[0] for each in (feature_differences, *given))], axis=1)
+    scale = np.sqrt(np.square(columns).mean(axis=0)) if len(columns) else np.zeros(columns.shape[1])
+    if not scale[:2].all():
+        return NOTHING_TO_PAY_FOR
+    columns = columns[:, scale > 0] / scale[scale > 0]
+    coefficients, influence, prior = _logistic(columns, probability)
+
+    def estimate(value: float, direction: NDArray[np.float64]) -> Estimate:
+        return groups.interval(value, influence @ direction, more_variance=float(direction @ prior @ direction))
+
+    unit = np.eye(len(coefficients))
+    a, b = coefficients[:2].tolist()
+    score = estimate(a, unit[0])
+    if score.low is None or score.low <= 0:
+        return Overpayment(score, UNKNOWN, None)
+    return Overpayment(score, estimate(-b / a, (b / a * unit[0] - unit[1]) / a), -b / a * float(scale[0] / scale[1]))
 
 
 def length_bias(
-    chosen_lengths: ArrayLike,
-    rejected_lengths: ArrayLike,
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
-    chosen_probability: ArrayLike,
-    *,
-    seed: int,
-    groups: Groups = None,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
+    lengths: NDArray[np.int64], differences: ArrayLike, chosen_probability: ArrayLike, groups: Groups
 ) -> LengthBias:
     """Length bias of a reward model, beside that of the labels.
 
     Args:
-        chosen_lengths, rejected_lengths: `[P]`, of the responses, in the unit in which the slope is wanted (tokens).
-        chosen_scores, rejected_scores: `[P]`.
+        lengths: `[P, 2]` of the chosen and the rejected response, in the unit in which the coefficient is wanted.
+        differences: `[P]` score of chosen − score of rejected.
         chosen_probability: `[P]` in [0, 1].
-        groups: `[P]` what pairs share, for intervals over groups.
+        groups: of the pairs.
     """
-    delta = np.asarray(chosen_scores, dtype=np.float64) - np.asarray(rejected_scores, dtype=np.float64)
-    longer = np.asarray(chosen_lengths, dtype=np.float64) - np.asarray(rejected_lengths, dtype=np.float64)
-    _, probability = check_pairs(delta, chosen_probability)
-    association = partial_association(
-        delta, longer, probability, seed=seed, groups=groups, resamples=resamples, level=level
-    )
+    delta, probability = check_pairs(differences, chosen_probability)
+    longer = (lengths[:, 0] - lengths[:, 1]).astype(np.float64)
     credit = pair_credit(delta, probability)
     preferred_longer = longer * np.sign(probability - 0.5)
     decided = probability != 0.5
-
-    def share(counted: NDArray[np.bool_], values: NDArray[np.generic]) -> Proportion:
-        kept = np.where(counted, values, np.nan)
-        return share_with_interval(kept, seed=seed, groups=groups, resamples=resamples, level=level)
-
+    paid = overpayment(delta, longer, probability, groups)
+    # People, and models, may ask which response is longer and not by how much.
+    score = overpayment(delta, longer, probability, groups, given=[np.sign(longer)]).score
+    beyond_length = score.low is not None and score.low > 0
     return LengthBias(
-        association=association,
-        accuracy_longer_preferred=share(preferred_longer > 0, credit),
-        accuracy_shorter_preferred=share(preferred_longer < 0, credit),
-        longer_preferred=share(preferred_longer != 0, preferred_longer > 0),
+        overpayment=replace(paid, score=score) if beyond_length else Overpayment(score, UNKNOWN, None),
+        accuracy_longer_preferred=groups.share(np.where(preferred_longer > 0, credit, np.nan)),
+        accuracy_shorter_preferred=groups.share(np.where(preferred_longer < 0, credit, np.nan)),
+        longer_preferred=_more_preferred(preferred_longer, groups),
         mean_length_difference=float(preferred_longer[decided].mean()) if decided.any() else None,
     )
 
@@ -181,122 +185,69 @@ def length_bias(
 def format_artefacts(
     chosen_texts: Sequence[str],
     rejected_texts: Sequence[str],
-    chosen_scores: ArrayLike,
-    rejected_scores: ArrayLike,
+    lengths: NDArray[np.int64],
+    differences: ArrayLike,
     chosen_probability: ArrayLike,
-    *,
-    seed: int,
-    groups: Groups = None,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
+    groups: Groups,
 ) -> tuple[FormatArtefact, ...]:
-    """What each feature of `FORMAT_FEATURES` adds to the score, and how the labels take it.
-
-    Counts grow with length: read them beside `length_bias`.
+    """What the score overpays each feature of `FORMAT_FEATURES`, given length, and how the labels take it.
 
     Args:
         chosen_texts, rejected_texts: `[P]` responses.
-        chosen_scores, rejected_scores: `[P]`.
+        lengths: `[P, 2]` of both.
+        differences: `[P]` score of chosen − score of rejected.
         chosen_probability: `[P]` in [0, 1].
-        groups: `[P]` what pairs share, for intervals over groups.
+        groups: of the pairs.
     """
-    delta = np.asarray(chosen_scores, dtype=np.float64) - np.asarray(rejected_scores, dtype=np.float64)
-    _, probability = check_pairs(delta, chosen_probability)
-    differences = [
-        np.array([feature(text) for text in chosen_texts]) - [feature(text) for text in rejected_texts]
-        for feature in FORMAT_FEATURES.values()
-    ]
-    associations = _partial_associations(delta, differences, probability, seed, groups, resamples, level)
+    delta, probability = check_pairs(differences, chosen_probability)
+    longer = lengths[:, 0] - lengths[:, 1]
     artefacts = []
-    for name, difference, association in zip(FORMAT_FEATURES, differences, associations, strict=True):
-        preferred_more = difference * np.sign(probability - 0.5)
+    for name, feature in FORMAT_FEATURES.items():
+        difference = np.array([feature(text) for text in chosen_texts]) - [feature(text) for text in rejected_texts]
         artefacts.append(
             FormatArtefact(
                 name=name,
                 pairs_that_differ=int((difference != 0).sum()),
-                more_preferred=share_with_interval(
-                    np.where(preferred_more != 0, preferred_more > 0, np.nan),
-                    seed=seed,
-                    groups=groups,
-                    resamples=resamples,
-                    level=level,
-                ),
-                association=association,
+                more_preferred=_more_preferred(difference * np.sign(probability - 0.5), groups),
+                overpayment=overpayment(delta, difference, probability, groups, given=[longer]),
             )
         )
     return tuple(artefacts)
 
 
-def position(
-    chosen_is_first: Sequence[bool | None], *, seed: int, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Proportion:
+def position(chosen_is_first: Sequence[bool | None], groups: Groups) -> Proportion:
     """Share of pairs whose preferred response was shown first, over those where that is known.
 
     One half is what raters without a preference for a place would give.
     """
-    values = [np.nan if first is None else float(first) for first in chosen_is_first]
-    return share_with_interval(values, seed=seed, resamples=resamples, level=level)
+    return groups.share([np.nan if first is None else float(first) for first in chosen_is_first])
 
 
-def swap_antisymmetry(probability_ab: ArrayLike, probability_ba: ArrayLike) -> float:
-    """Largest |P(a over b) + P(b over a) − 1|, with the second asked for with the responses swapped; 0 is sound.
+def _more_preferred(preferred_more: NDArray[np.float64], groups: Groups) -> Proportion:
+    """How often the preferred response has more of something, where they differ in it and there is a preference."""
+    return groups.share(np.where(preferred_more != 0, preferred_more > 0, np.nan))
 
-    Args:
-        probability_ab, probability_ba: `[P]`, P ≥ 1, in [0, 1].
+
+def _logistic(
+    columns: NDArray[np.float64], probability: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Coefficients `[K]` of `[P, K]` columns, the influence of each pair `[P, K]`, and the prior's covariance `[K, K]`.
+
+    The maximum of the posterior; its Newton step for each pair's own residual is the pair's influence.
     """
-    ab, ba = np.asarray(probability_ab, dtype=np.float64), np.asarray(probability_ba, dtype=np.float64)
-    return float(np.abs(ab + ba - 1).max())
+    precision = np.eye(columns.shape[1]) / PRIOR_STD**2
 
-
-def _partial_associations(
-    score_differences: ArrayLike,
-    features: Sequence[NDArray[np.float64]],
-    chosen_probability: ArrayLike,
-    seed: int,
-    groups: Groups,
-    resamples: int,
-    level: float,
-) -> list[PartialAssociation]:
-    """`partial_association` of every feature, from one bootstrap for them all."""
-    score, probability = check_pairs(score_differences, chosen_probability)
-    if not len(score):
-        return [PartialAssociation(None, None, None, None)] * len(features)
-    label = 2 * probability - 1
-    products = []
-    for feature in features:
-        f, _ = check_pairs(feature, probability)
-        products += [label * label, label * score, label * f, score * score, f * f, score * f]
-    table = np.stack(products, axis=1)
-    drawn = resampled_sums(
-        grouped_sums(table, None if groups is None else np.asarray(groups)),
-        keyed_generator(seed, "bootstrap-partial-correlation"),
-        resamples,
-    )
-    associations = []
-    for start in range(0, table.shape[1], 6):
-        columns = slice(start, start + 6)
-        correlation, slope = (float(value[0]) for value in _partial(table[:, columns].sum(axis=0, keepdims=True)))
-        low, high = (None, None) if np.isnan(correlation) else interval(_partial(drawn[:, columns])[0], level)
-        associations.append(
-            PartialAssociation(
-                correlation=None if np.isnan(correlation) else correlation,
-                low=low,
-                high=high,
-                coefficient=None if np.isnan(slope) else slope,
-            )
+    def loss(beta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        logits = columns @ beta
+        likelihood = probability * log_expit(logits) + (1 - probability) * log_expit(-logits)
+        return float(beta @ precision @ beta / 2 - likelihood.sum()), precision @ beta + columns.T @ (
+            expit(logits) - probability
         )
-    return associations
 
+    def curvature(beta: NDArray[np.float64]) -> NDArray[np.float64]:
+        predicted = expit(columns @ beta)
+        return columns.T @ (columns * (predicted * (1 - predicted))[:, None]) + precision
 
-def _partial(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Partial correlation and slope `[R]` from `[R, 6]` sums of l², l s, l f, s², f², s f; NaN where undefined."""
-    ll, ls, lf, ss, ff, sf = sums.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        # Labels that are all ties explain nothing.
-        s_on_label, f_on_label = np.where(ll > 0, ls / ll, 0.0), np.where(ll > 0, lf / ll, 0.0)
-        s_left, f_left = ss - s_on_label * ls, ff - f_on_label * lf
-        both_left = sf - s_on_label * lf
-        # What is left of a quantity that the label explains fully is rounding error.
-        s_left = np.where(s_left > 1e-12 * ss, s_left, np.nan)
-        f_left = np.where(f_left > 1e-12 * ff, f_left, np.nan)
-        return np.clip(both_left / np.sqrt(s_left * f_left), -1, 1), both_left / f_left
+    beta = minimize(loss, np.zeros(columns.shape[1]), jac=True, hess=curvature, method="trust-exact").x
+    inverse = np.linalg.inv(curvature(beta))
+    return beta, (columns * (probability - expit(columns @ beta))[:, None]) @ inverse, inverse @ precision @ inverse

@@ -1,16 +1,19 @@
 """Calibration: does σ(score difference) mean what it says, that so many people prefer the response?
 
 Expected calibration error (ECE; Naeini et al. 2015, Guo et al. 2017) sorts predicted probabilities into bins of equal
-width over [0, 1] and averages |mean prediction − frequency| over the pairs. Two things make the number misleading.
+width and averages |mean prediction − frequency| over the pairs. Three things make the number misleading.
 
 *Orientation.* In rows of `chosen` and `rejected` the label is always 1, and the frequency of every bin with it: the
-labels have chosen the orientation. So every pair is first turned without looking at its label: in order of |difference|
-the pairs alternately get a negative and a positive sign. The result is the same whichever response comes first
-in the data, has both signs in equal number, and needs no random draw. On labels that were drawn for a random
-orientation it agrees with the ECE of the pairs as they are, up to sampling error.
+labels have chosen the orientation. And bins over [0, 1] hold both orientations of doubtful pairs, whose errors cancel
+around one half, so that a model which is never sure seems calibrated. So each pair is seen from the response with the
+higher score: predictions lie in [½, 1], and the frequency is how often people agree.
 
-*Sampling.* A perfectly calibrated model has an ECE above 0 on a finite sample, about 0.026 at 2,000 pairs and 15 bins
-against 0.0025 at 200,000. This floor is simulated and reported with every ECE: only what is above it is miscalibration.
+*Labels.* The prediction is of a share of people, so it is held against the shares as they are: against the majority a
+perfect model looks unsure of itself.
+
+*Sampling.* A perfectly calibrated model has an ECE above 0 on a finite sample, about 0.02 at 2,000 pairs with one vote
+each, less where pairs have many votes, more where pairs are related. This floor is estimated from the residuals,
+whose spread shows all of that, and reported with every ECE: only what is above it is miscalibration.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ from scipy.special import expit, log_expit
 
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.reward_model.accuracy import check_pairs
+from rlhf_ray.reward_model.groups import LEVEL, Estimate, Groups
 
-BINS = 15
+BINS = 10
+PAIRS_PER_BIN = 50
 TEMPERATURE_BOUNDS = (0.01, 100.0)
+SIMULATIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class ReliabilityBin:
     Attributes:
         count: pairs.
         confidence: mean predicted probability, None without pairs.
-        frequency: mean label, None without pairs.
+        frequency: mean share of people who prefer the response with the higher score, None without pairs.
     """
 
     low: float
@@ -62,6 +68,8 @@ class Calibration:
     Attributes:
         ece: expected calibration error.
         floor: what sampling alone makes of it.
+        excess: ECE above the floor's mean, with the interval that the floor's 95 % leave: its whole is below 0 where
+            the model is better than sampling allows, above 0 where it is miscalibrated.
         bins: of the reliability plot; the `ece` is the average of |confidence − frequency| over them.
         negative_log_likelihood: mean over pairs, in nats, against the labels as they are (soft ones included).
         brier: mean squared error against the vote of one rater, drawn by the label.
@@ -70,6 +78,7 @@ class Calibration:
 
     ece: float
     floor: SamplingFloor
+    excess: Estimate
     bins: tuple[ReliabilityBin, ...]
     temperature: float
     negative_log_likelihood: float
@@ -91,41 +100,56 @@ class TemperatureFit:
     at_bound: bool
     negative_log_likelihood: float
 
+    @property
+    def stored(self) -> float:
+        """What goes with the model: 1, for none, where the pairs do not determine one (all right, or no signal)."""
+        return 1.0 if self.at_bound else self.temperature
+
 
 def calibration(
     differences: ArrayLike,
     chosen_probability: ArrayLike,
+    groups: Groups,
     *,
     seed: int,
     bins: int = BINS,
     temperature: float = 1.0,
-    simulations: int = 200,
 ) -> Calibration:
     """All about the calibration of score differences; independent of how the pairs are oriented.
 
+    At a difference of 0 neither response is ahead; both orientations count, which makes the label one half.
+
     Args:
         differences: `[P]`, P ≥ 1, score of chosen − score of rejected.
-        chosen_probability: `[P]` in [0, 1].
+        chosen_probability: `[P]` in [0, 1], shares of votes where there are several.
+        groups: of the pairs.
+        seed: keys the floor.
+        bins: of equal width over [½, 1]; fewer where there are less than `PAIRS_PER_BIN` pairs for each.
         temperature: positive; scores are divided by it.
-        simulations: of the sampling floor.
     """
     delta, probability = check_pairs(differences, chosen_probability)
     if not len(delta):
         raise ValueError("calibration of no pairs")
-    turned, labels = unoriented_pairs(delta, probability)
-    predicted = expit(turned / temperature)
-    place = _bin_of(predicted, bins)
+    bins = max(min(bins, len(delta) // PAIRS_PER_BIN), 1)
+    predicted = expit(np.abs(delta) / temperature)
+    label = 0.5 + (probability - 0.5) * np.sign(delta)
+    place = np.minimum(((2 * predicted - 1) * bins).astype(np.int64), bins - 1)
+    residuals = (label - predicted)[:, None] * (place[:, None] == np.arange(bins)) / len(delta)
+    ece = float(np.abs(residuals.sum(axis=0)).sum())
+    drawn = _sampling_errors(residuals, groups, seed)
+    mean = float(drawn.mean())
+    quantile_95, lowest, highest = np.quantile(drawn, (0.95, (1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     counts = np.bincount(place, minlength=bins)
-    confidence = np.bincount(place, predicted, bins)
-    frequency = np.bincount(place, labels, bins)
+    confidence, frequency = (np.bincount(place, values, bins) for values in (predicted, label))
     right = expit(delta / temperature)
     return Calibration(
-        ece=expected_calibration_error(predicted, labels, bins),
-        floor=ece_floor(turned / temperature, seed=seed, bins=bins, simulations=simulations),
+        ece=ece,
+        floor=SamplingFloor(mean, quantile_95),
+        excess=Estimate(ece - mean, ece - highest, ece - lowest),
         bins=tuple(
             ReliabilityBin(
-                low=number / bins,
-                high=(number + 1) / bins,
+                low=0.5 + number / bins / 2,
+                high=0.5 + (number + 1) / bins / 2,
                 count=int(count),
                 confidence=float(confidence[number] / count) if count else None,
                 frequency=float(frequency[number] / count) if count else None,
@@ -139,62 +163,19 @@ def calibration(
     )
 
 
-def unoriented_pairs(
-    differences: NDArray[np.float64], chosen_probability: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Differences and labels with the pairs turned by a rule that knows neither label nor orientation.
-
-    Sorted by |difference|, the first, third, … are given a negative sign and the others a positive one. At a
-    difference of 0 neither response is ahead; both orientations count, which makes the label one half.
-
-    Returns:
-        Two arrays `[P]`, in order of |difference|.
-    """
-    label = np.where(differences < 0, 1 - chosen_probability, chosen_probability)
-    label[differences == 0] = 0.5
-    order = np.argsort(np.abs(differences), kind="stable")
-    size, label = np.abs(differences)[order], label[order]
-    size[::2] *= -1
-    label[::2] = 1 - label[::2]
-    return size, label
-
-
-def expected_calibration_error(predicted: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """Σ over bins of |Σ predicted − Σ label| / P, bins of equal width over [0, 1].
-
-    For pairs whose orientation is independent of the label; `calibration` takes care of that for all others.
+def _sampling_errors(residuals: NDArray[np.float64], groups: Groups, seed: int) -> NDArray[np.float64]:
+    """`[S]` expected calibration errors of a calibrated model: Σ |z| with z normal, of the residuals' covariance.
 
     Args:
-        predicted: `[P]` in [0, 1].
-        labels: `[P]` in [0, 1].
+        residuals: `[P, B]`, (label − prediction) / P in the pair's bin. They are expected to be 0 in a calibrated
+            model, so what their sums vary by is the sum of their products over related pairs.
     """
-    prediction, label = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    place = _bin_of(prediction, bins)
-    return float(np.abs(np.bincount(place, prediction - label, bins)).sum() / len(prediction))
-
-
-def ece_floor(
-    differences: ArrayLike,
-    *,
-    seed: int,
-    bins: int = BINS,
-    simulations: int = 200,
-) -> SamplingFloor:
-    """ECE where labels are drawn from the predictions themselves, Bernoulli(σ(difference)).
-
-    For soft labels, the mean of several votes, it is an upper bound: they scatter less than single votes.
-
-    Args:
-        differences: `[P]`, divided by the temperature, in an orientation that is independent of the labels.
-    """
-    predicted = expit(np.asarray(differences, dtype=np.float64))
-    place = _bin_of(predicted, bins)
-    generator = keyed_generator(seed, "ece-floor")
-    errors = np.empty(simulations)
-    for number in range(simulations):
-        labels = generator.random(len(predicted)) < predicted
-        errors[number] = np.abs(np.bincount(place, predicted - labels, bins)).sum() / len(predicted)
-    return SamplingFloor(float(errors.mean()), float(np.quantile(errors, 0.95)))
+    covariance = groups.covariance(residuals)
+    # Where it is no covariance (see `Groups.variance`), directions of negative variance are turned round.
+    drawn = keyed_generator(seed, "ece-floor").multivariate_normal(
+        np.zeros(len(covariance)), covariance, SIMULATIONS, method="eigh", check_valid="ignore"
+    )
+    return np.abs(drawn).sum(axis=1)
 
 
 def negative_log_likelihood(differences: ArrayLike, chosen_probability: ArrayLike, temperature: float = 1.0) -> float:
@@ -229,12 +210,3 @@ def fit_temperature(
     else:
         temperature, at_bound = math.exp(-brentq(derivative, flattest, steepest)), False
     return TemperatureFit(temperature, at_bound, negative_log_likelihood(delta, probability, temperature))
-
-
-def stored_temperature(fit: TemperatureFit) -> float:
-    """What goes with the model: 1, for none, where the pairs do not determine one (all right, or no signal)."""
-    return 1.0 if fit.at_bound else fit.temperature
-
-
-def _bin_of(predicted: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
-    return np.minimum((predicted * bins).astype(np.int64), bins - 1)

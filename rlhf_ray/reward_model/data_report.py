@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_names
+from rlhf_ray.reward_model.groups import Groups, Proportion
 from rlhf_ray.reward_model.label_noise import RaterCeiling, rater_ceiling
 from rlhf_ray.reward_model.leakage import NUM_EXAMPLES, Finding, Leakage, PairHashes, TrainingTexts, find, hash_pairs
 
@@ -53,19 +54,14 @@ class LengthReport:
     Attributes:
         preferred_mean, other_mean: lengths.
         gap_mean: mean of preferred − other.
-        differing: pairs whose lengths differ.
-        longer_preferred: share of those in which the longer one is preferred; None without such pairs.
-        low, high: its 95 % interval (Wilson), or None.
+        longer_preferred: share of the pairs of different lengths in which the longer one is preferred.
         longest: of all lengths, ties included.
     """
 
     preferred_mean: float | None
     other_mean: float | None
     gap_mean: float | None
-    differing: int
-    longer_preferred: float | None
-    low: float | None
-    high: float | None
+    longer_preferred: Proportion
     longest: float
 
 
@@ -136,7 +132,7 @@ class SetReport:
         contradictions: pairs that another contradicts, which has the same two texts and the opposite preference:
             of each such group the smaller side, which any reward model gets wrong.
         characters, tokens: lengths of the responses in characters, and of the whole texts in tokens where given.
-        raters: ceiling implied by the labels, over all pairs but those with a single vote.
+        raters: ceiling implied by the labels.
         votes, gaps: None where no pair has them.
         attributes: by name.
     """
@@ -276,6 +272,7 @@ def _report_set(
     if tokens is not None and tokens.shape != characters.shape:
         raise ValueError(f"token counts of shape {tokens.shape} for {len(pairs)} pairs")
     duplicates, contradictions = _repeats(hashes, direction)
+    groups = Groups.of(pairs)
     sources = Counter(pair.source for pair in pairs)
     return SetReport(
         rows=preferences.num_rows,
@@ -292,9 +289,9 @@ def _report_set(
         alike=find(hashes.places, (hashes.chosen == hashes.rejected) & (direction != 0)),
         duplicates=duplicates,
         contradictions=contradictions,
-        characters=_lengths(characters, direction),
-        tokens=None if tokens is None else _lengths(tokens, direction),
-        raters=rater_ceiling(probability[[pair.raters is None or pair.raters > 1 for pair in pairs]]),
+        characters=_lengths(characters, direction, groups),
+        tokens=None if tokens is None else _lengths(tokens, direction, groups),
+        raters=rater_ceiling(pairs),
         votes=_votes(pairs),
         gaps=_gaps(pairs),
         attributes=tuple(_attribute(name, pairs, direction) for name in attribute_names(pairs)),
@@ -323,20 +320,16 @@ def _repeats(hashes: PairHashes, direction: NDArray[np.float64]) -> tuple[Findin
     return repeats, contradicted
 
 
-def _lengths(lengths: NDArray[np.int64], direction: NDArray[np.float64]) -> LengthReport:
-    from scipy.stats import binomtest  # type: ignore[import-untyped]
-
+def _lengths(lengths: NDArray[np.int64], direction: NDArray[np.float64], groups: Groups) -> LengthReport:
     longest = float(lengths.max())
-    turned = np.where(direction[:, None] < 0, lengths[:, ::-1], lengths)[direction != 0].astype(np.float64)
+    turned = np.where(direction[:, None] < 0, lengths[:, ::-1], lengths).astype(np.float64)
     gaps = turned[:, 0] - turned[:, 1]
-    if not len(gaps):
-        return LengthReport(None, None, None, 0, None, None, None, longest)
-    means = (float(turned[:, 0].mean()), float(turned[:, 1].mean()), float(gaps.mean()))
-    longer, differing = int((gaps > 0).sum()), int((gaps != 0).sum())
-    if not differing:
-        return LengthReport(*means, 0, None, None, None, longest)
-    interval = binomtest(longer, differing).proportion_ci(method="wilson")
-    return LengthReport(*means, differing, longer / differing, float(interval.low), float(interval.high), longest)
+    decided = direction != 0
+    longer = groups.share(np.where(decided & (gaps != 0), gaps > 0, np.nan))
+    if not decided.any():
+        return LengthReport(None, None, None, longer, longest)
+    preferred, other, gap = (float(values[decided].mean()) for values in (turned[:, 0], turned[:, 1], gaps))
+    return LengthReport(preferred, other, gap, longer, longest)
 
 
 def _votes(pairs: Sequence[PreferencePair]) -> VoteReport | None:
@@ -413,8 +406,8 @@ def _set_lines(name: str, data: SetReport) -> list[str]:
 def _length_parts(data: SetReport) -> list[str]:
     parts = []
     lengths = data.tokens or data.characters
-    if lengths.longer_preferred is not None:
-        parts.append(f"the longer is preferred in {_percent(lengths.longer_preferred)}")
+    if lengths.longer_preferred.value is not None:
+        parts.append(f"the longer is preferred in {_percent(lengths.longer_preferred.value)}")
     for unit, each in (("tokens", data.tokens), ("characters", data.characters)):
         if each is not None and each.gap_mean is not None:
             parts.append(f"by {each.gap_mean:+.1f} {unit} on average")
@@ -475,7 +468,8 @@ def _set_warnings(name: str, data: SetReport) -> list[str]:
 def _length_warnings(name: str, data: SetReport) -> list[str]:
     """Of the two measures of length the one that the model sees, if it is known; never for a handful of pairs."""
     lengths = data.tokens or data.characters
-    share, low, high = lengths.longer_preferred, lengths.low, lengths.high
+    longer = lengths.longer_preferred
+    share, low, high = longer.value, longer.low, longer.high
     if share is None or low is None or high is None or low <= 0.5 <= high:
         return []
     if share <= LONGER_PREFERRED_SHARE and 1 - share <= LONGER_PREFERRED_SHARE:

@@ -6,15 +6,13 @@ variance, then only adds noise.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri
 from scipy.stats import rankdata, spearmanr
 
-from rlhf_ray.reward_model.accuracy import LEVEL, Proportion, share_with_interval
+from rlhf_ray.reward_model.groups import UNKNOWN, Estimate, Groups, Proportion
 
 
 @dataclass(frozen=True)
@@ -36,20 +34,17 @@ class RiskPoint:
 
 @dataclass(frozen=True)
 class DisagreementReport:
-    """How well disagreement foretells errors; None where it is undefined (no error, all wrong, or no variation).
+    """How well disagreement foretells errors; none where it is undefined (no error, all wrong, or no variation).
 
     Attributes:
         auroc: probability that a wrong pair has more disagreement than a right one; one half is chance.
-        auroc_low, auroc_high: interval by DeLong et al. 1988.
         spearman: rank correlation of disagreement with being wrong.
         bands: accuracy by quintile of disagreement, from the least; fewer where values repeat.
         risk_coverage: from the smallest coverage to 1, where the risk is the overall error rate.
         pairs, errors: counts.
     """
 
-    auroc: float | None
-    auroc_low: float | None
-    auroc_high: float | None
+    auroc: Estimate
     spearman: float | None
     bands: tuple[DisagreementBand, ...]
     risk_coverage: tuple[RiskPoint, ...]
@@ -58,58 +53,63 @@ class DisagreementReport:
 
 
 def disagreement_against_error(
-    disagreement: ArrayLike, correct: ArrayLike, *, seed: int, bands: int = 5, points: int = 10, level: float = LEVEL
+    disagreement: ArrayLike, credit: ArrayLike, groups: Groups, *, bands: int = 5, points: int = 10
 ) -> DisagreementReport:
     """Compare the disagreement about each pair with whether the aggregated score got the pair right.
 
     Args:
-        disagreement: `[P]`, P ≥ 1, such as the standard deviation over members of their score difference. Only its
-            order counts.
-        correct: `[P]` booleans; a pair with equal scores is not right, and pairs labelled as ties are left out before.
+        disagreement: `[P]`, such as the standard deviation over members of their score difference. Only its order
+            counts.
+        credit: `[P]`, with at least one that is not NaN (a tie in the label, which is left out); below 1 is not right.
+        groups: of the pairs.
         bands: of about as many pairs each.
         points: of the risk-coverage curve, at coverage 1/points, 2/points … 1.
     """
-    values, right = np.asarray(disagreement, dtype=np.float64), np.asarray(correct, dtype=bool)
-    if values.ndim != 1 or values.shape != right.shape or not len(values):
-        raise ValueError(f"disagreement and correct have shapes {values.shape} and {right.shape}, not P ≥ 1")
+    values, credits = np.asarray(disagreement, dtype=np.float64), np.asarray(credit, dtype=np.float64)
+    decided = ~np.isnan(credits)
+    if values.ndim != 1 or values.shape != credits.shape or not decided.any():
+        raise ValueError(f"disagreement and credit have shapes {values.shape} and {credits.shape}, not P ≥ 1")
     if not np.isfinite(values).all():
         raise ValueError("a disagreement is not finite")
-    auroc, low, high = auroc_with_interval(values[~right], values[right], level)
+    right = np.where(decided, credits == 1, np.nan)
+    kept, correct = values[decided], right[decided] == 1
     return DisagreementReport(
-        auroc=auroc,
-        auroc_low=low,
-        auroc_high=high,
-        spearman=_spearman(values, ~right),
-        bands=_accuracy_bands(values, right, bands, seed, level),
-        risk_coverage=_risk_coverage(values, right, points),
-        pairs=len(values),
-        errors=int((~right).sum()),
+        auroc=auroc(values, right == 0, right == 1, groups),
+        spearman=_spearman(kept, ~correct),
+        bands=_accuracy_bands(values, right, bands, groups),
+        risk_coverage=_risk_coverage(kept, correct, points),
+        pairs=len(kept),
+        errors=int((~correct).sum()),
     )
 
 
-def auroc_with_interval(
-    positives: NDArray[np.float64], negatives: NDArray[np.float64], level: float = LEVEL
-) -> tuple[float, float, float] | tuple[None, None, None]:
-    """P(positive > negative) + P(equal)/2, and its normal interval with the variance of DeLong et al. 1988.
+def auroc(
+    values: NDArray[np.float64], positive: NDArray[np.bool_], negative: NDArray[np.bool_], groups: Groups
+) -> Estimate:
+    """P(positive > negative) + P(equal)/2, by the placements of DeLong et al. 1988, within [0, 1].
 
     With m positives and k negatives, and ranks in the whole and within each class, the placements
-    V₁₀ = (rank − rank among positives)/k and V₀₁ = 1 − (rank − rank among negatives)/m have the area as their mean, and
-    var(V₁₀)/m + var(V₀₁)/k estimates its variance.
+    V₁₀ = (rank − rank among positives)/k and V₀₁ = 1 − (rank − rank among negatives)/m have the area A as their mean.
+    (V₁₀ − A)/m and (V₀₁ − A)/k are what each pair adds to it (Obuchowski 1997 for groups).
 
-    Returns:
-        Area and interval, clipped to [0, 1]; Nones where a class is empty. With a single member of a class its part
-        of the variance counts as 0.
+    Args:
+        values: `[P]`.
+        positive, negative: `[P]`, not both.
+        groups: of the pairs.
     """
-    m, k = len(positives), len(negatives)
+    m, k = int(positive.sum()), int(negative.sum())
     if not m or not k:
-        return None, None, None
-    ranks = rankdata(np.concatenate([positives, negatives]))
-    above = (ranks[:m] - rankdata(positives)) / k
-    below = 1 - (ranks[m:] - rankdata(negatives)) / m
+        return UNKNOWN
+    ranks = rankdata(np.concatenate([values[positive], values[negative]]))
+    above = (ranks[:m] - rankdata(values[positive])) / k
+    below = 1 - (ranks[m:] - rankdata(values[negative])) / m
     area = float(above.mean())
-    variance = sum(float(part.var(ddof=1)) / len(part) for part in (above, below) if len(part) > 1)
-    reach = float(ndtri((1 + level) / 2)) * math.sqrt(variance)
-    return area, max(area - reach, 0.0), min(area + reach, 1.0)
+    influence = np.zeros(len(values))
+    influence[positive], influence[negative] = (above - area) / m, (below - area) / k
+    found = groups.interval(area, influence, counted=positive | negative)
+    if found.low is None or found.high is None:
+        return found
+    return Estimate(area, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def _spearman(values: NDArray[np.float64], wrong: NDArray[np.bool_]) -> float | None:
@@ -119,16 +119,16 @@ def _spearman(values: NDArray[np.float64], wrong: NDArray[np.bool_]) -> float | 
 
 
 def _accuracy_bands(
-    values: NDArray[np.float64], right: NDArray[np.bool_], bands: int, seed: int, level: float
+    values: NDArray[np.float64], right: NDArray[np.float64], bands: int, groups: Groups
 ) -> tuple[DisagreementBand, ...]:
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, bands + 1)))
+    edges = np.unique(np.quantile(values[~np.isnan(right)], np.linspace(0, 1, bands + 1)))
     last = max(len(edges) - 2, 0)
     places = np.minimum(np.searchsorted(edges, values, side="right") - 1, last)
     return tuple(
         DisagreementBand(
             low=float(edges[place]),
             high=float(edges[min(place + 1, len(edges) - 1)]),
-            accuracy=share_with_interval(right[places == place].astype(float), seed=seed, level=level),
+            accuracy=groups.share(np.where(places == place, right, np.nan)),
         )
         for place in range(last + 1)
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.config.reward_model import BestOfNSettings, RewardEvaluationConfig
+from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
 from rlhf_ray.config.settings import ScorerSettings
 from rlhf_ray.failures import Refused
 from rlhf_ray.models.loading import check_tokenizer_fits, read_model_facts
@@ -21,12 +21,11 @@ from rlhf_ray.models.reward_models import RewardEncoding, check_reward_model
 from rlhf_ray.models.reward_texts import templated_tokenizer
 from rlhf_ray.reward_model.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward_model.benchmarks.cases import Benchmark, BenchmarkResult
-from rlhf_ray.reward_model.gate import Verdict, judge
+from rlhf_ray.reward_model.gate import GateFigures, Verdict, judge
 from rlhf_ray.reward_model.inputs import UsedPairs, read_pairs
 from rlhf_ray.reward_model.judging import (
     build_scorers,
     check_integrity,
-    gate_figures,
     integrity_requests,
     judge_pairs,
     probe_texts,
@@ -38,7 +37,6 @@ from rlhf_ray.reward_model.policy_samples import (
     BestOfNReport,
     PolicySamples,
     TextScorer,
-    judge_name,
     judge_samples,
     load_samples,
     read_policy,
@@ -91,7 +89,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
     ]
     samples = _read_samples(config.best_of_n)
     policy = read_policy(config.best_of_n) if config.best_of_n is not None and samples is None else None
-    if config.best_of_n is not None and config.best_of_n.judge != "vader":
+    if config.best_of_n is not None and config.best_of_n.judge not in JUDGES_WITHOUT_MODEL:
         judge_card = RewardModelCard.load(config.best_of_n.judge, "best_of_n.judge")
         read_reward_text(config.best_of_n.judge, "best_of_n.judge", config.scorer, judge_card)
     phases = [[scorer_request(config.scorer)]]
@@ -128,7 +126,8 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 checks = check_integrity(
                     config.model, card, texts, config.scorer, config.gate, config.cluster, folder.logs
                 )
-                verdict = judge(gate_figures(evaluation, scored, used, leakage), checks, config.gate)
+                figures = GateFigures.of(evaluation, len(used.pairs), leakage)
+                verdict = judge(figures, checks, config.gate)
                 if card is not None and config.gate.record:
                     update = {"released": verdict.released, "refusals": verdict.refusals}
                     card.model_copy(update=update).save(Path(config.model))
@@ -177,7 +176,9 @@ def _leakage(config: RewardEvaluationConfig, used: UsedPairs, text: RewardText) 
 
 
 def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
-    return None if settings is None or settings.path is None else load_samples(settings.path, "best_of_n.path")
+    if settings is None or settings.path is None:
+        return None
+    return load_samples(settings.path, "best_of_n.path", judged=settings.judge == "samples")
 
 
 def _score_benchmark(
@@ -205,20 +206,13 @@ def _best_of_n(
     assert settings is not None, "called with the section only"
     proxy = score_samples(samples, text.tokenizer, _text_scorer(scorers, text))
     judge_text, judge_scorer = None, None
-    if samples.judge is None and settings.judge != "vader":
+    if settings.judge not in JUDGES_WITHOUT_MODEL:
         card = RewardModelCard.load(settings.judge, "best_of_n.judge")
         judge_text = read_reward_text(settings.judge, "best_of_n.judge", config.scorer, card)
         build_scorers(scorers, settings.judge, config.scorer)
         judge_scorer = _text_scorer(scorers, judge_text)
     gold = judge_samples(samples, settings.judge, judge_text.tokenizer if judge_text else None, judge_scorer)
-    return report_best_of_n(
-        proxy,
-        gold,
-        judge_name(samples, settings.judge),
-        config.run.seed,
-        config.judgement.resamples,
-        truncated_share=samples.truncated_share,
-    )
+    return report_best_of_n(proxy, gold, settings.judge, truncated_share=samples.truncated_share)
 
 
 def _text_scorer(scorers: ActorGroup[RewardScorer], text: RewardText) -> TextScorer:

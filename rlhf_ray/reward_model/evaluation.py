@@ -4,45 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
 from rlhf_ray.config.reward_model import PREFERENCE, JudgementSettings
 from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.accuracy import (
-    Proportion,
-    StratumAccuracy,
-    accuracy_by,
-    accuracy_with_interval,
-    gap_bins,
-    pair_credit,
-)
-from rlhf_ray.reward_model.bias import (
-    FormatArtefact,
-    LengthBias,
-    format_artefacts,
-    length_bias,
-    position,
-    swap_antisymmetry,
-)
+from rlhf_ray.reward_model.accuracy import StratumAccuracy, accuracy_by, gap_bins, pair_credit
+from rlhf_ray.reward_model.bias import FormatArtefact, LengthBias, format_artefacts, length_bias, position
 from rlhf_ray.reward_model.calibration import Calibration, TemperatureFit, calibration, fit_temperature
 from rlhf_ray.reward_model.disagreement import DisagreementReport, disagreement_against_error
+from rlhf_ray.reward_model.groups import Groups, Proportion
 from rlhf_ray.reward_model.inputs import attribute_label
 from rlhf_ray.reward_model.label_noise import RaterCeiling, rater_ceiling, single_vote_accuracy
 
 _HISTOGRAM_BINS = 40
-
-
-class _Resampling(TypedDict):
-    """What every interval is computed with."""
-
-    seed: int
-    resamples: int
-    groups: Sequence[str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +31,6 @@ class PairScores:
         chosen_attributes, rejected_attributes: `[P, A]`, each attribute averaged over the members.
         member_differences: `[P, K]` chosen − rejected as each member has it.
         num_tokens: `[P, 2]`.
-        swapped: `[S]` differences rejected − chosen of the first S pairs, scored again the other way round.
     """
 
     chosen: NDArray[np.float64]
@@ -63,7 +39,6 @@ class PairScores:
     rejected_attributes: NDArray[np.float64]
     member_differences: NDArray[np.float64]
     num_tokens: NDArray[np.int64]
-    swapped: NDArray[np.float64]
 
     @property
     def differences(self) -> NDArray[np.float64]:
@@ -99,14 +74,14 @@ class PairEvaluation:
     """How well a reward model's preferences are those of people.
 
     Attributes:
-        accuracy: intervals everywhere resample prompts, for pairs of one prompt are not independent.
-        calibration: of σ(Δ) as it is, against the majority's preference.
+        prompts: different ones; a pair without one counts as one.
+        accuracy: against the majority's preference. Intervals everywhere allow for prompts and texts that pairs share.
+        calibration: of σ(Δ) as it is, against the shares of people.
         scaled: of σ(Δ/T), each half of the pairs with the temperature fitted on the other half.
         temperature: fitted on all pairs.
         vote_accuracy: agreement with the vote of a single rater; None without soft labels.
         ceiling: of that agreement, by what the raters agree among themselves.
         scores, margins: of all texts; of preferred − other.
-        swap_antisymmetry: largest |P(a over b) + P(b over a) − 1|.
         position: share of pairs whose preferred response was shown first; None where the rows do not say.
         disagreement: None for a single judge.
         max_tokens: of the longest text.
@@ -128,7 +103,6 @@ class PairEvaluation:
     margins: Histogram
     length: LengthBias
     formats: tuple[FormatArtefact, ...]
-    swap_antisymmetry: float
     position: Proportion | None
     disagreement: DisagreementReport | None
     max_tokens: int
@@ -146,56 +120,42 @@ def evaluate_pairs(
     Args:
         pairs: as many as there are scores, in the same order.
         attributes: of the heads, the preference first.
-        seed: keys bootstrap, folds and simulations.
+        seed: keys folds and sampling floor.
     """
     delta = scores.differences
     probability = np.array([pair.chosen_probability for pair in pairs])
-    # The majority decides; a soft label is a statement about raters, which the ceiling uses.
-    label = 0.5 + 0.5 * np.sign(probability - 0.5)
-    prompts = [pair.prompt for pair in pairs]
-    several = len(set(prompts)) > 1
-    groups = prompts if several else None
-    resampling: _Resampling = {"seed": seed, "resamples": settings.resamples, "groups": groups}
-    preferred = np.sign(label - 0.5)
-    decided = preferred != 0
-    fit = fit_temperature(delta, label)
+    groups = Groups.of(pairs)
+    preferred = np.sign(probability - 0.5)
+    credit = pair_credit(delta, probability)
     bins = gap_bins([pair.gap for pair in pairs], bins=settings.gap_bins)
     texts = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
-    first = [pair.chosen_is_first if tied else None for pair, tied in zip(pairs, decided, strict=True)]
-    several_members = scores.member_differences.shape[1] > 1 and bool(decided.any())
+    first = [pair.chosen_is_first if sign else None for pair, sign in zip(pairs, preferred, strict=True)]
+    # As in the ceiling, with which it is compared.
+    voted = np.array([pair.raters is None or pair.raters > 1 for pair in pairs], dtype=bool)
+    several_members = scores.member_differences.shape[1] > 1 and bool(preferred.any())
     return PairEvaluation(
         pairs=len(pairs),
-        prompts=len(set(prompts)),
-        ties=int((~decided).sum()),
-        accuracy=accuracy_with_interval(delta, label, **resampling),
-        by_source=accuracy_by([pair.source for pair in pairs], delta, label, **resampling),
-        by_gap=accuracy_by(bins.labels, delta, label, names=bins.names, **resampling),
+        prompts=groups.count,
+        ties=int((preferred == 0).sum()),
+        accuracy=groups.share(credit),
+        by_source=accuracy_by([pair.source for pair in pairs], credit, groups),
+        by_gap=accuracy_by(bins.labels, credit, groups, bins.names),
         by_attribute=tuple(
-            _attribute_accuracy(name, index, pairs, scores, resampling) for index, name in enumerate(attributes)
+            _attribute_accuracy(name, index, pairs, scores, groups) for index, name in enumerate(attributes)
         ),
-        calibration=calibration(delta, label, seed=seed, bins=settings.bins),
-        scaled=calibration(_cross_fitted(delta, label, seed), label, seed=seed, bins=settings.bins),
-        temperature=fit,
-        vote_accuracy=single_vote_accuracy(delta, probability),
-        ceiling=rater_ceiling(probability),
+        calibration=calibration(delta, probability, groups, seed=seed, bins=settings.bins),
+        scaled=calibration(
+            _cross_fitted(delta, probability, groups, seed), probability, groups, seed=seed, bins=settings.bins
+        ),
+        temperature=fit_temperature(delta, probability),
+        vote_accuracy=single_vote_accuracy(delta[voted], probability[voted]),
+        ceiling=rater_ceiling(pairs),
         scores=Histogram.of(np.concatenate([scores.chosen, scores.rejected])),
         margins=Histogram.of(np.where(preferred < 0, -delta, delta)),
-        length=length_bias(
-            scores.num_tokens[:, 0],
-            scores.num_tokens[:, 1],
-            scores.chosen,
-            scores.rejected,
-            label,
-            **resampling,
-        ),
-        formats=format_artefacts(*texts, scores.chosen, scores.rejected, label, **resampling),
-        swap_antisymmetry=swap_antisymmetry(expit(delta[: len(scores.swapped)]), expit(scores.swapped)),
-        position=position(first, seed=seed, resamples=settings.resamples)
-        if any(known is not None for known in first)
-        else None,
-        disagreement=disagreement_against_error(
-            scores.member_differences.std(axis=1)[decided], pair_credit(delta, label)[decided] == 1, seed=seed
-        )
+        length=length_bias(scores.num_tokens, delta, probability, groups),
+        formats=format_artefacts(*texts, scores.num_tokens, delta, probability, groups),
+        position=position(first, groups) if any(known is not None for known in first) else None,
+        disagreement=disagreement_against_error(scores.member_differences.std(axis=1), credit, groups)
         if several_members
         else None,
         max_tokens=int(scores.num_tokens.max()),
@@ -203,29 +163,24 @@ def evaluate_pairs(
 
 
 def _attribute_accuracy(
-    name: str,
-    index: int,
-    pairs: Sequence[PreferencePair],
-    scores: PairScores,
-    resampling: _Resampling,
+    name: str, index: int, pairs: Sequence[PreferencePair], scores: PairScores, groups: Groups
 ) -> AttributeAccuracy:
     own = scores.chosen_attributes[:, index] - scores.rejected_attributes[:, index]
-    known = [pair.chosen_probability if name == PREFERENCE else attribute_label(pair, name) for pair in pairs]
-    has = np.array([label is not None for label in known], dtype=bool)
-    labels = np.array([label for label in known if label is not None], dtype=np.float64)
-    groups = resampling["groups"]
-    if groups is not None:
-        groups = [group for group, kept in zip(groups, has, strict=True) if kept]
-    own_resampling: _Resampling = {**resampling, "groups": groups}
-    return AttributeAccuracy(name, accuracy_with_interval(own[has], labels, **own_resampling))
+    labels = [pair.chosen_probability if name == PREFERENCE else attribute_label(pair, name) for pair in pairs]
+    # A pair without the attribute is left out as a tie is.
+    known = np.array([0.5 if label is None else label for label in labels])
+    return AttributeAccuracy(name, groups.share(pair_credit(own, known)))
 
 
-def _cross_fitted(delta: NDArray[np.float64], label: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Differences over a temperature that their own labels had no part in."""
-    fold = keyed_generator(seed, "temperature-folds").permutation(len(delta)) % 2
+def _cross_fitted(
+    delta: NDArray[np.float64], probability: NDArray[np.float64], groups: Groups, seed: int
+) -> NDArray[np.float64]:
+    """Differences over a temperature that the labels of their own prompts had no part in."""
+    halves = keyed_generator(seed, "temperature-folds").permutation(int(groups.prompts.max()) + 1) % 2
+    fold = halves[groups.prompts]
     scaled = delta.copy()
     for half in (0, 1):
         own, other = fold == half, fold != half
         if other.any():
-            scaled[own] = delta[own] / fit_temperature(delta[other], label[other]).temperature
+            scaled[own] = delta[own] / fit_temperature(delta[other], probability[other]).stored
     return scaled

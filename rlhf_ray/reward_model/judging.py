@@ -23,7 +23,7 @@ from rlhf_ray.reward_model.advice import advise
 from rlhf_ray.reward_model.benchmarks.cases import BenchmarkResult
 from rlhf_ray.reward_model.data_report import DataReport
 from rlhf_ray.reward_model.evaluation import PairEvaluation, evaluate_pairs
-from rlhf_ray.reward_model.gate import GateFigures, Verdict
+from rlhf_ray.reward_model.gate import Verdict
 from rlhf_ray.reward_model.inputs import UsedPairs
 from rlhf_ray.reward_model.leakage import Leakage
 from rlhf_ray.reward_model.page import write_page
@@ -137,20 +137,6 @@ def _second_opinion(
         return Check("vllm", False, f"vLLM cannot score it: {failure.cause}", "it cannot be served by vLLM")
     ours = np.array([probe.logits for probe in probes])
     return vllm_check(ours, np.concatenate(theirs, axis=1), tolerance)
-
-
-def gate_figures(
-    evaluation: PairEvaluation, scored: ScoredPairs, used: UsedPairs, leakage: Leakage | None
-) -> GateFigures:
-    """What the gate compares with its thresholds."""
-    return GateFigures(
-        accuracy=evaluation.accuracy,
-        calibration_excess=evaluation.scaled.ece - evaluation.scaled.floor.mean,
-        length_correlation=evaluation.length.association.correlation,
-        accuracy_shorter_preferred=evaluation.length.accuracy_shorter_preferred,
-        leaked_share=None if leakage is None else leakage.texts.share,
-        failed_share=1 - len(scored.kept) / len(used.pairs),
-    )
 
 
 def write_report(

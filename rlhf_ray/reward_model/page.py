@@ -12,14 +12,14 @@ from pathlib import Path
 from markupsafe import Markup
 
 from rlhf_ray.reward_model import plots
-from rlhf_ray.reward_model.accuracy import Proportion, StratumAccuracy
-from rlhf_ray.reward_model.advice import CALIBRATION_EXCESS, HIGH_LENGTH_CORRELATION, interval_text, percent
+from rlhf_ray.reward_model.accuracy import StratumAccuracy
+from rlhf_ray.reward_model.advice import CALIBRATION_EXCESS, HIGH_OVERPAYMENT, interval_text, percent
 from rlhf_ray.reward_model.benchmarks.cases import BenchmarkResult
 from rlhf_ray.reward_model.data_report import DataReport, LengthReport, SetReport, warnings
 from rlhf_ray.reward_model.evaluation import PairEvaluation
 from rlhf_ray.reward_model.gate import CHANCE, Verdict
 from rlhf_ray.reward_model.leakage import Finding, Leakage
-from rlhf_ray.reward_model.plots import Estimate, Reference
+from rlhf_ray.reward_model.plots import LabelledEstimate, Reference
 from rlhf_ray.reward_model.report import EvaluationReport
 from rlhf_ray.tracking.report import Headline, render_page
 from rlhf_ray.tracking.run_folder import write_atomic
@@ -108,7 +108,8 @@ def _about(report: EvaluationReport) -> str:
     ties = f", {pairs.ties:,} of them ties" if pairs.ties else ""
     return (
         f"The reward model {report.model}{version}, judged on {pairs.pairs:,} pairs of {pairs.prompts:,} prompts"
-        f"{ties}. The run took {report.wall_s:,.0f} s. Intervals are 95 %, by bootstrap over prompts."
+        f"{ties}. The run took {report.wall_s:,.0f} s. Intervals are 95 % and allow for prompts and texts that pairs "
+        "share."
     )
 
 
@@ -124,7 +125,7 @@ def _banner(verdict: Verdict | None) -> Banner:
 
 def _headlines(report: EvaluationReport) -> list[Headline]:
     pairs, ceiling, votes = report.pairs, report.pairs.ceiling.accuracy, report.pairs.vote_accuracy
-    accuracy, association = pairs.accuracy, pairs.length.association
+    accuracy, overpaid = pairs.accuracy, pairs.length.overpayment.share
     range_text = (
         "no interval"
         if accuracy.low is None or accuracy.high is None
@@ -148,17 +149,16 @@ def _headlines(report: EvaluationReport) -> list[Headline]:
             f"{pairs.scaled.ece:.3f}",
             f"scaled by T = {pairs.temperature.temperature:.2f}; floor {pairs.scaled.floor.mean:.3f}; "
             f"{pairs.calibration.ece:.3f} as it is",
-            "bad" if pairs.scaled.ece - pairs.scaled.floor.mean > CALIBRATION_EXCESS else "",
+            "bad" if (pairs.scaled.excess.value or 0.0) > CALIBRATION_EXCESS else "",
         ),
     ]
-    if association.correlation is not None:
-        range_text = "" if association.low is None else f"{association.low:+.2f} to {association.high:+.2f}; "
+    if overpaid.value is not None:
         found.append(
             Headline(
-                "Correlation with length",
-                f"{association.correlation:+.2f}",
-                f"{range_text}given the preference",
-                "bad" if abs(association.correlation) > HIGH_LENGTH_CORRELATION else "",
+                "Overpaid for length",
+                percent(overpaid.value),
+                f"{interval_text(overpaid)} of a typical score difference",
+                "bad" if overpaid.value > HIGH_OVERPAYMENT else "",
             )
         )
     if report.leakage is not None:
@@ -186,7 +186,9 @@ def _accuracy(pairs: PairEvaluation) -> Section:
     shown: list[Plot] = []
 
     def add(title: str, note: str, strata: Sequence[StratumAccuracy]) -> None:
-        estimates = [Estimate.of(each.name, each.accuracy) for each in strata if each.accuracy.value is not None]
+        estimates = [
+            LabelledEstimate.of(each.name, each.accuracy) for each in strata if each.accuracy.value is not None
+        ]
         if len(estimates) > 1:
             shown.append(Plot(title, note, plots.intervals(estimates, references, "accuracy", (0.45, 1.0))))
 
@@ -255,26 +257,29 @@ def _length_and_format(pairs: PairEvaluation) -> Section:
     length = pairs.length
     shown = []
     sides = [
-        Estimate.of("longer one preferred", length.accuracy_longer_preferred),
-        Estimate.of("shorter one preferred", length.accuracy_shorter_preferred),
+        LabelledEstimate.of("longer one preferred", length.accuracy_longer_preferred),
+        LabelledEstimate.of("shorter one preferred", length.accuracy_shorter_preferred),
     ]
     if any(each.value is not None for each in sides):
         note = "A model that only counts words is right on the first and wrong on the second."
         chance = [Reference(CHANCE, "chance", "dotted")]
         shown.append(Plot("Accuracy by length", note, plots.intervals(sides, chance, "accuracy", (0.45, 1.0))))
-    features = [("length", pairs.pairs, length.association)]
-    features += [(each.name, each.pairs_that_differ, each.association) for each in pairs.formats]
+    features = [("length", pairs.pairs, length.overpayment.share)]
+    features += [(each.name, each.pairs_that_differ, each.overpayment.share) for each in pairs.formats]
     estimates = [
-        Estimate(name, found.correlation, found.low, found.high, count)
+        LabelledEstimate(name, found.value, found.low, found.high, count)
         for name, count, found in features
-        if found.correlation is not None
+        if found.value is not None
     ]
     if estimates:
-        note = "Partial correlation of the score with features of the text, given the preference; 0 is sound."
+        note = (
+            "Share of a typical score difference that is paid for more of it, beyond what people prefer it for; 0 is "
+            "sound. Formats are compared at equal length."
+        )
         zero = [Reference(0.0, "none", "dotted")]
-        picture = plots.intervals(estimates, zero, "correlation", (-0.5, 0.5), form="+.2f", unit="pairs that differ")
-        shown.append(Plot("What else the score goes with", note, picture))
-    about = "Among pairs that people judge alike, does the longer one, or the one with more formatting, score higher?"
+        picture = plots.intervals(estimates, zero, "share", (-0.5, 0.5), form="+.2f", unit="pairs that differ")
+        shown.append(Plot("What the score overpays", note, picture))
+    about = "At equal scores, do people like the longer response, or the one with more formatting, less?"
     if length.longer_preferred.value is not None:
         about += f" People prefer the longer response in {interval_text(length.longer_preferred)}."
     if length.mean_length_difference is not None:
@@ -286,9 +291,9 @@ def _disagreement(pairs: PairEvaluation) -> Section | None:
     report = pairs.disagreement
     if report is None:
         return None
-    area = "undefined" if report.auroc is None else f"{report.auroc:.2f}"
-    if report.auroc_low is not None:
-        area += f" ({report.auroc_low:.2f}–{report.auroc_high:.2f})"
+    area = "undefined" if report.auroc.value is None else f"{report.auroc.value:.2f}"
+    if report.auroc.low is not None:
+        area += f" ({report.auroc.low:.2f}–{report.auroc.high:.2f})"
     return Section(
         "Disagreement",
         f"Does the ensemble know when it is wrong? The chance that a wrong pair has more disagreement than a right one "
@@ -450,12 +455,8 @@ def _sets(data: DataReport) -> Table:
         ("contradictions", [finding(each.contradictions) for each in sets]),
         ("preferred and other: tokens", [length(each.tokens) for each in sets]),
         ("preferred and other: characters", [length(each.characters) for each in sets]),
-        ("longer one preferred", [_longer(each.tokens or each.characters) for each in sets]),
+        ("longer one preferred", [interval_text((each.tokens or each.characters).longer_preferred) for each in sets]),
         ("sources", [sources(each) for each in sets]),
     ]
     columns = ("", "training", "held out")[: len(sets) + 1]
     return Table("Pairs", columns, tuple(Row((name, *cells)) for name, cells in lines))
-
-
-def _longer(length: LengthReport) -> str:
-    return interval_text(Proportion(length.longer_preferred, length.low, length.high, length.differing))

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup
 
-from rlhf_ray.reward_model.accuracy import Proportion
 from rlhf_ray.reward_model.best_of_n import BestOfNPoint
 from rlhf_ray.reward_model.calibration import Calibration
 from rlhf_ray.reward_model.disagreement import DisagreementReport
 from rlhf_ray.reward_model.evaluation import Histogram
+from rlhf_ray.reward_model.groups import Proportion
 from rlhf_ray.tracking.report import BLUE, GREY, ORANGE, STYLE
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _STYLE = STYLE | {"svg.fonttype": "none", "svg.hashsalt": "evaluation", "text.co
 
 
 @dataclass(frozen=True)
-class Estimate:
+class LabelledEstimate:
     """A labelled value with its interval; None where there is none.
 
     Attributes:
@@ -54,7 +54,7 @@ class Estimate:
     count: int
 
     @classmethod
-    def of(cls, name: str, share: Proportion) -> Estimate:
+    def of(cls, name: str, share: Proportion) -> LabelledEstimate:
         return cls(name, share.value, share.low, share.high, share.count)
 
 
@@ -68,7 +68,7 @@ class Reference:
 
 
 def intervals(
-    estimates: Sequence[Estimate],
+    estimates: Sequence[LabelledEstimate],
     references: Sequence[Reference],
     label: str,
     limits: tuple[float, float],
@@ -118,7 +118,7 @@ def reliability(plain: Calibration, scaled: Calibration) -> Markup:
     """Frequency against predicted probability before and after scaling, above the numbers of pairs."""
     with _svg(4.5, "reliability diagram") as (figure, markup):
         panel, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-        panel.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="dotted")
+        panel.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle="dotted")
         for name, calibration, color, style in (
             ("as it is", plain, ORANGE, "--"),
             ("temperature fitted", scaled, BLUE, "-"),
@@ -136,15 +136,15 @@ def reliability(plain: Calibration, scaled: Calibration) -> Markup:
             )
             edges = [calibration.bins[0].low, *(each.high for each in calibration.bins)]
             counts.stairs([each.count for each in calibration.bins], edges, color=color, linestyle=style)
-        panel.set_ylabel("share preferred")
+        panel.set_ylabel("share of people who agree")
         panel.set_ylim(-0.02, 1.02)
         legend = panel.legend(loc="upper left", handletextpad=0.3)
         for handle in legend.legend_handles:
             handle.set_sizes([36])
-        counts.set_xlim(-0.01, 1.01)
+        counts.set_xlim(0.49, 1.01)
         counts.set_ylim(bottom=0)
         counts.set_ylabel("pairs")
-        counts.set_xlabel("predicted probability of being preferred")
+        counts.set_xlabel("predicted probability of the response with the higher score")
     return markup[0]
 
 

@@ -32,8 +32,6 @@ from rlhf_ray.models.loading import (
     load_policy_tokenizer,
     read_model_facts,
 )
-from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.accuracy import RESAMPLES, interval, resampled_sums
 from rlhf_ray.reward_model.best_of_n import (
     BestOfNCurve,
     OverOptimisation,
@@ -42,6 +40,7 @@ from rlhf_ray.reward_model.best_of_n import (
     fit_overoptimisation,
     win_rate,
 )
+from rlhf_ray.reward_model.groups import mean_with_interval
 from rlhf_ray.roles.evaluator import vader_judge
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.reward_scorer import Conversation
@@ -119,7 +118,7 @@ class RankAgreement:
 
     Attributes:
         correlation: Spearman's, averaged over prompts; None where there is no prompt in which both vary.
-        low, high: bootstrap interval over prompts.
+        low, high: interval over prompts.
         prompts: number of prompts in which both vary.
     """
 
@@ -155,7 +154,7 @@ class BestOfNReport:
     agreement: RankAgreement
 
 
-def load_samples(path: str, key: str) -> PolicySamples:
+def load_samples(path: str, key: str, judged: bool = False) -> PolicySamples:
     """Read samples that somebody else drew: rows with `prompt` (a string or chat messages), `responses` (a list of at
     least two strings) and, in all rows or in none, `judge` (a list of a number for each response).
 
@@ -163,6 +162,7 @@ def load_samples(path: str, key: str) -> PolicySamples:
 
     Args:
         key: the settings key that holds `path`, for messages.
+        judged: all rows need `judge`.
 
     Raises:
         BadInput: an unreadable source, or the first row that cannot be used. None is skipped: without it the curve is
@@ -173,6 +173,8 @@ def load_samples(path: str, key: str) -> PolicySamples:
         if (row.judge is None) != (rows[0].judge is None):
             without = row if row.judge is None else rows[0]
             raise BadInput(without.place, "has no `judge`, but another row has", "`judge` in all rows or in none")
+    if judged and rows[0].judge is None:
+        raise BadInput(rows[0].place, "has no `judge`", "rows with `judge`, or another best_of_n.judge than `samples`")
     count = min(len(row.responses) for row in rows)
     judge = [row.judge[:count] for row in rows if row.judge is not None]
     return PolicySamples(
@@ -306,13 +308,16 @@ def score_samples(samples: PolicySamples, tokenizer: Any, score: TextScorer) -> 
 def judge_samples(
     samples: PolicySamples, judge: str, tokenizer: Any = None, score: TextScorer | None = None
 ) -> NDArray[np.float64]:
-    """`[P, N]` scores of the second judge: those that came with the samples, or else those of `judge`.
+    """`[P, N]` scores of the second judge.
 
     Args:
-        judge: `vader`, of the response alone, or the directory of a reward model.
+        judge: `samples` for those that came with the samples, `vader` for a lexicon's of the response alone, or the
+            directory of a reward model.
         tokenizer, score: of that reward model, as for `score_samples`.
     """
-    if samples.judge is not None:
+    if judge == "samples":
+        if samples.judge is None:
+            raise ValueError("the samples come without a judge's scores")
         return samples.judge
     if judge == "vader":
         compound = vader_judge()
@@ -322,17 +327,10 @@ def judge_samples(
     return score_samples(samples, tokenizer, score)
 
 
-def judge_name(samples: PolicySamples, judge: str) -> str:
-    """Who `judge_samples` listens to."""
-    return judge if samples.judge is None else "`judge` of the samples"
-
-
 def report_best_of_n(
     proxy: ArrayLike,
     gold: ArrayLike,
     judge_name: str,
-    seed: int,
-    resamples: int = RESAMPLES,
     *,
     truncated_share: float | None = None,
 ) -> BestOfNReport:
@@ -341,7 +339,6 @@ def report_best_of_n(
     Args:
         proxy: `[P, N]` scores of the reward model, N at least 2; NaN where there is none.
         gold: `[P, N]` scores of the second judge for the same samples, likewise.
-        seed: keys the bootstrap.
 
     Raises:
         BadInput: no prompt has scores for all its samples.
@@ -361,7 +358,7 @@ def report_best_of_n(
     rewards, worth = rewards[good], worth[good]
     count = rewards.shape[1]
     sizes = sorted({*(1 << power for power in range(count.bit_length())), count})
-    curve = best_of_n_curve(rewards, worth, sizes, seed=seed, resamples=resamples)
+    curve = best_of_n_curve(rewards, worth, sizes)
     return BestOfNReport(
         judge=judge_name,
         prompts=len(rewards),
@@ -372,7 +369,7 @@ def report_best_of_n(
         fit=fit_overoptimisation(curve.points),
         win_rates=tuple(WinRate(n, win_rate(rewards, n), expected_win_rate(n)) for n in sizes[:-1]),
         spread=_spread(rewards),
-        agreement=_agreement(rewards, worth, seed, resamples),
+        agreement=_agreement(rewards, worth),
     )
 
 
@@ -388,17 +385,16 @@ def _spread(rewards: NDArray[np.float64]) -> RewardSpread:
     return RewardSpread(float(np.sqrt(within).mean()), share, float(flat.mean()))
 
 
-def _agreement(rewards: NDArray[np.float64], worth: NDArray[np.float64], seed: int, resamples: int) -> RankAgreement:
+def _agreement(rewards: NDArray[np.float64], worth: NDArray[np.float64]) -> RankAgreement:
     ranks = np.stack([rankdata(scores, axis=1) for scores in (rewards, worth)])
     ranks -= (rewards.shape[1] + 1) / 2
     lengths = np.sqrt((ranks**2).sum(axis=2))
     both = (lengths > 0).all(axis=0)
     if not both.any():
         return RankAgreement(None, None, None, 0)
-    correlations = ((ranks[0] * ranks[1]).sum(axis=1)[both] / lengths.prod(axis=0)[both])[:, None]
-    drawn = resampled_sums(correlations, keyed_generator(seed, "rank-agreement"), resamples) / len(correlations)
-    low, high = interval(drawn[:, 0])
-    return RankAgreement(float(correlations.mean()), low, high, len(correlations))
+    correlations = (ranks[0] * ranks[1]).sum(axis=1)[both] / lengths.prod(axis=0)[both]
+    found = mean_with_interval(correlations)
+    return RankAgreement(float(correlations.mean()), found.low, found.high, len(correlations))
 
 
 @dataclass(frozen=True)

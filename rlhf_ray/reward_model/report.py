@@ -81,6 +81,6 @@ def headline(evaluation: PairEvaluation) -> dict[str, float | int | str | None]:
         "calibration_error_scaled": scaled.ece,
         "calibration_floor": scaled.floor.mean,
         "temperature": None if evaluation.temperature.at_bound else evaluation.temperature.temperature,
-        "length_correlation": evaluation.length.association.correlation,
+        "overpaid_length": evaluation.length.overpayment.share.value,
         "accuracy_shorter_preferred": evaluation.length.accuracy_shorter_preferred.value,
     }

@@ -14,8 +14,6 @@ from rlhf_ray.reward_model.inputs import UsedPairs
 from rlhf_ray.roles.reward_scorer import RewardScorer, ScoredTexts
 from rlhf_ray.runtime.actor_group import ActorGroup
 
-_SWAPPED_PAIRS = 128
-
 Tokens = tuple[int, ...]
 
 
@@ -77,7 +75,6 @@ def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation:
     good = np.isfinite(scores[chosen]) & np.isfinite(scores[rejected])
     kept = np.flatnonzero(good)
     chosen, rejected = chosen[kept], rejected[kept]
-    again = _swapped(scorers, [(unique[r], unique[c]) for c, r in zip(chosen, rejected, strict=True)], aggregation)
     causes = [cause for cause in scored.failures if cause]
     return ScoredPairs(
         PairScores(
@@ -87,7 +84,6 @@ def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation:
             rejected_attributes=attributes[rejected],
             member_differences=members[chosen] - members[rejected],
             num_tokens=scored.num_tokens[np.stack([chosen, rejected], axis=1)],
-            swapped=again,
         ),
         tuple(kept.tolist()),
         {cause: causes.count(cause) for cause in dict.fromkeys(causes)},
@@ -95,16 +91,3 @@ def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation:
         scores,
         scored.num_tokens,
     )
-
-
-def _swapped(
-    scorers: ActorGroup[RewardScorer], pairs: Sequence[tuple[Tokens, Tokens]], aggregation: ScoreAggregation
-) -> NDArray[np.float64]:
-    """Differences of the first pairs the other way round, in other batches than before."""
-    chosen = pairs[:_SWAPPED_PAIRS]
-    if not chosen:
-        return np.zeros(0)
-    flat = [text for pair in chosen for text in pair]
-    scored = score_all(scorers, flat)
-    scores, _ = aggregation.scores(scored.heads, scored.num_tokens)
-    return scores[0::2] - scores[1::2]

@@ -14,14 +14,14 @@ from rlhf_ray.models.reference_scores import ReferenceScores
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.models.reward_checks import Check
 from rlhf_ray.reward_model import data_report
-from rlhf_ray.reward_model.bias import partial_association
+from rlhf_ray.reward_model.bias import overpayment
 from rlhf_ray.reward_model.evaluation import PairEvaluation
-from rlhf_ray.reward_model.gate import Verdict, judge
+from rlhf_ray.reward_model.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward_model.groups import Groups
 from rlhf_ray.reward_model.inputs import TrainingInputs, UsedPairs, layout_of, read_training_inputs
 from rlhf_ray.reward_model.judging import (
     build_scorers,
     check_integrity,
-    gate_figures,
     integrity_requests,
     judge_pairs,
     probe_texts,
@@ -152,7 +152,7 @@ def _finish(
     with role_group(scorer_request(config.scorer), config.cluster, folder.logs) as scorers:
         tracker.phase("loading the reward model again")
         build_scorers(scorers, model, config.scorer)
-        fitted, sample = _fit_aggregation(card, config.aggregation, scorers, inputs.training, config.run.seed)
+        fitted, sample = _fit_aggregation(card, config.aggregation, scorers, inputs.training)
         card = _write(card.model_copy(update={"aggregation": fitted}), folder)
         if inputs.held_out is not None:
             tracker.phase("judging the reward model")
@@ -184,17 +184,15 @@ def _judge(
 ) -> tuple[RewardModelCard, EvaluationReport]:
     """The verdict, into the card, and the report."""
     model = str(folder.reward_model)
-    card = _write(
-        card.model_copy(update={"temperature": evaluation.temperature.temperature, "evaluation": headline(evaluation)}),
-        folder,
-    )
+    card = _write(with_figures(card, evaluation), folder)
     checks: tuple[Check, ...] = ()
     verdict: Verdict | None = None
     if config.gate.enabled:
         tracker.phase("checking the reward model's integrity")
         texts = probe_texts(held_out, config.gate.probes)
         checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, folder.logs)
-        verdict = judge(gate_figures(evaluation, scored, held_out, data.leakage), checks, config.gate)
+        figures = GateFigures.of(evaluation, len(held_out.pairs), data.leakage)
+        verdict = judge(figures, checks, config.gate)
         card = _write(card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}), folder)
         tracker.events.write("judged", released=verdict.released, refusals=list(verdict.refusals))
     report = write_report(
@@ -221,12 +219,17 @@ def _write(card: RewardModelCard, folder: RunFolder) -> RewardModelCard:
     return card
 
 
+def with_figures(card: RewardModelCard, evaluation: PairEvaluation) -> RewardModelCard:
+    """What was found of a model, in its card."""
+    figures = {"temperature": evaluation.temperature.stored, "evaluation": headline(evaluation)}
+    return card.model_copy(update=figures)
+
+
 def _fit_aggregation(
     card: RewardModelCard,
     settings: AggregationSettings,
     scorers: ActorGroup[RewardScorer],
     training: UsedPairs,
-    seed: int,
 ) -> tuple[ScoreAggregation, ScoredTexts]:
     """Scales of the members and the length penalty, from training pairs, and the scored texts of those.
 
@@ -254,7 +257,8 @@ def _fit_aggregation(
         score_differences, length_differences = (
             np.subtract(*values.reshape(2, len(rows))) for values in (scores, scored.num_tokens)
         )
-        labels = np.array([training.pairs[row].chosen_probability for row in rows])
-        slope = partial_association(score_differences, length_differences, labels, seed=seed).coefficient
-        aggregation = aggregation.model_copy(update={"length_coefficient": slope or 0.0})
+        pairs = [training.pairs[row] for row in rows]
+        labels = [pair.chosen_probability for pair in pairs]
+        found = overpayment(score_differences, length_differences, labels, Groups.of(pairs))
+        aggregation = aggregation.model_copy(update={"length_coefficient": found.penalty})
     return aggregation, scored

@@ -35,6 +35,7 @@ def settings_for(tiny: Path, replicas: int, policy: str = "policy") -> BestOfNSe
         ),
         prompts=PromptSettings(path=str(tiny / "prompts_test.jsonl"), limit=NUM_PROMPTS),
         samples_per_prompt=NUM_SAMPLES,
+        judge="vader",
         max_response_tokens=12,
     )
 
@@ -69,7 +70,7 @@ def test_a_reward_model_is_judged_on_them(samples: PolicySamples, tiny: Path, po
     )
     first = scorer.score_texts([samples.prompts[1].text + samples.responses[1][2]]).scores[0]
     assert scores[1, 2] == pytest.approx(first, abs=SCORE_ROUNDING)
-    report = report_best_of_n(scores, judge_samples(samples, "vader"), "vader", 0, 100)
+    report = report_best_of_n(scores, judge_samples(samples, "vader"), "vader")
     assert (report.prompts, report.samples_per_prompt, report.failed_prompts) == (NUM_PROMPTS, NUM_SAMPLES, 0)
     proxy = [point.proxy for point in report.curve.points]
     assert np.all(np.diff(proxy) > 0)

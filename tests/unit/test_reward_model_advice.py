@@ -3,12 +3,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf_ray.reward_model.accuracy import Proportion, StratumAccuracy
+from rlhf_ray.reward_model.accuracy import StratumAccuracy
 from rlhf_ray.reward_model.advice import Advice, advise, interval_text
-from rlhf_ray.reward_model.bias import FormatArtefact, LengthBias, PartialAssociation
+from rlhf_ray.reward_model.bias import FormatArtefact, LengthBias, Overpayment
 from rlhf_ray.reward_model.calibration import Calibration, SamplingFloor, TemperatureFit
 from rlhf_ray.reward_model.disagreement import DisagreementReport
 from rlhf_ray.reward_model.evaluation import AttributeAccuracy, Histogram, PairEvaluation
+from rlhf_ray.reward_model.groups import UNKNOWN, Estimate, Proportion
 from rlhf_ray.reward_model.label_noise import RaterCeiling
 from rlhf_ray.reward_model.leakage import Finding, Leakage
 from rlhf_ray.reward_model.policy_samples import report_best_of_n
@@ -21,15 +22,19 @@ def share(value: float, half: float = 0.01, count: int = 3000) -> Proportion:
 
 
 def calibrated(ece: float = 0.02) -> Calibration:
-    return Calibration(ece, SamplingFloor(0.018, 0.025), (), 1.0, 0.3, 0.1, 3000)
+    excess = Estimate(ece - 0.018, ece - 0.025, ece - 0.011)
+    return Calibration(ece, SamplingFloor(0.018, 0.025), excess, (), 1.0, 0.3, 0.1, 3000)
 
 
-def associated(correlation: float, half: float = 0.05) -> PartialAssociation:
-    return PartialAssociation(correlation, correlation - half, correlation + half, 0.1)
+def overpaid(value: float, half: float = 0.05) -> Overpayment:
+    return Overpayment(Estimate(1.5, 1.2, 1.8), Estimate(value, value - half, value + half), 0.1)
+
+
+NOT_BEYOND_LENGTH = Overpayment(Estimate(0.3, -0.1, 0.7), UNKNOWN, None)
 
 
 def disagreement(auroc: float, half: float = 0.04) -> DisagreementReport:
-    return DisagreementReport(auroc, auroc - half, auroc + half, 0.1, (), (), 3000, 300)
+    return DisagreementReport(Estimate(auroc, auroc - half, auroc + half), 0.1, (), (), 3000, 300)
 
 
 SOUND = PairEvaluation(
@@ -47,9 +52,8 @@ SOUND = PairEvaluation(
     ceiling=RaterCeiling(0.92, 0.86, 1000, 3000),
     scores=Histogram((0.0, 1.0), (3000,), 0.1, 1.5),
     margins=Histogram((0.0, 1.0), (3000,), 2.0, 1.5),
-    length=LengthBias(associated(0.05), share(0.91), share(0.88), share(0.52), 1.0),
-    formats=(FormatArtefact("headings", 500, share(0.5), associated(0.1)),),
-    swap_antisymmetry=1e-7,
+    length=LengthBias(overpaid(0.05), share(0.91), share(0.88), share(0.52), 1.0),
+    formats=(FormatArtefact("headings", 500, share(0.5), overpaid(0.1)),),
     position=share(0.51),
     disagreement=disagreement(0.75),
     max_tokens=90,
@@ -88,19 +92,17 @@ def test_a_sound_model_gets_no_advice():
         ({"calibration": calibrated(0.1)}, "low", "temperature stored with the model"),
         ({"calibration": calibrated(0.1), "scaled": calibrated(0.08)}, "medium", "training.label_smoothing"),
         (
-            {"length": replace(SOUND.length, association=associated(0.3))},
+            {"length": replace(SOUND.length, overpayment=overpaid(0.3))},
             "medium",
             "aggregation.length_penalty: fitted",
         ),
-        ({"length": replace(SOUND.length, association=associated(-0.5))}, "high", "aggregation.length_penalty: fitted"),
-        ({"length": replace(SOUND.length, accuracy_shorter_preferred=share(0.7))}, "medium", "length_penalty"),
-        ({"length": replace(SOUND.length, accuracy_shorter_preferred=share(0.3))}, "high", "length_penalty"),
-        ({"formats": (replace(SOUND.formats[0], association=associated(0.3)),)}, "medium", "formatting stripped"),
+        ({"length": replace(SOUND.length, overpayment=overpaid(0.5))}, "high", "aggregation.length_penalty: fitted"),
+        ({"length": replace(SOUND.length, overpayment=NOT_BEYOND_LENGTH)}, "high", "Pairs balanced in length"),
+        ({"formats": (replace(SOUND.formats[0], overpayment=overpaid(0.3)),)}, "medium", "formatting stripped"),
         ({"disagreement": disagreement(0.52)}, "low", "ensemble.kind: independent"),
         ({"ceiling": RaterCeiling(0.7, 0.6, 1000, 3000)}, "medium", "More raters"),
         ({"position": share(0.6)}, "low", "random order"),
         ({"scores": replace(SOUND.scores, mean=-4.0)}, "low", "training.centering"),
-        ({"swap_antisymmetry": 0.01}, "medium", "batch_invariant"),
     ],
 )
 def test_each_finding_has_its_severity_and_lever(changes, severity, lever):
@@ -119,11 +121,9 @@ def test_what_sampling_explains_is_no_finding():
                     StratumAccuracy("code", share(0.8, wide)),
                     StratumAccuracy("rare", share(0.1, 0.1, count=5)),
                 ),
-                length=replace(
-                    SOUND.length, association=associated(0.25, wide), accuracy_shorter_preferred=share(0.7, wide)
-                ),
-                formats=(replace(SOUND.formats[0], association=associated(0.25, wide)),),
-                scaled=replace(calibrated(0.05), floor=SamplingFloor(0.025, 0.06)),
+                length=replace(SOUND.length, overpayment=overpaid(0.25, wide)),
+                formats=(replace(SOUND.formats[0], overpayment=overpaid(0.25, wide)),),
+                scaled=replace(calibrated(0.05), excess=Estimate(0.025, -0.01, 0.06)),
                 position=share(0.6, wide),
             )
         )
@@ -131,35 +131,28 @@ def test_what_sampling_explains_is_no_finding():
     )
 
 
-def test_the_sign_says_which_length_is_paid_for():
-    assert "longer responses" in only(replace(SOUND, length=replace(SOUND.length, association=associated(0.3)))).meaning
-    assert (
-        "shorter responses" in only(replace(SOUND, length=replace(SOUND.length, association=associated(-0.3)))).meaning
-    )
-
-
-def test_a_format_that_only_goes_with_length_is_told_of_there():
+def test_what_is_paid_too_little_is_no_finding():
     changed = replace(
         SOUND,
-        length=replace(SOUND.length, association=associated(0.3)),
-        formats=(replace(SOUND.formats[0], association=associated(0.25)),),
+        length=replace(SOUND.length, overpayment=overpaid(-0.5), accuracy_shorter_preferred=share(0.7)),
+        formats=(replace(SOUND.formats[0], overpayment=overpaid(-0.5)),),
     )
-    assert "length" in only(changed).lever
+    assert found(changed) == ()
 
 
 def test_leakage_comes_before_everything_else_and_texts_before_prompts():
     some = Finding(30, 0.1, ("pairs.jsonl:1",))
-    bad = replace(SOUND, accuracy=share(0.45), swap_antisymmetry=0.1, position=share(0.7))
+    bad = replace(SOUND, accuracy=share(0.45), position=share(0.7))
     advice = found(bad, leakage=Leakage(NONE, some, some, some), failed_texts=2, cut_pairs=300)
     assert "30 pairs (10.0 %)" in advice[0].finding
-    assert [each.severity for each in advice] == ["high", "high", "medium", "medium", "medium", "low"]
+    assert [each.severity for each in advice] == ["high", "high", "medium", "medium", "low"]
     assert only(leakage=Leakage(NONE, NONE, NONE, some)).lever.startswith("Split by prompt")
 
 
 def samples(gold_of_reward, *, prompts: int = 80, spread: float = 1.0):
     generator = np.random.default_rng(0)
     reward = spread * generator.normal(size=(prompts, 32)) + 5 * (spread < 1) * generator.normal(size=(prompts, 1))
-    return report_best_of_n(reward, gold_of_reward(reward), "judge", 0, 50)
+    return report_best_of_n(reward, gold_of_reward(reward), "judge")
 
 
 def test_a_peak_inside_the_range_says_where_to_stop_and_how():
@@ -175,8 +168,14 @@ def test_a_peak_inside_the_range_says_where_to_stop_and_how():
 def test_a_reward_that_keeps_paying_gets_no_advice_and_one_that_never_pays_does():
     assert found(best_of_n=samples(lambda reward: reward)) == ()
     never = found(best_of_n=samples(lambda reward: -reward))
-    assert ["never gains" in never[0].finding, "rank correlation" in never[1].finding] == [True, True]
+    assert ["worse than a random sample" in never[0].finding, "rank correlation" in never[1].finding] == [True, True]
     assert {each.severity for each in never} == {"high"}
+
+
+def test_a_fall_that_chance_explains_is_no_over_optimisation():
+    report = samples(lambda reward: reward - 0.8 * np.maximum(reward - 0.8, 0) ** 2)
+    doubtful = replace(report.curve, drop=Estimate(report.curve.drop.value, -0.01, 1.0))
+    assert found(best_of_n=replace(report, curve=doubtful)) == ()
 
 
 def test_a_flat_objective_under_the_policy():

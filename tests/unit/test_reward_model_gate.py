@@ -8,15 +8,26 @@ import pytest
 
 from rlhf_ray.config.reward_model import GateSettings
 from rlhf_ray.models.reward_checks import Check
-from rlhf_ray.reward_model.accuracy import Proportion
+from rlhf_ray.reward_model.bias import NOTHING_TO_PAY_FOR, LengthBias, Overpayment
 from rlhf_ray.reward_model.gate import GateFigures, judge
+from rlhf_ray.reward_model.groups import UNKNOWN, Estimate, Proportion
 
 NOT_COUNTED = Proportion(None, None, None, 0)
+
+
+def length(paid: Overpayment, longer_preferred: Proportion = Proportion(0.6, 0.5, 0.7, 390)) -> LengthBias:
+    return LengthBias(paid, NOT_COUNTED, NOT_COUNTED, longer_preferred, 3.0)
+
+
+def overpaid(value: float, half: float = 0.1) -> LengthBias:
+    return length(Overpayment(Estimate(1.5, 1.2, 1.8), Estimate(value, value - half, value + half), 0.1))
+
+
 SOUND = GateFigures(
+    prompts=80,
     accuracy=Proportion(0.8, 0.76, 0.84, 400),
-    calibration_excess=0.01,
-    length_correlation=0.1,
-    accuracy_shorter_preferred=Proportion(0.7, 0.62, 0.78, 150),
+    calibration_excess=Estimate(0.01, -0.02, 0.04),
+    length=overpaid(0.1),
     leaked_share=0.0,
     failed_share=0.0,
 )
@@ -30,11 +41,11 @@ def test_a_sound_model_is_released():
 
 def test_figures_on_their_limits_are_released():
     settings = GateSettings(min_accuracy=0.75, max_leaked_share=0.1, max_failed_share=0.2)
-    limits = replace(
-        SOUND,
-        calibration_excess=settings.max_calibration_excess,
-        length_correlation=-settings.max_length_correlation,
-        accuracy_shorter_preferred=Proportion(0.4, 0.3, settings.min_accuracy_shorter_chosen, 40),
+    limits = GateFigures(
+        prompts=settings.min_prompts,
+        accuracy=replace(SOUND.accuracy, count=settings.min_pairs),
+        calibration_excess=Estimate(0.02, 0.0, settings.max_calibration_excess),
+        length=overpaid(settings.max_overpaid_length - 0.1),
         leaked_share=0.1,
         failed_share=0.2,
     )
@@ -44,19 +55,33 @@ def test_figures_on_their_limits_are_released():
 @pytest.mark.parametrize(
     ("changed", "refusal"),
     [
-        ({"accuracy": Proportion(0.6, 0.5, 0.7, 40)}, r"^accuracy: 0\.600 \[0\.500, 0\.700\].*gate\.min_accuracy 0\.5"),
-        ({"accuracy": Proportion(0.2, 0.15, 0.25, 400)}, "^accuracy: .* below chance: the labels are flipped"),
-        ({"accuracy": Proportion(1.0, None, None, 4)}, r"^accuracy: 1\.000 \[\?, \?\] on 4 pairs"),
-        ({"accuracy": Proportion(math.nan, math.nan, math.nan, 4)}, "^accuracy: "),
-        ({"accuracy": NOT_COUNTED}, "^accuracy: there is no held-out pair"),
-        ({"calibration_excess": 0.051}, r"^calibration: .* 0\.051 .*gate\.max_calibration_excess is 0\.05"),
-        ({"calibration_excess": math.nan}, "^calibration: "),
-        ({"length_correlation": 0.36}, r"^length: .*\+0\.36, gate\.max_length_correlation.*for longer answers"),
-        ({"length_correlation": -0.36}, r"^length: .*-0\.36, .*for shorter answers"),
-        ({"length_correlation": math.nan}, "^length: "),
         (
-            {"accuracy_shorter_preferred": Proportion(0.3, 0.2, 0.4, 90)},
-            r"^length: .* 0\.300 \[0\.200, 0\.400\] on 90 pairs.*gate\.min_accuracy_shorter_chosen",
+            {"accuracy": Proportion(1.0, 0.6, 1.0, 6)},
+            "^evidence: 6 held-out pairs .*, gate.min_pairs is 300",
+        ),
+        ({"prompts": 9}, "^evidence: 400 held-out pairs .* 9 prompts, .*gate.min_prompts 10"),
+        (
+            {"accuracy": Proportion(0.6, 0.5, 0.7, 400)},
+            r"^accuracy: 0\.600 \[0\.500, 0\.700\].*gate\.min_accuracy",
+        ),
+        ({"accuracy": Proportion(0.2, 0.15, 0.25, 400)}, "^accuracy: .* below chance: the labels are flipped"),
+        ({"accuracy": Proportion(1.0, None, None, 400)}, r"^accuracy: 1\.000 \[\?, \?\] on 400 pairs"),
+        ({"accuracy": Proportion(math.nan, math.nan, math.nan, 400)}, "^accuracy: "),
+        (
+            {"calibration_excess": Estimate(0.03, 0.0, 0.051)},
+            r"^calibration: .* 0\.030 \[0\.000, 0\.051\].*gate\.max_calibration_excess 0\.05",
+        ),
+        ({"calibration_excess": UNKNOWN}, "^calibration: "),
+        ({"calibration_excess": Estimate(math.nan, math.nan, math.nan)}, "^calibration: "),
+        ({"length": overpaid(0.31)}, r"^length: 0\.310 \[0\.210, 0\.410\] .*gate\.max_overpaid_length 0\.4; .*longer"),
+        ({"length": overpaid(math.nan)}, "^length: "),
+        (
+            {"length": length(Overpayment(Estimate(0.4, -0.1, 0.9), UNKNOWN, None))},
+            r"^length: between responses of the same length .* 0\.400 \[-0\.100, 0\.900\]",
+        ),
+        (
+            {"length": length(NOTHING_TO_PAY_FOR, Proportion(0.97, 0.91, 0.99, 390))},
+            r"^length: people prefer the longer response in 0\.970 \[0\.910, 0\.990\] on 390 pairs",
         ),
         ({"leaked_share": 0.02}, r"^leakage: 2\.0% of the pairs.*gate\.max_leaked_share is 0\.0%"),
         ({"leaked_share": math.nan}, "^leakage: "),
@@ -73,15 +98,15 @@ def test_one_figure_beyond_its_limit_is_one_refusal_that_names_it(changed: dict[
     assert "; " in line, "what it means is missing"
 
 
-def test_a_figure_that_could_not_be_computed_refuses_nothing():
-    unknown = replace(
-        SOUND,
-        calibration_excess=None,
-        length_correlation=None,
-        accuracy_shorter_preferred=NOT_COUNTED,
-        leaked_share=None,
-    )
-    assert judge(unknown, [], GateSettings()).released
+def test_what_was_not_asked_refuses_nothing():
+    """Responses that never differ in length; a model without a record of its training; length paid too little."""
+    assert judge(replace(SOUND, length=length(NOTHING_TO_PAY_FOR), leaked_share=None), [], GateSettings()).released
+    assert judge(replace(SOUND, length=overpaid(-0.6)), [], GateSettings()).released
+
+
+def test_nothing_counted_is_no_evidence():
+    verdict = judge(replace(SOUND, accuracy=NOT_COUNTED), [], GateSettings())
+    assert [line.split(":")[0] for line in verdict.refusals] == ["evidence", "accuracy"]
 
 
 def test_every_failed_check_is_listed_before_the_figures():

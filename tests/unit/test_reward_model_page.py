@@ -10,17 +10,20 @@ from scipy.special import expit
 from rlhf_ray.config.reward_model import JudgementSettings
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, Votes
 from rlhf_ray.data.rows import BadRows
+from rlhf_ray.models.reward_card import RewardModelCard
 from rlhf_ray.models.reward_checks import Check
 from rlhf_ray.reward_model.advice import advise
 from rlhf_ray.reward_model.benchmarks.cases import BenchmarkResult, Section
+from rlhf_ray.reward_model.calibration import TemperatureFit
 from rlhf_ray.reward_model.data_report import report_data
 from rlhf_ray.reward_model.evaluation import PairScores, evaluate_pairs
 from rlhf_ray.reward_model.gate import Verdict
 from rlhf_ray.reward_model.page import write_page
 from rlhf_ray.reward_model.policy_samples import report_best_of_n
 from rlhf_ray.reward_model.report import EvaluationReport, headline, report_json
+from rlhf_ray.reward_model.train import with_figures
 
-SETTINGS = JudgementSettings(resamples=100)
+SETTINGS = JudgementSettings()
 
 
 def made_pairs(count: int) -> tuple[list[PreferencePair], np.ndarray]:
@@ -68,7 +71,6 @@ def made_report(*, members: int = 4, count: int = 400) -> EvaluationReport:
         rejected_attributes=np.zeros_like(heads),
         member_differences=delta[:, None] + generator.normal(0, 0.5, (count, members)) * (members > 1),
         num_tokens=tokens,
-        swapped=-delta[:50],
     )
     evaluation = evaluate_pairs(pairs, scores, ("preference", "safety"), SETTINGS, seed=0)
     bad_rows = BadRows("skip", "pairs.on_bad_row")
@@ -78,7 +80,7 @@ def made_report(*, members: int = 4, count: int = 400) -> EvaluationReport:
     )
     reward = generator.normal(size=(60, 32))
     gold = 0.6 * reward - 0.35 * np.maximum(reward - 0.8, 0) ** 2 * 3 + generator.normal(0, 0.5, (60, 32))
-    best_of_n = report_best_of_n(reward, gold, "vader", 0, 100)
+    best_of_n = report_best_of_n(reward, gold, "vader")
     sections = (Section("Chat", 0.9, 100, 100), Section("Safety", None, 50, 100))
     advice = advise(evaluation, leakage=both.leakage, data=data, best_of_n=best_of_n, failed_texts=3, cut_pairs=40)
     return EvaluationReport(
@@ -209,7 +211,7 @@ def test_pairs_that_allow_no_figure_still_have_a_page(tmp_path):
     pairs, _ = made_pairs(3)
     pairs = [replace(pair, chosen_probability=0.5, gap=None, source=None, chosen_is_first=None) for pair in pairs]
     flat = np.zeros(3)
-    scores = PairScores(flat, flat, np.zeros((3, 1)), np.zeros((3, 1)), np.zeros((3, 1)), np.full((3, 2), 5), flat)
+    scores = PairScores(flat, flat, np.zeros((3, 1)), np.zeros((3, 1)), np.zeros((3, 1)), np.full((3, 2), 5))
     evaluation = evaluate_pairs(pairs, scores, ("preference",), SETTINGS, seed=0)
     report = EvaluationReport(
         "ties",
@@ -246,3 +248,15 @@ def test_the_headline_goes_into_a_card(report):
     assert figures["accuracy"] == report.pairs.accuracy.value
     assert figures["calibration_error_scaled"] == report.pairs.scaled.ece
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+@pytest.mark.parametrize("at_bound", [False, True])
+def test_a_temperature_that_is_no_estimate_does_not_go_with_the_model(report, at_bound):
+    """At its lower bound it would multiply every reward by a hundred."""
+    found = TemperatureFit(0.01 if at_bound else 1.7, at_bound, 0.3)
+    card = RewardModelCard(
+        version="", base_model="b", max_length=9, append_eos=True, chat_template=None, training_data=""
+    )
+    judged = with_figures(card, replace(report.pairs, temperature=found))
+    assert judged.temperature == (1.0 if at_bound else 1.7)
+    assert judged.evaluation["temperature"] == (None if at_bound else 1.7)

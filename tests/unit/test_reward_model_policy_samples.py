@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy.stats import spearmanr
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -19,7 +20,6 @@ from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.reward_model.policy_samples import (
     BestOfNReport,
     PolicySamples,
-    judge_name,
     judge_samples,
     load_samples,
     plan_samples,
@@ -53,6 +53,8 @@ def test_rows_are_cut_to_the_shortest_and_what_is_cut_is_counted(tmp_path: Path)
     assert samples.judge.tolist() == [[1, 0.5, -2], [3, 2, 1]]
     assert (samples.samples_per_prompt, samples.num_surplus, samples.truncated_share) == (3, 1, None)
     assert samples.places == (f"{path}:1", f"{path}:2")
+    with pytest.raises(BadInput, match="has no `judge`"):
+        load_samples(written(tmp_path, [GOOD_ROW]), KEY, judged=True)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +137,22 @@ def test_vader_judges_the_response_alone():
     expected = [compound(text)["compound"] for text in (" I love it!", " I hate it.")]
     assert judge_samples(samples, "vader").tolist() == [[*expected, 0.0]]
     assert expected[0] > 0.5 > -0.5 > expected[1]
-    assert judge_name(samples, "vader") == "vader"
 
 
-def test_judgements_that_came_with_the_samples_go_before_any_judge():
+def test_the_judge_is_the_one_that_was_named():
     given = np.array([[1.0, 2.0]])
     samples = samples_of(("p", ["a", "b"]), judge=given)
-    assert judge_samples(samples, "vader") is given
-    assert judge_name(samples, "vader") != "vader"
+    assert judge_samples(samples, "samples") is given
+    assert judge_samples(samples, "vader").tolist() == [[0.0, 0.0]]
+    with pytest.raises(ValueError, match="without a judge"):
+        judge_samples(samples_of(("p", ["a", "b"])), "samples")
+
+
+def test_a_judge_must_be_named():
+    with pytest.raises(ValidationError, match="judge\n  Field required"):
+        BestOfNSettings(path="samples.jsonl")
+    with pytest.raises(ValidationError, match="needs `path` with samples that were judged"):
+        BestOfNSettings(policy="model", prompts=PromptSettings(path="prompts.jsonl"), judge="samples")
 
 
 def test_another_reward_model_judges_whole_texts(policy_tokenizer: Any):
@@ -154,7 +164,10 @@ def test_another_reward_model_judges_whole_texts(policy_tokenizer: Any):
 
 def test_a_response_has_the_same_seed_in_every_cut_into_shards(tiny: Path, policy_tokenizer: Any):
     settings = BestOfNSettings(
-        policy="unused", prompts=PromptSettings(path=str(tiny / "prompts_test.jsonl"), limit=7), samples_per_prompt=4
+        policy="unused",
+        prompts=PromptSettings(path=str(tiny / "prompts_test.jsonl"), limit=7),
+        samples_per_prompt=4,
+        judge="vader",
     )
     assert settings.prompts is not None
     prompts = load_prompts(
@@ -185,7 +198,7 @@ def drawn_scores(prompts: int = 12, count: int = 6) -> tuple[np.ndarray, np.ndar
 
 
 def report(proxy: Any, gold: Any, **more: Any) -> BestOfNReport:
-    return report_best_of_n(proxy, gold, "made", 0, 200, **more)
+    return report_best_of_n(proxy, gold, "made", **more)
 
 
 def test_the_curve_is_over_powers_of_two_and_all_samples():
@@ -231,7 +244,7 @@ def test_the_share_between_prompts_is_that_of_the_variances_and_not_of_the_sampl
     random = np.random.default_rng(1)
     for deviation, share in ((2.0, 0.8), (0.0, 0.0)):
         proxy = random.normal(size=(4000, 1)) * deviation + random.normal(size=(4000, 3))
-        found = report_best_of_n(proxy, proxy, "made", 0, 2).spread.between_prompt_share
+        found = report_best_of_n(proxy, proxy, "made").spread.between_prompt_share
         assert found == pytest.approx(share, abs=0.02)
 
 
