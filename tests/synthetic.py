@@ -74,17 +74,17 @@ class Responses:
 
     def pairs(self) -> tuple[list[PreferencePair], NDArray[np.bool_]]:
         """All comparisons, and whether the response that was asked for first is the chosen one."""
-        better = expit(self.quality[:, _FIRST] - self.quality[:, _SECOND])
-        counts = keyed_generator(self.seed, "votes").binomial(self.votes, better)
+        odds = expit(self.quality[:, _FIRST] - self.quality[:, _SECOND])
+        counts = keyed_generator(self.seed, "votes").binomial(self.votes, odds)
         first_chosen = 2 * counts >= self.votes
         pairs = []
         for prompt, row in enumerate(counts.tolist()):
             for a, b, count in zip(_FIRST, _SECOND, row, strict=True):
                 if 2 * count < self.votes:
                     a, b, count = b, a, self.votes - count
-                texts = (f" {prompt}.{each}" + "!" * int(self.marks[prompt, each]) for each in (a, b))
+                better, worse = (f" {prompt}.{each}" + "!" * int(self.marks[prompt, each]) for each in (a, b))
                 votes = Votes(count, self.votes - count, 0)
-                pairs.append(preference_pair(f"prompt {prompt}", *texts, count / self.votes, votes))
+                pairs.append(preference_pair(f"prompt {prompt}", better, worse, count / self.votes, votes))
         return pairs, first_chosen.ravel()
 
 
@@ -104,7 +104,7 @@ def unsure(responses: Responses) -> Array:
 
 def partly_blind(responses: Responses) -> Array:
     """Sees all but a part of the quality that goes with nothing, and knows how much that is."""
-    blur = keyed_generator(responses.seed, "blur").normal(size=responses.quality.shape) * responses.quality.std()
+    blur = keyed_generator(responses.seed, "blur").normal(0, float(responses.quality.std()), responses.quality.shape)
     return 0.5 * (responses.quality + blur)
 
 
@@ -115,7 +115,7 @@ def flipped(responses: Responses) -> Array:
 
 def length_only(responses: Responses) -> Array:
     """Counts tokens."""
-    return 0.05 * responses.lengths
+    return 0.05 * responses.lengths.astype(np.float64)
 
 
 def paying_for(feature: str, share: float) -> Model:
@@ -154,20 +154,18 @@ def judged(responses: Responses, model: Model, leaked: float = 0.0) -> Judged:
         leaked: share of the pairs that training had.
     """
     pairs, first_chosen = responses.pairs()
-    table = model(responses)
-    differences, lengths = (
-        values[:, np.stack([_FIRST, _SECOND])].transpose(0, 2, 1).reshape(-1, 2)
-        for values in (table, responses.lengths)
-    )
     places = np.where(first_chosen[:, None], [0, 1], [1, 0])
-    sides = np.take_along_axis(differences, places, axis=1)
+    sides, lengths = (
+        np.take_along_axis(values[:, np.stack([_FIRST, _SECOND])].transpose(0, 2, 1).reshape(-1, 2), places, axis=1)
+        for values in (model(responses), responses.lengths.astype(np.float64))
+    )
     scores = PairScores(
         chosen=sides[:, 0],
         rejected=sides[:, 1],
         chosen_attributes=sides[:, :1],
         rejected_attributes=sides[:, 1:],
         member_differences=sides[:, :1] - sides[:, 1:],
-        num_tokens=np.take_along_axis(lengths, places, axis=1),
+        num_tokens=lengths.astype(np.int64),
     )
     evaluation = evaluate_pairs(pairs, scores, ("preference",), JudgementSettings(), seed=responses.seed)
     training = TrainingTexts.of(

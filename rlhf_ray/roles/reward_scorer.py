@@ -17,15 +17,15 @@ from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
 from rlhf_ray.models.reward_card import ScoreAggregation
 from rlhf_ray.models.reward_models import load_reward_network, padded_width
-from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
+from rlhf_ray.models.reward_network import RewardNetwork, score_row_by_row, takes_packed_rows
 from rlhf_ray.models.reward_texts import Encoded, ResponseReader, RewardTexts, SharedIds
 from rlhf_ray.rollout import RewardColumn, Rollout
 
 _ROW_TOKENS = 4096
 """Most tokens of a packed row: longer ones are no faster and take more memory."""
 _FIXED_ROWS = 4
-"""Rows of every forward pass in the batch-invariant mode. Kernels are chosen by shape: with one shape for a length,
-a row's result depends on that row alone."""
+"""Rows of every forward pass in the batch-invariant mode. Kernels are chosen by shape: with one shape for a length, and
+no product narrower than a block of them (`score_row_by_row`), a row's result depends on that row alone."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class RewardScorer:
                 attention=resolve_padded_attention("auto", on_gpu),
                 num_labels=self.texts.layout.num_labels,
             )
+        if self.batch_invariant:
+            score_row_by_row(classifier)
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
