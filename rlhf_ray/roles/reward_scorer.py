@@ -115,6 +115,9 @@ class RewardScorer:
                 attention=resolve_padded_attention("auto", on_gpu),
                 num_labels=self.texts.layout.num_labels,
             )
+        for parameter in classifier.parameters():
+            # They are mapped from the file, and would change with it while the scorer goes by its old version.
+            parameter.data = parameter.data.clone()
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))

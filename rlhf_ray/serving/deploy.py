@@ -160,8 +160,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
                     print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
                     _hold(config.run.name, stopping)
                     print("stopping: requests under way are answered first", flush=True)
-                    # The application and no more: a cluster may have others, and one of this command ends below.
-                    serve.delete(config.run.name)
+                    _delete(config.run.name)
         finally:
             if not detach:
                 (folder / STATE_NAME).unlink(missing_ok=True)
@@ -202,9 +201,7 @@ def stop_service(config: ServingConfig) -> None:
             raise _failure(config, f"process {running.pid} did not stop within {limit:g} s")
     else:
         with _joined(running):
-            from ray import serve
-
-            serve.delete(config.run.name)
+            _delete(config.run.name)
         (folder / STATE_NAME).unlink(missing_ok=True)
     print(f"{config.run.name} is stopped", flush=True)
 
@@ -301,8 +298,7 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         replicas = last["replicas"]
         if {row["name"] for row in last["models"]} != ordered:
             return False
-        told = [replica["load_failures"].get(last["order"]) for replica in replicas]
-        if failures := {why for why in told if why is not None}:
+        if failures := {why for replica in replicas if (why := replica["load_failure"]) is not None}:
             raise _failure(config, f"the models that are served stay: {'; '.join(sorted(failures))}")
         return bool(replicas) and all(replica["order"] == last["order"] for replica in replicas)
 
@@ -312,6 +308,16 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         state = f"taken back earlier ({row['reason']})" if row["role"] == "rolled_back" else row["role"]
         print(f"{row['name']} {row['version']}: {state}", flush=True)
     print(f"{config.run.name} at {running.url} has the models", flush=True)
+
+
+def _delete(name: str) -> None:
+    """End the application and no more: a cluster may have others."""
+    from ray import serve
+
+    from rlhf_ray.serving.orders import ClusterStore
+
+    serve.delete(name)
+    ClusterStore(name).clear()
 
 
 def _hold(name: str, stopping: list[int]) -> None:
