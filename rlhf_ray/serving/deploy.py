@@ -28,6 +28,7 @@ from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.serving.auth import read_token
+from rlhf_ray.serving.haproxy import BINARY_VARIABLE, write_program
 from rlhf_ray.serving.model_table import check_models
 from rlhf_ray.serving.report import show_status
 
@@ -407,8 +408,10 @@ def _environment(local: bool) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-serve-") as folder:
+        write_program(Path(folder, "haproxy"))
         os.environ.update(
             {
+                BINARY_VARIABLE: f"{folder}/haproxy",
                 "RAY_SERVE_ENABLE_HA_PROXY": "1",
                 "RAY_SERVE_HAPROXY_NBTHREAD": "1",
                 "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
