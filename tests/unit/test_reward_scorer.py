@@ -385,3 +385,17 @@ def test_scores_do_not_change_with_the_file_that_they_were_read_from(tiny, tmp_p
         weights.seek(file.stat().st_size // 2)
         weights.write(bytes(file.stat().st_size // 2))
     assert scorer.score_texts(["The film was good."]).scores == before
+
+
+def test_padding_counts_towards_the_tokens_of_a_pass(tiny, monkeypatch):
+    scorer = RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_tokens=64))
+    for packed, expected in ((True, [4, 4]), (False, [2, 4, 2])):
+        scorer._packed = packed
+        lengths = np.array([32, 9, 9, 9, 9, 9, 9, 8])
+        assert [len(rows) for rows in scorer._batches(range(8), lengths)] == expected
+        assert [len(rows) for rows in scorer._batches(range(2), np.array([500, 8]))] == [1, 1]
+
+
+def test_one_scorer_computes_on_one_gpu():
+    with pytest.raises(ValueError, match=r"gpus \(2\) must not be above 1"):
+        RewardSettings(model="x", gpus=2)
