@@ -180,7 +180,12 @@ class AuditSettings(Settings):
     enabled: bool = Field(False, description="Write the log.")
     folder: str | None = Field(None, description="Where, on each replica's node; empty: `audit` in the run's folder.")
     texts: Literal["hash", "full"] = Field(
-        "hash", description="What is kept of a text: its SHA-256, or the token ids as they were scored."
+        "hash", description="What is kept of a text: its hash, or the token ids as they were scored."
+    )
+    key_file: str | None = Field(
+        None,
+        description="File with the key of all hashes. Without one anybody who has the log can rewrite it unseen, and "
+        "see whether a text that they guess was scored.",
     )
     max_bytes: PositiveInt = Field(64 << 20, description="Size at which a file is closed and the next begun.")
     keep_files: NonNegativeInt = Field(0, description="Closed files to keep, the oldest go first; 0 keeps all.")

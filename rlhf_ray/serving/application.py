@@ -19,6 +19,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings
+from rlhf_ray.failures import BadInput
 from rlhf_ray.runtime.actor_group import environment
 from rlhf_ray.serving.audit import AuditLog, AuditRecord
 from rlhf_ray.serving.auth import read_token
@@ -40,6 +41,8 @@ BEAT_S = 1.0
 _MONITOR_TIMEOUT_S = 5.0
 _FIRST_ORDER_TIMEOUT_S = 120.0
 _PROBE_TIMEOUT_S = 20.0
+_AUDIT_PAUSE_S = 5.0
+"""Before a log that could not be written is opened again."""
 
 _SERVE_ENVIRONMENT = {
     MIDDLEWARE_VARIABLE: MIDDLEWARE,
@@ -71,7 +74,8 @@ class Replica:
         audit = self._settings.audit
         if audit.enabled and audit.folder:
             lost = self._observer.metrics.audit_lost.inc
-            self._audit = AuditQueue(AuditLog(Path(audit.folder), audit, self._id), lost)
+            folder = Path(audit.folder)
+            self._audit = AuditQueue(lambda: AuditLog(folder, audit, self._id), lost)
             self._observer.audit = self._audit.put
         self._batcher = MicroBatcher(
             self._settings.batching, lambda model, texts: process.score(model.key, texts), self._observer.batch
@@ -165,6 +169,7 @@ class Replica:
                 age_s=time.time() - self._began,
                 traffic=self._observer.take(),
                 exposition=self._observer.exposition(self._engine.queued_requests, self._process.restarts),
+                audit=self._audit.head if self._audit is not None else None,
             )
             try:
                 order = await asyncio.wait_for(self._monitor.beat.remote(beat), _MONITOR_TIMEOUT_S)
@@ -181,18 +186,25 @@ async def _host_of_serve() -> str:
 
 
 class AuditQueue:
-    """Scores on their way to the log, which is written beside the event loop.
+    """Scores on their way to the log, which is written beside the event loop. After an error the log is opened anew,
+    behind what is whole of it: a disk that was full is not full for ever.
 
     Args:
-        log: of this replica.
+        open_log: of this replica.
         lost: told how many scores could not be written.
+
+    Raises:
+        BadInput, OSError: the log cannot be opened at the start.
     """
 
-    def __init__(self, log: AuditLog, lost: Callable[[int], None]) -> None:
-        self._log = log
+    def __init__(self, open_log: Callable[[], AuditLog], lost: Callable[[int], None]) -> None:
+        self._open_log = open_log
         self._lost = lost
+        self._log: AuditLog | None = open_log()
+        self._open_again_at = 0.0
         self._records: list[AuditRecord] = []
         self._writing: asyncio.Task[None] | None = None
+        self.head = self._log.head
 
     def put(self, records: Sequence[AuditRecord]) -> None:
         """Take scores; they are on the disk a moment later."""
@@ -204,17 +216,28 @@ class AuditQueue:
         """Write what is left."""
         if self._writing is not None:
             await self._writing
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
 
     async def _write(self) -> None:
         while self._records:
             records, self._records = self._records, []
+            if time.monotonic() < self._open_again_at:
+                self._lost(len(records))
+                continue
             try:
-                await asyncio.to_thread(self._log.append, records)
-            except (OSError, ValueError) as error:
+                await asyncio.to_thread(self._append, records)
+            except (OSError, ValueError, BadInput) as error:
                 # A full disk stops the log, not the service; the metric says so.
                 logger.error("%d scores are missing in the audit log: %s", len(records), error)
                 self._lost(len(records))
+                self._log, self._open_again_at = None, time.monotonic() + _AUDIT_PAUSE_S
+
+    def _append(self, records: Sequence[AuditRecord]) -> None:
+        if self._log is None:
+            self._log = self._open_log()
+        self._log.append(records)
+        self.head = self._log.head
 
 
 class Monitor:

@@ -27,6 +27,7 @@ from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings, Servin
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.runtime.stopping import stop_signals
+from rlhf_ray.serving.audit import read_key
 from rlhf_ray.serving.auth import read_token
 from rlhf_ray.serving.haproxy import BINARY_VARIABLE, write_program
 from rlhf_ray.serving.model_table import check_models
@@ -102,10 +103,11 @@ def absolute_service(config: ServingConfig) -> ServiceSettings:
     service = ServiceSettings.model_validate(config.model_dump(include=set(ServiceSettings.model_fields)))
     folder = service.audit.folder or str(_run_folder(config) / "audit")
     token_file = service.endpoint.token_file
+    key_file = {"key_file": str(Path(service.audit.key_file).resolve()) if service.audit.key_file else None}
     endpoint = {"token_file": str(Path(token_file).resolve()) if token_file else None}
     return service.model_copy(
         update={
-            "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve())}),
+            "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve()), **key_file}),
             "endpoint": service.endpoint.model_copy(update=endpoint),
         }
     )
@@ -128,6 +130,8 @@ def run_service(config: ServingConfig, detach: bool) -> None:
     """
     token = read_token(config.endpoint)
     check_models(config.served, config.scorer)
+    if config.audit.enabled:
+        read_key(config.audit)
     folder = _run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     running = ServiceState.load(folder)
@@ -220,22 +224,30 @@ def report_service(config: ServingConfig) -> None:
     show_status(_status(config, running.url, read_token(config.endpoint)))
 
 
-def replay_audit(config: ServingConfig, folder: Path, texts: Path | None) -> None:
+def replay_audit(config: ServingConfig, folder: Path, texts: Path | None, heads: Path | None) -> None:
     """Verify an audit log and score its records again with the configured models.
 
     Args:
         texts: file with the texts, where the log keeps hashes only.
+        heads: an answer of `/v1/service` that was kept, beyond which every chain must have got.
 
     Raises:
         BadInput: the log is not intact, or the file of texts cannot be read.
         RoleFailure: a score is another one now, or a record could not be scored again.
     """
     from rlhf_ray.roles.reward_scorer import RewardScorer
+    from rlhf_ray.serving.audit import read_heads
     from rlhf_ray.serving.audit_replay import replay
     from rlhf_ray.serving.scorer_process import reward_settings
 
     scorers = [RewardScorer(reward_settings(config.scorer, model.path)) for model in config.served]
-    report = replay(folder, {scorer.version: scorer for scorer in scorers}, texts=str(texts) if texts else None)
+    report = replay(
+        folder,
+        {scorer.version: scorer for scorer in scorers},
+        texts=str(texts) if texts else None,
+        key=read_key(config.audit),
+        heads=read_heads(heads) if heads else (),
+    )
     print(f"{report.num_equal} scores are the same to the bit", flush=True)
     for each in report.differences[:10]:
         print(f"{each.place}: request {each.request_id}: {each.logged!r}, now {each.replayed!r}", flush=True)

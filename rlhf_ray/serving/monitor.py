@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.config.serving import CandidateSettings, DriftSettings, ServedModelSettings
+from rlhf_ray.serving.audit import Head
 from rlhf_ray.serving.candidates import CanaryComparison, ShadowComparison, judge
 from rlhf_ray.serving.drift import DriftWatch
 from rlhf_ray.serving.exchange import ModelId
@@ -64,6 +65,7 @@ class ServiceMonitor:
         self._timeline = Timeline()
         self._errors: dict[str, int] = {}
         self._left_out = 0
+        self._audit: dict[str, Head] = {}
         self._events: deque[tuple[float, str]] = deque(maxlen=_EVENTS)
 
     def configure(self, models: Sequence[ServedModelSettings], configuration: Mapping[str, Any]) -> None:
@@ -121,6 +123,9 @@ class ServiceMonitor:
             known.model = model
             # Behind all others: what an entry stands for now is what was reported last.
             self._known[model.info.id] = known
+        if beat.audit is not None:
+            # Also of replicas that are gone: their chains must still be there.
+            self._audit[beat.audit.writer] = beat.audit
         self._count(beat, now)
         if beat.order == self._decided.number:
             self._compare(beat)
@@ -161,6 +166,7 @@ class ServiceMonitor:
             "candidates": self._candidate_rows(),
             "events": [{"time": when, "what": what} for when, what in self._events],
             "left_out": self._left_out,
+            "audit": [head.model_dump() for head in self._audit.values()],
         }
 
     def _count(self, beat: Beat, now: float) -> None:

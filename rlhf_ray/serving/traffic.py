@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.serving import ServedModelSettings
 from rlhf_ray.models.reference_scores import ReferenceScores
+from rlhf_ray.serving.audit import Head
 from rlhf_ray.serving.exchange import ModelId, ModelInfo
 
 LATENCY_EDGES_S = np.geomspace(0.001, 120.0, 61)
@@ -133,6 +134,7 @@ class Beat:
         queued: requests not yet answered.
         age_s: since it began to serve.
         exposition: its metrics, in Prometheus' text format.
+        audit: how far its audit log is.
     """
 
     replica: str
@@ -143,3 +145,4 @@ class Beat:
     age_s: float
     traffic: Traffic
     exposition: bytes
+    audit: Head | None = None

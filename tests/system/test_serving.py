@@ -377,12 +377,21 @@ def test_the_page_compares_two_responses(service: Running):
 
 
 def test_the_audit_log_is_replayed_to_the_bit(service: Running):
-    folder = service.folder / "runs" / "tiny-service" / "audit"
-    wait_until(lambda: any(folder.glob("*.jsonl")), 10, "the log")
+    texts = [f"{text} Once more." for text in TEXTS]
+    httpx.post(f"{service.with_token}/get_reward", json={"query": texts}, timeout=30).raise_for_status()
+    folder, heads = service.folder / "runs" / "tiny-service" / "audit", service.folder / "heads.json"
+
+    def noted() -> bool:
+        heads.write_text(json.dumps(service.get("/v1/service")))
+        return sum(head["records"] for head in json.loads(heads.read_text())["audit"]) >= len(texts)
+
+    wait_until(noted, 10, "the log's heads")
     copy = shutil.copytree(folder, service.folder / "audit-copy")
     models = [f"models.{name}={{path: {path}, shadow: true}}" for name, path in service.models.items()]
-    replayed = service.again(*models, "--replay", str(copy), name="replay")
-    assert "the same to the bit" in replayed.stdout
+    replayed = service.again(*models, "--replay", str(copy), "--heads", str(heads), name="replay")
+    number, _, rest = replayed.stdout.strip().partition(" ")
+    assert rest == "scores are the same to the bit"
+    assert int(number) >= len(texts)
 
 
 def test_the_serve_config_is_one_that_serve_takes(service: Running, tmp_path: Path):
