@@ -26,7 +26,8 @@ from rlhf_ray.serving.scorer_process import ScorerProcess
 from rlhf_ray.serving.traffic import Pace
 
 _LET_GO_POLL_S = 0.1
-_PROBE_HOLDS_S = 1.0
+_SCORE_HOLDS_S = 2.0
+"""A model that has scored a text is known for so long to score. Under load nobody who asks has to wait for a batch."""
 _TIMING_ROUNDS, _TIMING_TEXTS = 5, 16
 _TEXTS_BETWEEN_PAUSES = 8
 """Tokenizing takes turns with other requests after so many texts."""
@@ -69,7 +70,7 @@ class RewardEngine:
         self.paces: dict[str, Pace] = {}
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._probing = asyncio.Lock()
-        self._probed_at = -math.inf
+        self._scored_at: dict[str, float] = {}
 
     @property
     def table(self) -> ModelTable:
@@ -94,6 +95,7 @@ class RewardEngine:
                 await self._try(model)
             self.paces = await self._time(table)
             self._table = table
+            self._scored_at = {}
         finally:
             # Of the old table, or of one that could not be loaded whole.
             await self._let_go()
@@ -148,29 +150,29 @@ class RewardEngine:
         return str(self._find(model).texts.tokenizer.decode(list(token_ids)))
 
     async def probe(self, timeout_s: float) -> None:
-        """Score a sentence with every model, before all who wait; not more than once a second, whoever asks.
+        """See that every model scores: it has just done so, or scores a sentence now, before all who wait.
 
         Raises:
             ApiError: a model did not score it within the time.
         """
-        async with self._probing:
-            if time.monotonic() - self._probed_at > _PROBE_HOLDS_S:
-                await self._probe(timeout_s)
-                self._probed_at = time.monotonic()
-
-    async def _probe(self, timeout_s: float) -> None:
         self._find(None)
         for model in self._table.models:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
-            except TimeoutError:
-                raise ApiError(
-                    ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
-                ) from None
-            scored, row = batched.rows[0]
-            if not math.isfinite(scored.scores[row]):
-                raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
+            async with self._probing:
+                if time.monotonic() - self._scored_at.get(model.key, -math.inf) > _SCORE_HOLDS_S:
+                    await self._probe(model, timeout_s)
+
+    async def _probe(self, model: LoadedModel, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
+        except TimeoutError:
+            raise ApiError(
+                ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
+            ) from None
+        scored, row = batched.rows[0]
+        if not math.isfinite(scored.scores[row]):
+            raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
+        self._scored_at[model.key] = time.monotonic()
 
     async def score(
         self, inputs: Sequence[ScoreInput], *, model: str | None = None, sticky: str | None = None
@@ -203,6 +205,7 @@ class RewardEngine:
         answer = Answer(
             _as_scores(scored, chosen), chosen.info, Timings(tokenized - began, batched.queue_s, batched.compute_s)
         )
+        self._scored_at[chosen.key] = time.monotonic()
         if context.family == "explain":
             # The text itself comes first. The others have words left out, and none of them is traffic.
             self._observer.record(context, chosen, encoded[:1], scored)

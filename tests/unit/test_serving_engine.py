@@ -184,6 +184,21 @@ def test_a_long_text_is_tokenized_beside_the_event_loop(tiny):
     run(tiny, test)
 
 
+def test_a_model_that_has_just_scored_needs_no_probe(tiny):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        await engine.score(texts("a"))
+        process.open.clear()
+        waiting = asyncio.ensure_future(engine.score(texts("b")))
+        await asyncio.wait_for(engine.probe(5), 0.5)
+        engine._scored_at.clear()
+        assert (await refused(engine.probe(0.1))).type is ErrorType.UNAVAILABLE
+        process.open.set()
+        await waiting
+        await engine.probe(5)
+
+    run(tiny, test)
+
+
 def test_a_score_that_is_no_number_is_an_error_and_counted(tiny):
     async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
         process.broken.add("reward_model")
