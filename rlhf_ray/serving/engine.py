@@ -335,6 +335,10 @@ def _tokens_of(each: ScoreInput, index: int, model: LoadedModel, reader: RewardT
         if each.messages is not None:
             for message in each.messages:
                 str(message["content"]).encode("utf-8")
+            if reader.tokenizer.chat_template is None and [m["role"] for m in each.messages] == ["user", "assistant"]:
+                # Without a template it can only be a prompt and its response.
+                text = "".join(str(message["content"]) for message in each.messages)
+                return reader.encode(text, max_tokens=each.max_tokens, keep=each.keep)
             return reader.encode_messages(each.messages, max_tokens=each.max_tokens, keep=each.keep)
     except RowError as error:
         raise ApiError(ErrorType.BAD_REQUEST, f"text {index}: {error}", index=index) from None

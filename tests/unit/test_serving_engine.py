@@ -30,6 +30,7 @@ from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ScoreInput
 from rlhf_ray.serving.model_table import Weights
 from rlhf_ray.serving.observations import Observer
+from tests.planting import copied
 
 
 class StubProcess:
@@ -126,6 +127,23 @@ def test_a_long_text_is_cut_and_said_or_refused(tiny):
         assert (more.type, more.index) == (ErrorType.BAD_REQUEST, 0)
 
     run(tiny, test)
+
+
+def test_without_a_chat_template_a_prompt_and_its_response_are_one_text(tiny, tmp_path):
+    plain = copied(tiny, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    turns = ({"role": "user", "content": "What? "}, {"role": "assistant", "content": "Good."})
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        whole, said = [
+            (await engine.score([given])).scores[0]
+            for given in (ScoreInput(text="What? Good."), ScoreInput(messages=turns))
+        ]
+        assert said == whole
+        more = ScoreInput(messages=({"role": "system", "content": "Be kind."}, *turns))
+        assert (await refused(engine.score([more]))).type is ErrorType.BAD_REQUEST
+
+    run(plain, test)
 
 
 def test_which_end_is_kept(tiny):
