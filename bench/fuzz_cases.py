@@ -131,6 +131,9 @@ class CaseMaker:
             self._chunked: 4,
             self._batches: 2.5,
             self._huge_batches: 0.02,
+            self._endless: 0.02,
+            self._slow: 0.02,
+            self._no_text: 3,
             self._paths: 6,
             self._headers: 3,
             self._strangers: 5,
@@ -262,6 +265,29 @@ class CaseMaker:
             return FuzzCase("enormous batches", self._post(path, _dumps(_resize(body, _HUGE_TEXTS))))
         long = json.loads(_dumps(body).replace(SECRET.encode(), (SECRET + " long").encode() * 50_000))
         return FuzzCase("enormous texts", self._post(path, _dumps(long)))
+
+    def _endless(self, random: np.random.Generator) -> FuzzCase:
+        """More than any limit, in chunks of which none is the last."""
+        path = _pick(random, ("/health", *PATHS))
+        method = b"GET" if path == "/health" else b"POST"
+        headers = [*self._headers_of(b"application/json"), (b"Transfer-Encoding", b"chunked")]
+        part = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+        return FuzzCase("endless body", _http(method, path, headers, part * 400), "any")
+
+    def _slow(self, random: np.random.Generator) -> FuzzCase:
+        """A body of which the rest does not come."""
+        path, body = _body(random)
+        data = _dumps(body)
+        headers = [*self._headers_of(b"application/json"), (b"Content-Length", b"%d" % (len(data) + 1000))]
+        return FuzzCase("slow body", _http(b"POST", path, headers, data), statuses=(429, 503, 504))
+
+    def _no_text(self, random: np.random.Generator) -> FuzzCase:
+        """Headers whose bytes are no text, for some of which the server has a meaning."""
+        path, body = _body(random)
+        names = [b"X-Request-Id", b"traceparent", b"Accept", b"serve_multiplexed_model_id", b"X-Session-Id"]
+        names += [b"X-Request-Timeout-Seconds", b"X-Request-Disconnect-Disabled"]
+        value = _pick(random, (b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"0.001", b"-1", b"?1", b"nan", b"\xe2\x82"))
+        return FuzzCase("headers that are no text", self._post(path, _dumps(body), [(_pick(random, names), value)]))
 
     def _paths(self, random: np.random.Generator) -> FuzzCase:
         path, body = _body(random)

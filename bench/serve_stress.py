@@ -2,6 +2,8 @@
 
 - *Overload*: requests arrive at three times the rate that saturates the service. Each is answered with a score or with
   the typed overload error, the accepted ones in bounded time, from memory that does not grow.
+- *Siege*: three times saturation again, with connections that send nothing, and bodies without an end, at once. Health
+  answers, and the memory of a replica stays where its limits are.
 - *Death*: a replica is killed (SIGKILL) under load. No client that tries again as OpenRLHF's does loses an answer.
 - *Hot swap*: the model is exchanged twenty times under load. Every answer has the score of the version that it names.
 - *Canary and shadow*: the share of the traffic that a canary gets, and what the service says of a shadow.
@@ -13,6 +15,7 @@ MiniLM in float32 with new heads: the versions differ in every score.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import signal
 import statistics
@@ -54,7 +57,9 @@ SWAP_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0
 SAMPLE_S = 2.0
 SAME_SCORE = 1e-5
-PARTS = ("overload", "death", "swap", "candidates", "scaling")
+PARTS = ("overload", "siege", "death", "swap", "candidates", "scaling")
+IDLE_CONNECTIONS, ENDLESS_BODIES = 64, 16
+HEALTH_S = 1.0
 _ANSWERS = ("200", "503:overloaded")
 
 
@@ -135,6 +140,78 @@ def overload_results(plan: Plan, server: RunningServer, seconds: float) -> list[
     for place, size in (("start", largest[0]), ("middle", largest[len(largest) // 2]), ("end", largest[-1])):
         results.append(Result(f"overload: memory of a replica, {place}", size / 2**20, "MiB"))
     return [*results, Result("overload: growth of memory after the first fifth", max(growth), "", "<= 0.05")]
+
+
+def siege_results(plan: Plan, server: RunningServer, seconds: float) -> list[Result]:
+    """Overload, connections that send nothing, and bodies that do not end."""
+    saturated = plan.load(server, 20.0).result().summary
+    before = replica_memory(server)
+    load = plan.load(server, seconds, rate=OVERLOAD * saturated.throughput)
+    health, most, sent = asyncio.run(_besiege(server, load))
+    summary = load.result().summary
+    unexpected = sum(count for status, count in summary.statuses.items() if status not in _ANSWERS)
+    limits = LimitSettings()
+    # What is held of bodies, and what one of them is while it is parsed and tokenized.
+    allowed = limits.max_held_bytes + 10 * limits.max_body_bytes
+    return [
+        Result("siege: idle connections", IDLE_CONNECTIONS),
+        Result("siege: endless bodies at once", ENDLESS_BODIES),
+        Result("siege: bytes of endless bodies that were taken", sent / 2**20, "MiB"),
+        Result("siege: requests", summary.tries),
+        Result("siege: answers but scores and typed overload", unexpected, target="<= 0"),
+        Result("siege: accepted over saturation", summary.throughput / saturated.throughput, "×"),
+        Result("siege: health, median", statistics.median(health), "s"),
+        Result("siege: health, slowest", max(health), "s", f"<= {HEALTH_S:g} s"),
+        Result("siege: health, answers", len(health), target=">= 1"),
+        Result(
+            "siege: growth of a replica's processes",
+            max(most[pid] - size for pid, size in before.items()) / 2**20,
+            "MiB",
+            f"<= {allowed / 2**20:.0f} MiB",
+        ),
+    ]
+
+
+async def _besiege(server: RunningServer, load: LoadProcess) -> tuple[list[float], dict[int, int], int]:
+    """Seconds that health took, most memory of each process, and bytes of endless bodies that were taken, until a
+    load ends."""
+    host, port = server.url.removeprefix("http://").split(":")
+    health: list[float] = []
+    most: dict[int, int] = {}
+    sent = 0
+
+    async def endless(number: int) -> None:
+        nonlocal sent
+        head = b"GET /health HTTP/1.1" if number % 2 else b"POST /get_reward HTTP/1.1"
+        part = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
+        while True:
+            _, writer = await asyncio.open_connection(host, int(port))
+            with suppress(ConnectionError):
+                writer.write(head + b"\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+                while True:
+                    writer.write(part)
+                    await writer.drain()
+                    sent += len(part)
+            writer.transport.abort()
+            await asyncio.sleep(0.1)
+
+    idle = [await asyncio.open_connection(host, int(port)) for _ in range(IDLE_CONNECTIONS)]
+    attacks = [asyncio.create_task(endless(number)) for number in range(ENDLESS_BODIES)]
+    try:
+        while load.process.poll() is None:
+            started = time.perf_counter()
+            await asyncio.to_thread(get_json, f"{server.url}/health")
+            health.append(time.perf_counter() - started)
+            for pid, size in replica_memory(server).items():
+                most[pid] = max(size, most.get(pid, 0))
+            await asyncio.sleep(0.5)
+    finally:
+        for attack in attacks:
+            attack.cancel()
+        await asyncio.gather(*attacks, return_exceptions=True)
+        for _, writer in idle:
+            writer.transport.abort()
+    return health, most, sent
 
 
 def memory_growth(sizes: Sequence[int]) -> float:
@@ -297,11 +374,14 @@ def main() -> None:
         first, second = (new_reward_model(arguments.data / "minilm", folder / f"v{seed}", seed) for seed in (0, 1))
         texts = arguments.data / "hutto-movie" / "snippets_test.jsonl"
         plan = Plan(folder, texts, (first, second), arguments.replicas)
-        if "overload" in parts:
+        if {"overload", "siege"} & set(parts):
             crowded = replace(plan, replicas=arguments.overload_replicas)
             config, port = crowded.service([crowded.version(0)], "overload")
             with running_server(serve_command(config), port) as server:
-                report.add(overload_results(crowded, server, arguments.seconds), "overload")
+                if "overload" in parts:
+                    report.add(overload_results(crowded, server, arguments.seconds), "overload")
+                if "siege" in parts:
+                    report.add(siege_results(crowded, server, 60.0), "siege")
         config, port = plan.service([plan.version(0)], "service")
         if {"death", "swap"} & set(parts):
             with running_server(serve_command(config), port) as server:

@@ -128,6 +128,9 @@ def serve_rm(
     texts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --replay: the texts, where the log keeps hashes.")
     ] = None,
+    heads: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --replay: an earlier answer of /v1/service.")
+    ] = None,
 ) -> None:
     """Serve reward models with Ray Serve, for every family of reward clients.
 
@@ -138,8 +141,9 @@ def serve_rm(
     from rlhf_ray.config.serving import ServingConfig
     from rlhf_ray.serving import deploy
 
-    if texts is not None and replay is None:
-        raise BadInput("--texts", "given without --replay", "together with --replay")
+    for option, value in (("--texts", texts), ("--heads", heads)):
+        if value is not None and replay is None:
+            raise BadInput(option, "given without --replay", "together with --replay")
     settings = load_config(ServingConfig, config, overrides or ())
     if stop:
         deploy.stop_service(settings)
@@ -148,7 +152,7 @@ def serve_rm(
     elif write is not None:
         deploy.write_serve_config(settings, write)
     elif replay is not None:
-        deploy.replay_audit(settings, replay, texts)
+        deploy.replay_audit(settings, replay, texts, heads)
     else:
         deploy.run_service(settings, detach)
 

@@ -94,15 +94,30 @@ class LimitSettings(Settings):
     max_texts: PositiveInt = Field(512, description="Texts of one request; more is refused with 413.")
     max_tokens: PositiveInt = Field(131072, description="Tokens of one request, after cutting; more is refused.")
     max_body_bytes: PositiveInt = Field(8 << 20, description="Bytes of a request's body; more is refused unread.")
+    max_held_bytes: PositiveInt = Field(
+        64 << 20,
+        description="Bytes of the bodies of all requests that wait in a replica; more is refused as overload.",
+    )
+    body_timeout_s: PositiveFloat = Field(
+        10.0, description="How long a request's body may take to arrive; then it is refused with 504."
+    )
     max_queued_requests: PositiveInt = Field(
         256,
-        description="Requests that may wait in a replica; the next is refused with 503 (429 on the paths of Text "
-        "Embeddings Inference) and `Retry-After`.",
+        description="Requests that may wait in a replica; the next is refused unread with 503 (429 on the paths of "
+        "Text Embeddings Inference) and `Retry-After`.",
     )
     deadline_s: PositiveFloat = Field(
         60.0, description="How long a request may take; then it is refused with 504 and leaves the queue."
     )
     retry_after_s: PositiveInt = Field(1, description="What `Retry-After` says on overload.")
+
+    @model_validator(mode="after")
+    def _one_body_has_room(self) -> LimitSettings:
+        if self.max_held_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_held_bytes ({self.max_held_bytes}) must not be below max_body_bytes ({self.max_body_bytes})"
+            )
+        return self
 
 
 class ScalingSettings(Settings):
@@ -165,7 +180,12 @@ class AuditSettings(Settings):
     enabled: bool = Field(False, description="Write the log.")
     folder: str | None = Field(None, description="Where, on each replica's node; empty: `audit` in the run's folder.")
     texts: Literal["hash", "full"] = Field(
-        "hash", description="What is kept of a text: its SHA-256, or the token ids as they were scored."
+        "hash", description="What is kept of a text: its hash, or the token ids as they were scored."
+    )
+    key_file: str | None = Field(
+        None,
+        description="File with the key of all hashes. Without one anybody who has the log can rewrite it unseen, and "
+        "see whether a text that they guess was scored.",
     )
     max_bytes: PositiveInt = Field(64 << 20, description="Size at which a file is closed and the next begun.")
     keep_files: NonNegativeInt = Field(0, description="Closed files to keep, the oldest go first; 0 keeps all.")

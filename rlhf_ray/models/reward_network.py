@@ -42,7 +42,7 @@ class RewardNetwork(nn.Module):
         super().__init__()
         self.network = network
         self._pad_token_id = pad_token_id
-        self._packed = packed
+        self.packed = packed
 
     @property
     def classifier(self) -> Any:
@@ -55,7 +55,7 @@ class RewardNetwork(nn.Module):
         Args:
             num_rows: where rows are not packed, one batch of at least so many.
         """
-        if self._packed:
+        if self.packed:
             return self._from_row(texts)
         return self._from_batch(texts, num_rows) if num_rows else self._from_batches(texts)
 

@@ -21,8 +21,8 @@ from rlhf_ray.models.reward_network import RewardNetwork, score_row_by_row, take
 from rlhf_ray.models.reward_texts import Encoded, ResponseReader, RewardTexts, SharedIds
 from rlhf_ray.rollout import RewardColumn, Rollout
 
-_ROW_TOKENS = 4096
-"""Most tokens of a packed row: longer ones are no faster and take more memory."""
+_CPU_TOKENS, _GPU_TOKENS = 4096, 32768
+"""Of a forward pass, where the settings do not say: on a CPU more are no faster and take more memory."""
 _FIXED_ROWS = 4
 """Rows of every forward pass in the batch-invariant mode. Kernels are chosen by shape: with one shape for a length, and
 no product narrower than a block of them (`score_row_by_row`), a row's result depends on that row alone."""
@@ -94,6 +94,7 @@ class RewardScorer:
         self._settings = settings
         self.batch_invariant = settings.batch_invariant
         self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._batch_tokens = settings.batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
         self.texts = RewardTexts(settings.model, settings.max_length)
         self._responses = ResponseReader(policy_model) if policy_model else None
         self._shared_ids = self._responses.shared_ids(self.texts) if self._responses else SharedIds.NONE
@@ -102,6 +103,7 @@ class RewardScorer:
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
         self.dtype = resolve_dtype(settings.dtype, on_gpu)
         self._networks = [self._load(folder) for folder in self.texts.folders(settings.model)]
+        self._packed = all(network.packed for network in self._networks)
         self.version = self.texts.version
 
     def _load(self, model: str) -> RewardNetwork:
@@ -116,6 +118,9 @@ class RewardScorer:
                 attention=resolve_padded_attention("auto", on_gpu),
                 num_labels=self.texts.layout.num_labels,
             )
+        for parameter in classifier.parameters():
+            # They are mapped from the file, and would change with it while the scorer goes by its old version.
+            parameter.data = parameter.data.clone()
         if self.batch_invariant:
             score_row_by_row(classifier)
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
@@ -212,7 +217,9 @@ class RewardScorer:
         if not self.batch_invariant:
             while order:
                 ends = np.cumsum(num_tokens[order[:size]])
-                count = max(1, int(np.searchsorted(ends, _ROW_TOKENS, side="right")))
+                if not self._packed:
+                    ends = padded_width(int(ends[0])) * np.arange(1, len(ends) + 1)
+                count = max(1, int(np.searchsorted(ends, self._batch_tokens, side="right")))
                 yield order[:count]
                 order = order[count:]
             return

@@ -1,20 +1,24 @@
 """A log from which any score can be replayed, and which shows when it was altered.
 
-One JSON object a line. A line ends with the SHA-256 of the previous line's hash and its own bytes, so that no byte,
-line or file can be changed, moved or taken out without the next hash being wrong. Each file begins with a line that
-names the hash before it; a start of the writer begins a new file, and so does a file that is full.
+One JSON object a line. A line ends with the HMAC-SHA-256 of the previous line's and its own bytes, so that no byte,
+line or file between two others can be changed, moved or taken out without the next one being wrong. Each file begins
+with a line that names the hash before it; a start of the writer begins a new file, and so does a file that is full.
 
-The chain does not show records taken from its very end, nor that it was written anew from some place on by someone who
-has the folder. Whoever fears that notes `VerifiedWriter.last_hash` elsewhere from time to time.
+What that shows depends on who may have had the folder. Without a key (`audit.key_file`) anybody can compute the
+hashes, and write a chain anew that is as good as the first: the log shows accidents, and edits by those who don't know
+better. With a key, nobody who lacks it can write a line. Neither shows what is not there any more: records taken from
+the end of a chain, whole chains, and, where `keep_files` deletes the oldest, the oldest. Those are missed by whoever
+has noted the `Head`s of all chains elsewhere; `/v1/service` lists them, and `verify` compares.
 
-A text is kept as the SHA-256 of the token ids that were scored, each as four bytes, little endian; with `texts: full`
-as the ids themselves too. On a CPU a score depends on those ids alone, and a replay must find it to the bit.
+A text is kept as the HMAC of the token ids that were scored, each as four bytes, little endian; with `texts: full` as
+the ids themselves too. Without a key, whoever can guess a text can see whether it was scored. On a CPU a score depends
+on those ids alone, and a replay must find it to the bit.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import hmac
 import json
 import os
 import re
@@ -36,6 +40,7 @@ from rlhf_ray.failures import BadInput
 _FILE_NAME = re.compile(r"(?P<writer>[A-Za-z0-9._#-]+)-(?P<number>[0-9]{6,})\.jsonl")
 _LINE = re.compile(rb'(?P<body>\{.*),"hash":"(?P<hash>[0-9a-f]{64})"\}\n')
 _INTACT = "the line that the log wrote"
+_SHORTEST_KEY = 16
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,50 @@ class AuditRecord:
     batch_invariant: bool
 
 
+class Head(BaseModel):
+    """How far a chain was, to be kept elsewhere.
+
+    Attributes:
+        records: that were written to it since it began.
+        hash: of the last one; empty before the first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    writer: str
+    records: int
+    hash: str
+
+
+def read_key(settings: AuditSettings) -> bytes:
+    """The key of the file; empty where there is none.
+
+    Raises:
+        BadInput: it cannot be read, or is too short.
+    """
+    if settings.key_file is None:
+        return b""
+    try:
+        key = Path(settings.key_file).read_bytes().strip()
+    except OSError as error:
+        raise BadInput("audit.key_file", f"'{settings.key_file}' cannot be read ({error})", "a key file") from None
+    if len(key) < _SHORTEST_KEY:
+        raise BadInput("audit.key_file", f"a key of {len(key)} bytes", f"at least {_SHORTEST_KEY}")
+    return key
+
+
+def read_heads(path: Path) -> list[Head]:
+    """The heads in an answer of `/v1/service` that was kept.
+
+    Raises:
+        BadInput: it holds none.
+    """
+    try:
+        return [Head.model_validate(head) for head in json.loads(path.read_bytes())["audit"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(str(path), f"holds no heads ({type(error).__name__})", "an answer of /v1/service") from None
+
+
 class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -69,12 +118,14 @@ class _Opening(_Line):
     Attributes:
         first_seq: of the record that comes next.
         previous_hash: last hash of the file before; empty in the very first.
+        record_hash: that of the last record before.
     """
 
     writer: str
     number: int
     first_seq: int
     previous_hash: str
+    record_hash: str
 
 
 class LoggedScore(_Line):
@@ -83,7 +134,7 @@ class LoggedScore(_Line):
     Attributes:
         seq: counts the writer's records, from 0.
         time: seconds since 1970, when it was written.
-        text_sha256: see `text_hash`.
+        text_hash: see `text_hash`.
         token_ids: None where texts are kept as hashes.
     """
 
@@ -92,7 +143,7 @@ class LoggedScore(_Line):
     request_id: str
     model: str
     version: str
-    text_sha256: str
+    text_hash: str
     token_ids: tuple[int, ...] | None = None
     num_tokens: int
     truncated: bool
@@ -101,36 +152,49 @@ class LoggedScore(_Line):
 
 
 class _Anchor(_Line):
-    """Where the chain begins after the files before it were deleted to keep no more than was asked for."""
+    """Where the chain begins after the files before it were deleted to keep no more than was asked for.
+
+    Attributes:
+        record_hash: of the last record before.
+    """
 
     first_number: int
     first_seq: int
     previous_hash: str
+    record_hash: str
 
 
-def text_hash(token_ids: Sequence[int]) -> str:
-    """SHA-256, in hex, of token ids as unsigned 32-bit integers, little endian."""
-    return hashlib.sha256(np.asarray(token_ids, dtype="<u4").tobytes()).hexdigest()
+def text_hash(token_ids: Sequence[int], key: bytes = b"") -> str:
+    """HMAC-SHA-256, in hex, of token ids as unsigned 32-bit integers, little endian."""
+    return hmac.digest(key, np.asarray(token_ids, dtype="<u4").tobytes(), "sha256").hex()
 
 
-def _chained(values: Mapping[str, Any], previous_hash: str) -> tuple[bytes, str]:
+def _chained(values: Mapping[str, Any], previous_hash: str, key: bytes) -> tuple[bytes, str]:
     """A line, and its hash."""
     body = json.dumps(values, separators=(",", ":"), allow_nan=False).encode("ascii")[:-1]
-    digest = _link(previous_hash, body)
+    digest = _link(previous_hash, body, key)
     return body + f',"hash":"{digest}"}}\n'.encode("ascii"), digest
 
 
-def _link(previous_hash: str, body: bytes) -> str:
-    return hashlib.sha256(previous_hash.encode("ascii") + b"\n" + body).hexdigest()
+def _link(previous_hash: str, body: bytes, key: bytes) -> str:
+    return hmac.digest(key, previous_hash.encode("ascii") + b"\n" + body, "sha256").hex()
 
 
 @dataclass
 class _Chain:
-    """Follows one writer's chain, line by line."""
+    """Follows one writer's chain, line by line.
 
+    Attributes:
+        number, seq: of the file and the record that come next.
+        hash: of the last line.
+        record_hash: of the last record.
+    """
+
+    key: bytes
     number: int
     seq: int = 0
     hash: str = ""
+    record_hash: str = ""
 
     def follow(self, line: bytes, place: str) -> tuple[bytes, str]:
         """The body of a line and its hash, which becomes the chain's.
@@ -146,7 +210,7 @@ class _Chain:
                 )
             raise BadInput(place, "the line was altered", _INTACT)
         body, digest = match["body"], match["hash"].decode("ascii")
-        if _link(self.hash, body) != digest:
+        if _link(self.hash, body, self.key) != digest:
             raise BadInput(place, f"the hash is wrong: {self._suspicion(body)}", _INTACT)
         self.hash = digest
         return body + b"}", digest
@@ -167,13 +231,14 @@ class _Chain:
         if record.seq != self.seq:
             raise BadInput(place, f"record {record.seq}", f"record {self.seq}")
         self.seq += 1
+        self.record_hash = self.hash
         return record
 
     def _suspicion(self, body: bytes) -> str:
         seq = re.match(rb'\{"seq":([0-9]+),', body)
         if seq is not None and int(seq[1]) != self.seq:
             return f"record {int(seq[1])} stands where {self.seq} was; lines are missing or were moved"
-        return "this line was altered, or one before it is missing"
+        return "this line was altered, one before it is missing, or the key is another one"
 
 
 Part = TypeVar("Part", bound=_Line)
@@ -206,6 +271,7 @@ class AuditLog:
             raise ValueError(f"'{writer}' cannot name a file of the audit log")
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._settings, self._writer = folder, settings, writer
+        self._key = read_key(settings)
         self._lock = _locked(folder / f"{writer}.lock")
         try:
             self._chain = self._recovered()
@@ -213,6 +279,11 @@ class AuditLog:
         except BaseException:
             self._lock.close()
             raise
+
+    @property
+    def head(self) -> Head:
+        """How far the chain is."""
+        return Head(writer=self._writer, records=self._chain.seq, hash=self._chain.record_hash)
 
     def append(self, records: Sequence[AuditRecord]) -> None:
         """Write records, in their order.
@@ -240,7 +311,8 @@ class AuditLog:
                 self._file.close()
                 self._chain.number += 1
                 self._file, self._size = self._begin()
-            line, self._chain.hash = _chained(self._values(record, now), self._chain.hash)
+            line, self._chain.hash = _chained(self._values(record, now), self._chain.hash, self._key)
+            self._chain.record_hash = self._chain.hash
             self._chain.seq += 1
             lines.append(line)
             pending += len(line)
@@ -269,7 +341,7 @@ class AuditLog:
             "request_id": record.request_id,
             "model": record.model,
             "version": record.version,
-            "text_sha256": text_hash(record.token_ids),
+            "text_hash": text_hash(record.token_ids, self._key),
             **ids,
             "num_tokens": len(record.token_ids),
             "truncated": bool(record.truncated),
@@ -292,7 +364,7 @@ class AuditLog:
         """Where the chain goes on: behind the last complete line of the last file."""
         numbers = _numbers(self._folder).get(self._writer, [])
         if not numbers:
-            return _start(self._folder, self._writer)
+            return _start(self._folder, self._writer, self._key)
         path = self._path(numbers[-1])
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -302,7 +374,7 @@ class AuditLog:
             return self._recovered()
         lines = whole.splitlines(keepends=True)
         opening = _opening(lines[0], path)
-        chain = _Chain(numbers[-1], opening.first_seq, opening.previous_hash)
+        chain = _Chain(self._key, numbers[-1], opening.first_seq, opening.previous_hash, opening.record_hash)
         for _ in _followed(chain, lines, path):
             pass
         if len(whole) < len(content):
@@ -317,8 +389,9 @@ class AuditLog:
             number=self._chain.number,
             first_seq=self._chain.seq,
             previous_hash=self._chain.hash,
+            record_hash=self._chain.record_hash,
         )
-        line, self._chain.hash = _chained(opening.model_dump(), self._chain.hash)
+        line, self._chain.hash = _chained(opening.model_dump(), self._chain.hash, self._key)
         path = self._path(self._chain.number)
         _write_whole(path, line)
         self._prune()
@@ -333,9 +406,13 @@ class AuditLog:
             with first.open("rb") as file:
                 opening = _opening(file.readline(), first)
             anchor = _Anchor(
-                first_number=opening.number, first_seq=opening.first_seq, previous_hash=opening.previous_hash
+                first_number=opening.number,
+                first_seq=opening.first_seq,
+                previous_hash=opening.previous_hash,
+                record_hash=opening.record_hash,
             )
-            _write_whole(self._folder / f"{self._writer}.anchor.json", anchor.model_dump_json().encode("ascii"))
+            line, _ = _chained(anchor.model_dump(), self._writer, self._key)
+            _write_whole(self._folder / f"{self._writer}.anchor.json", line)
         for number in surplus:
             self._path(number).unlink()
 
@@ -376,13 +453,14 @@ def _numbers(folder: Path) -> dict[str, list[int]]:
     return {writer: sorted(numbers) for writer, numbers in sorted(found.items())}
 
 
-def _start(folder: Path, writer: str) -> _Chain:
+def _start(folder: Path, writer: str, key: bytes) -> _Chain:
     """Where the chain begins: at the anchor, or with nothing before it."""
     path = folder / f"{writer}.anchor.json"
     if not path.is_file():
-        return _Chain(1)
-    anchor = _parse(_Anchor, path.read_bytes(), f"{path}:1")
-    return _Chain(anchor.first_number, anchor.first_seq, anchor.previous_hash)
+        return _Chain(key, 1)
+    body, _ = _Chain(key, 0, hash=writer).follow(path.read_bytes(), f"{path}:1")
+    anchor = _parse(_Anchor, body, f"{path}:1")
+    return _Chain(key, anchor.first_number, anchor.first_seq, anchor.previous_hash, anchor.record_hash)
 
 
 def _followed(chain: _Chain, lines: Sequence[bytes], path: Path) -> Iterator[LoggedScore]:
@@ -403,7 +481,7 @@ class VerifiedWriter:
     Attributes:
         first_seq: of the first record that is kept; above 0 where older files were deleted as the settings ask.
         num_records: that are kept.
-        last_hash: of its last line. Whoever notes it can tell later that nothing was taken from the end until then.
+        last_hash: of its last line.
     """
 
     writer: str
@@ -425,17 +503,20 @@ class VerifiedLog:
         return sum(writer.num_records for writer in self.writers)
 
 
-def verify(folder: Path) -> VerifiedLog:
+def verify(folder: Path, key: bytes = b"", heads: Sequence[Head] = ()) -> VerifiedLog:
     """Follow every chain of a folder from its first line to its last.
+
+    Args:
+        heads: that were noted elsewhere, of the chains of this folder: each must have got at least so far.
 
     Raises:
         BadInput: naming the file and line where something was altered, is missing or was moved.
     """
     verified: list[VerifiedWriter] = []
-    for writer, numbers in _numbers(folder).items():
-        chain = _start(folder, writer)
+    for writer, numbers in _chains(folder, heads).items():
+        chain = _start(folder, writer, key)
         first_number, first_seq = chain.number, chain.seq
-        for _ in _chain_records(folder, writer, numbers, chain):
+        for _ in _chain_records(folder, writer, numbers, chain, heads):
             pass
         verified.append(
             VerifiedWriter(writer, chain.number - first_number, first_seq, chain.seq - first_seq, chain.hash)
@@ -445,19 +526,30 @@ def verify(folder: Path) -> VerifiedLog:
     return VerifiedLog(tuple(verified))
 
 
-def verified_records(folder: Path) -> Iterator[tuple[str, LoggedScore]]:
-    """Every record of every chain with its place (`file:line`), verified up to itself.
+def verified_records(folder: Path, key: bytes = b"", heads: Sequence[Head] = ()) -> Iterator[tuple[str, LoggedScore]]:
+    """Every record of every chain with its place (`file:line`), verified up to itself; the heads at the end of each
+    chain.
 
     Raises:
         BadInput: as `verify`.
     """
-    for writer, numbers in _numbers(folder).items():
-        yield from _chain_records(folder, writer, numbers, _start(folder, writer))
+    for writer, numbers in _chains(folder, heads).items():
+        yield from _chain_records(folder, writer, numbers, _start(folder, writer, key), heads)
+
+
+def _chains(folder: Path, heads: Sequence[Head]) -> dict[str, list[int]]:
+    chains = _numbers(folder)
+    if lost := sorted({head.writer for head in heads} - chains.keys()):
+        raise BadInput(str(folder), f"nothing of the chain '{lost[0]}'", "the chains whose heads were noted")
+    return chains
 
 
 def _chain_records(
-    folder: Path, writer: str, numbers: Sequence[int], chain: _Chain
+    folder: Path, writer: str, numbers: Sequence[int], chain: _Chain, heads: Sequence[Head]
 ) -> Iterator[tuple[str, LoggedScore]]:
+    # What was deleted to keep no more than was asked for cannot be compared any more.
+    noted = {(head.records, head.hash) for head in heads if head.writer == writer and head.records >= chain.seq}
+    noted.discard((chain.seq, chain.record_hash))
     # A file before the anchor was to be deleted, and the process ended first.
     for number in (each for each in numbers if each >= chain.number):
         path = folder / f"{writer}-{number:06d}.jsonl"
@@ -467,5 +559,10 @@ def _chain_records(
         if not lines:
             raise BadInput(f"{path}:1", "the file is empty", _INTACT)
         for line_number, record in enumerate(_followed(chain, lines, path), start=2):
+            noted.discard((chain.seq, chain.record_hash))
             yield f"{path}:{line_number}", record
         chain.number += 1
+    if noted:
+        records = min(noted)[0]
+        where = str(folder / f"{writer}-*.jsonl")
+        raise BadInput(where, f"{chain.seq} records, or other ones", f"the {records} that were noted, and more")

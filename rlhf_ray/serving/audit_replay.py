@@ -12,7 +12,7 @@ from rlhf_ray.data.rows import NoBadRows, RowError, first_present, read_rows, te
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.reward_texts import Encoded, RewardTexts
 from rlhf_ray.roles.reward_scorer import RewardScorer
-from rlhf_ray.serving.audit import LoggedScore, text_hash, verified_records
+from rlhf_ray.serving.audit import Head, LoggedScore, text_hash, verified_records
 
 _SCORED_TOGETHER = 256
 
@@ -60,7 +60,13 @@ class ReplayReport:
 
 
 def replay(
-    folder: Path, scorers: Mapping[str, RewardScorer], *, request_id: str | None = None, texts: str | None = None
+    folder: Path,
+    scorers: Mapping[str, RewardScorer],
+    *,
+    request_id: str | None = None,
+    texts: str | None = None,
+    key: bytes = b"",
+    heads: Sequence[Head] = (),
 ) -> ReplayReport:
     """Verify the log and score its records again.
 
@@ -70,11 +76,12 @@ def replay(
         texts: file of rows with `text` (and `templated`, where a chat template has written the special tokens), or
             `messages`; needed where the log keeps texts as hashes. A text that a request had cut to fewer tokens than
             the model takes is not found by its whole.
+        key, heads: as of `verify`.
 
     Raises:
-        BadInput: the log is not intact, has no such request, or the file of texts cannot be read.
+        BadInput: the log is not intact or has no records, has no such request, or the file of texts cannot be read.
     """
-    known = {version: _by_hash(scorer.texts, texts) for version, scorer in scorers.items()} if texts else {}
+    known = {version: _by_hash(scorer.texts, texts, key) for version, scorer in scorers.items()} if texts else {}
     waiting: dict[str, list[tuple[str, LoggedScore, Sequence[int]]]] = defaultdict(list)
     equal = 0
     differences: list[Difference] = []
@@ -90,10 +97,10 @@ def replay(
             else:
                 differences.append(Difference(place, record.request_id, record.score, found))
 
-    for place, record in verified_records(folder):
+    for place, record in verified_records(folder, key, heads):
         if request_id is not None and record.request_id != request_id:
             continue
-        token_ids = record.token_ids or known.get(record.version, {}).get(record.text_sha256)
+        token_ids = record.token_ids or known.get(record.version, {}).get(record.text_hash)
         if record.version not in scorers:
             not_replayed.append(NotReplayed(place, record.request_id, f"no model of version {record.version}"))
         elif record.batch_invariant != scorers[record.version].batch_invariant:
@@ -101,22 +108,23 @@ def replay(
             not_replayed.append(NotReplayed(place, record.request_id, cause))
         elif token_ids is None:
             not_replayed.append(NotReplayed(place, record.request_id, "the text is not known"))
-        elif text_hash(token_ids) != record.text_sha256:
-            raise BadInput(place, "the token ids are not those of text_sha256", "a record that the service wrote")
+        elif text_hash(token_ids, key) != record.text_hash:
+            raise BadInput(place, "the token ids are not those of text_hash", "a record that the service wrote")
         else:
             waiting[record.version].append((place, record, token_ids))
             if len(waiting[record.version]) == _SCORED_TOGETHER:
                 score(record.version)
     for version in list(waiting):
         score(version)
-    if request_id is not None and not (equal or differences or not_replayed):
-        raise BadInput(str(folder), f"no record of request '{request_id}'", "a request id of this log")
+    if not (equal or differences or not_replayed):
+        found = f"no record of request '{request_id}'" if request_id else "no record"
+        raise BadInput(str(folder), found, "a folder, and a request id, of which there are scores")
     return ReplayReport(equal, tuple(differences), tuple(not_replayed))
 
 
-def _by_hash(encoding: RewardTexts, texts: str) -> dict[str, list[int]]:
+def _by_hash(encoding: RewardTexts, texts: str, key: bytes) -> dict[str, list[int]]:
     encoded = (token_ids for token_ids, _ in _encoded(encoding, texts))
-    return {text_hash(token_ids): token_ids for token_ids in encoded}
+    return {text_hash(token_ids, key): token_ids for token_ids in encoded}
 
 
 def _encoded(encoding: RewardTexts, texts: str) -> Iterator[Encoded]:

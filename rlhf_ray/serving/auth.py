@@ -17,8 +17,11 @@ TOKEN_VARIABLE = "RLHF_RAY_TOKEN"
 _SHORTEST = 16
 
 
-def read_token(settings: EndpointSettings) -> str | None:
+def read_token(settings: EndpointSettings, host: str | None = None) -> str | None:
     """The token of the file or the environment; None where the service is open, which only loopback may be.
+
+    Args:
+        host: where the service really listens, where that may be elsewhere than the settings say.
 
     Raises:
         BadInput: the file cannot be read, the token is too short, or there is none and others could reach the service.
@@ -38,10 +41,11 @@ def read_token(settings: EndpointSettings) -> str | None:
                 f"at least {_SHORTEST} printable characters, such as `openssl rand -hex 24` prints",
             )
         return token
-    if not is_loopback(settings.host):
+    host = host or settings.host
+    if not is_loopback(host):
         raise BadInput(
             "endpoint.host",
-            f"'{settings.host}' can be reached from other machines and there is no token",
+            f"'{host}' can be reached from other machines and there is no token",
             f"endpoint.token_file or {TOKEN_VARIABLE}, or a loopback address",
         )
     return None

@@ -38,6 +38,10 @@ _LEAD_S = 0.03
 logger = logging.getLogger(__name__)
 
 
+class ProcessDied(Exception):
+    """The scoring process ended during a forward pass, whatever it died of; another one is there."""
+
+
 @dataclass(frozen=True)
 class ScoredBatch:
     """One forward pass.
@@ -147,6 +151,8 @@ class MicroBatcher:
         self._live_since_shadow = 0
         self._changed = asyncio.Event()
         self._flights: list[_Flight] = []
+        self._suspects = 0
+        self._alone = asyncio.Lock()
         self._tokens_per_s = 0.0
         self.queued_tokens = 0
         self._task = asyncio.get_running_loop().create_task(self._serve())
@@ -219,9 +225,16 @@ class MicroBatcher:
         items = flight.items
         try:
             batch = await self._run(model, [item.encoded for item in items])
+        except ApiError as error:
+            for item in items:
+                _fail(item, error)
         except Exception:
             logger.exception("a forward pass of %d texts failed; each is scored by itself", len(items))
-            await self._score_singly(model, items)
+            self._suspects += 1
+            try:
+                await self._score_singly(model, items)
+            finally:
+                self._suspects -= 1
         else:
             if not shadow:
                 rate = flight.tokens / (time.perf_counter() - flight.began)
@@ -237,18 +250,25 @@ class MicroBatcher:
             self._changed.set()
 
     async def _score_singly(self, model: LoadedModel, items: Sequence[_Item]) -> None:
-        """What fails with others may be the fault of one; the others get their scores."""
+        """What fails with others may be the fault of one; the others get their scores. Nothing else is computed
+        meanwhile: a text that the process dies of is known by that it was alone there."""
         for item in items:
-            if item.job.future.done():
-                continue
-            try:
-                batch = await self._run(model, [item.encoded])
-            except Exception as error:
-                logger.exception("a forward pass of one text failed")
-                cause = ApiError(ErrorType.INTERNAL, f"the model failed ({type(error).__name__})", index=item.index)
-                item.job.future.set_exception(cause)
-                continue
-            self._deliver(item, batch, 0)
+            async with self._alone:
+                if item.job.future.done():
+                    continue
+                try:
+                    batch = await self._run(model, [item.encoded])
+                except ApiError as error:
+                    _fail(item, error)
+                except ProcessDied:
+                    logger.error("the scoring process died twice of one text")
+                    _fail(item, ApiError(ErrorType.UNSCORABLE, "the model does not survive it", index=item.index))
+                except Exception as error:
+                    logger.exception("a forward pass of one text failed")
+                    cause = f"the model failed ({type(error).__name__})"
+                    _fail(item, ApiError(ErrorType.INTERNAL, cause, index=item.index))
+                else:
+                    self._deliver(item, batch, 0)
 
     def _deliver(self, item: _Item, batch: ScoredBatch, row: int) -> None:
         job, now = item.job, time.perf_counter()
@@ -276,7 +296,7 @@ class MicroBatcher:
 
     def _next_start(self) -> tuple[dict[LoadedModel, _Waiting] | None, float]:
         """Which queue comes next, and when, as things stand; never where something has to change first."""
-        if len(self._flights) >= _MOST_FLIGHTS:
+        if len(self._flights) >= _MOST_FLIGHTS or self._suspects:
             return None, math.inf
         oldest = self._oldest(self._live)
         if self._oldest(self._shadow) is not None:
@@ -327,6 +347,11 @@ class MicroBatcher:
                 taken.append(item)
                 tokens += size
         return oldest.job.model, taken
+
+
+def _fail(item: _Item, error: ApiError) -> None:
+    if not item.job.future.done():
+        item.job.future.set_exception(error)
 
 
 def gather_rows(rows: Sequence[tuple[ScoredTexts, int]]) -> ScoredTexts:

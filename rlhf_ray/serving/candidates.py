@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import kendalltau, t
 
 from rlhf_ray.config.serving import CandidateSettings
-from rlhf_ray.serving.traffic import ModelWork
+from rlhf_ray.serving.traffic import ModelWork, Pace
 
 _WINDOW_TEXTS = 4096
 _MIN_REQUEST_PAIRS = 100
@@ -65,16 +65,15 @@ class WorkFigures:
     latency_ratio: float | None
 
     @classmethod
-    def of(cls, live: ModelWork, candidate: ModelWork) -> WorkFigures:
-        a_token, live_a_token = (work.compute_s / work.tokens if work.tokens else None for work in (candidate, live))
+    def of(cls, live: ModelWork, candidate: ModelWork, pace: Pace | None) -> WorkFigures:
         return cls(
             candidate_texts=candidate.texts,
             live_texts=live.texts,
             failure_rate=candidate.failures / candidate.texts if candidate.texts else None,
             live_failure_rate=live.failures / live.texts if live.texts else None,
-            compute_s_per_token=a_token,
-            live_compute_s_per_token=live_a_token,
-            latency_ratio=a_token / live_a_token if a_token is not None and live_a_token else None,
+            compute_s_per_token=pace.candidate_s / pace.tokens if pace else None,
+            live_compute_s_per_token=pace.main_s / pace.tokens if pace else None,
+            latency_ratio=pace.candidate_s / pace.main_s if pace else None,
         )
 
 
@@ -121,7 +120,28 @@ class CandidateReport:
         return {"texts": self.texts, **asdict(self.scores), **asdict(self.work)}
 
 
-class ShadowComparison:
+class _Works:
+    """What a candidate and the live model did beside each other."""
+
+    def __init__(self) -> None:
+        self._live, self._candidate = ModelWork(), ModelWork()
+        self._pace: Pace | None = None
+
+    def add_work(self, live: ModelWork, candidate: ModelWork, pace: Pace | None = None) -> None:
+        """Count what both did in the same time.
+
+        Args:
+            pace: how long they take for the same batch, as measured last.
+        """
+        self._live.add(live)
+        self._candidate.add(candidate)
+        self._pace = pace or self._pace
+
+    def _work_figures(self) -> WorkFigures:
+        return WorkFigures.of(self._live, self._candidate, self._pace)
+
+
+class ShadowComparison(_Works):
     """The texts that both the live model and a shadow scored: the latest in full, all of them in number.
 
     Args:
@@ -129,11 +149,11 @@ class ShadowComparison:
     """
 
     def __init__(self, window_texts: int = _WINDOW_TEXTS) -> None:
+        super().__init__()
         self._window_texts = window_texts
-        self._live = self._shadow = np.zeros(0)
+        self._scores = np.zeros((2, 0))
         self._groups = np.zeros(0, np.uint64)
         self._texts = 0
-        self._work = (ModelWork(), ModelWork())
         self._figures: ScoreFigures | None = None
 
     def add(self, live_scores: ArrayLike, shadow_scores: ArrayLike, groups: ArrayLike) -> None:
@@ -147,23 +167,18 @@ class ShadowComparison:
         both = np.isfinite(live) & np.isfinite(shadow)
         self._texts += int(both.sum())
         kept = slice(-self._window_texts, None)
-        self._live = np.concatenate([self._live, live[both]])[kept]
-        self._shadow = np.concatenate([self._shadow, shadow[both]])[kept]
+        self._scores = np.concatenate([self._scores, [live[both], shadow[both]]], axis=1)[:, kept]
         self._groups = np.concatenate([self._groups, np.asarray(groups, np.uint64)[both]])[kept]
         self._figures = None
-
-    def set_work(self, live: ModelWork, shadow: ModelWork) -> None:
-        """What both models did so far, with failed texts and time."""
-        self._work = (live, shadow)
 
     def report(self) -> CandidateReport:
         """The comparison as it stands. Scores are those of the latest texts."""
         if self._figures is None:
             self._figures = self._compare_scores()
-        return CandidateReport(self._texts, WorkFigures.of(*self._work), self._figures)
+        return CandidateReport(self._texts, self._work_figures(), self._figures)
 
     def _compare_scores(self) -> ScoreFigures:
-        live, shadow = self._live, self._shadow
+        live, shadow = self._scores
         if len(live) < 2:
             return ScoreFigures()
         everywhere = sign_flips(live, shadow)
@@ -186,19 +201,12 @@ class ShadowComparison:
         )
 
 
-class CanaryComparison:
+class CanaryComparison(_Works):
     """A live model with a small share beside the one with the largest: unpaired, from counts alone."""
-
-    def __init__(self) -> None:
-        self._work = (ModelWork(), ModelWork())
-
-    def set_work(self, live: ModelWork, canary: ModelWork) -> None:
-        """What both models did so far."""
-        self._work = (live, canary)
 
     def report(self) -> CandidateReport:
         """The comparison as it stands."""
-        live, canary = self._work
+        live, canary = self._live, self._candidate
         scored, live_scored = canary.texts - canary.failures, live.texts - live.failures
         shift: float | None = None
         if scored > 0 and live_scored > 0:
@@ -206,7 +214,7 @@ class CanaryComparison:
             variance = live.score_square_sum / live_scored - live_mean**2
             if variance > 1e-12 * live_mean**2:  # below that it is rounding
                 shift = (canary.score_sum / scored - live_mean) / float(np.sqrt(variance))
-        return CandidateReport(min(scored, live_scored), WorkFigures.of(live, canary), ScoreFigures(score_shift=shift))
+        return CandidateReport(min(scored, live_scored), self._work_figures(), ScoreFigures(score_shift=shift))
 
 
 def judge(comparison: ShadowComparison | CanaryComparison, settings: CandidateSettings) -> tuple[str, ...]:

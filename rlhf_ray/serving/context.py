@@ -6,6 +6,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from rlhf_ray.serving.errors import ErrorType
+
 
 @dataclass
 class RequestContext:
@@ -14,11 +16,13 @@ class RequestContext:
     Attributes:
         request_id: the client's own, or one made for it; in the answer, the log and the audit.
         family: which protocol it speaks.
+        error: what it was answered in place of scores.
         started: `time.perf_counter()` at its arrival.
     """
 
     request_id: str
     family: str
+    error: ErrorType | None = None
     started: float = field(default_factory=time.perf_counter)
 
 

@@ -27,7 +27,9 @@ from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings, Servin
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.runtime.stopping import stop_signals
+from rlhf_ray.serving.audit import read_key
 from rlhf_ray.serving.auth import read_token
+from rlhf_ray.serving.haproxy import BINARY_VARIABLE, write_program
 from rlhf_ray.serving.model_table import check_models
 from rlhf_ray.serving.report import show_status
 
@@ -101,10 +103,11 @@ def absolute_service(config: ServingConfig) -> ServiceSettings:
     service = ServiceSettings.model_validate(config.model_dump(include=set(ServiceSettings.model_fields)))
     folder = service.audit.folder or str(_run_folder(config) / "audit")
     token_file = service.endpoint.token_file
+    key_file = {"key_file": str(Path(service.audit.key_file).resolve()) if service.audit.key_file else None}
     endpoint = {"token_file": str(Path(token_file).resolve()) if token_file else None}
     return service.model_copy(
         update={
-            "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve())}),
+            "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve()), **key_file}),
             "endpoint": service.endpoint.model_copy(update=endpoint),
         }
     )
@@ -127,6 +130,8 @@ def run_service(config: ServingConfig, detach: bool) -> None:
     """
     token = read_token(config.endpoint)
     check_models(config.served, config.scorer)
+    if config.audit.enabled:
+        read_key(config.audit)
     folder = _run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     running = ServiceState.load(folder)
@@ -160,8 +165,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
                     print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
                     _hold(config.run.name, stopping)
                     print("stopping: requests under way are answered first", flush=True)
-                    # The application and no more: a cluster may have others, and one of this command ends below.
-                    serve.delete(config.run.name)
+                    _delete(config.run.name)
         finally:
             if not detach:
                 (folder / STATE_NAME).unlink(missing_ok=True)
@@ -202,9 +206,7 @@ def stop_service(config: ServingConfig) -> None:
             raise _failure(config, f"process {running.pid} did not stop within {limit:g} s")
     else:
         with _joined(running):
-            from ray import serve
-
-            serve.delete(config.run.name)
+            _delete(config.run.name)
         (folder / STATE_NAME).unlink(missing_ok=True)
     print(f"{config.run.name} is stopped", flush=True)
 
@@ -222,22 +224,30 @@ def report_service(config: ServingConfig) -> None:
     show_status(_status(config, running.url, read_token(config.endpoint)))
 
 
-def replay_audit(config: ServingConfig, folder: Path, texts: Path | None) -> None:
+def replay_audit(config: ServingConfig, folder: Path, texts: Path | None, heads: Path | None) -> None:
     """Verify an audit log and score its records again with the configured models.
 
     Args:
         texts: file with the texts, where the log keeps hashes only.
+        heads: an answer of `/v1/service` that was kept, beyond which every chain must have got.
 
     Raises:
         BadInput: the log is not intact, or the file of texts cannot be read.
         RoleFailure: a score is another one now, or a record could not be scored again.
     """
     from rlhf_ray.roles.reward_scorer import RewardScorer
+    from rlhf_ray.serving.audit import read_heads
     from rlhf_ray.serving.audit_replay import replay
     from rlhf_ray.serving.scorer_process import reward_settings
 
     scorers = [RewardScorer(reward_settings(config.scorer, model.path)) for model in config.served]
-    report = replay(folder, {scorer.version: scorer for scorer in scorers}, texts=str(texts) if texts else None)
+    report = replay(
+        folder,
+        {scorer.version: scorer for scorer in scorers},
+        texts=str(texts) if texts else None,
+        key=read_key(config.audit),
+        heads=read_heads(heads) if heads else (),
+    )
     print(f"{report.num_equal} scores are the same to the bit", flush=True)
     for each in report.differences[:10]:
         print(f"{each.place}: request {each.request_id}: {each.logged!r}, now {each.replayed!r}", flush=True)
@@ -301,8 +311,7 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         replicas = last["replicas"]
         if {row["name"] for row in last["models"]} != ordered:
             return False
-        told = [replica["load_failures"].get(last["order"]) for replica in replicas]
-        if failures := {why for why in told if why is not None}:
+        if failures := {why for replica in replicas if (why := replica["load_failure"]) is not None}:
             raise _failure(config, f"the models that are served stay: {'; '.join(sorted(failures))}")
         return bool(replicas) and all(replica["order"] == last["order"] for replica in replicas)
 
@@ -312,6 +321,16 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
         state = f"taken back earlier ({row['reason']})" if row["role"] == "rolled_back" else row["role"]
         print(f"{row['name']} {row['version']}: {state}", flush=True)
     print(f"{config.run.name} at {running.url} has the models", flush=True)
+
+
+def _delete(name: str) -> None:
+    """End the application and no more: a cluster may have others."""
+    from ray import serve
+
+    from rlhf_ray.serving.orders import ClusterStore
+
+    serve.delete(name)
+    ClusterStore(name).clear()
 
 
 def _hold(name: str, stopping: list[int]) -> None:
@@ -401,8 +420,10 @@ def _environment(local: bool) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-serve-") as folder:
+        write_program(Path(folder, "haproxy"))
         os.environ.update(
             {
+                BINARY_VARIABLE: f"{folder}/haproxy",
                 "RAY_SERVE_ENABLE_HA_PROXY": "1",
                 "RAY_SERVE_HAPROXY_NBTHREAD": "1",
                 "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",

@@ -7,13 +7,14 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedScorerSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.reward_texts import Encoded
+from rlhf_ray.models.reward_texts import Encoded, RewardTexts
 from rlhf_ray.roles.reward_scorer import ScoredTexts
 from rlhf_ray.serving.batcher import MicroBatcher, gather_rows
 from rlhf_ray.serving.context import REQUEST
@@ -25,10 +26,15 @@ from rlhf_ray.serving.scorer_process import ScorerProcess
 from rlhf_ray.serving.traffic import Pace
 
 _LET_GO_POLL_S = 0.1
-_PROBE_HOLDS_S = 1.0
+_SCORE_HOLDS_S = 2.0
+"""A model that has scored a text is known for so long to score. Under load nobody who asks has to wait for a batch."""
 _TIMING_ROUNDS, _TIMING_TEXTS = 5, 16
 _TEXTS_BETWEEN_PAUSES = 8
 """Tokenizing takes turns with other requests after so many texts."""
+_SHORT_CHARACTERS = 1 << 15
+"""Longer requests are tokenized in a thread: megabytes take seconds, in which nobody else would be answered."""
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +68,9 @@ class RewardEngine:
         self._requests = 0
         self._shadow_tasks: set[asyncio.Task[None]] = set()
         self.paces: dict[str, Pace] = {}
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._probing = asyncio.Lock()
-        self._probed_at = -math.inf
+        self._scored_at: dict[str, float] = {}
 
     @property
     def table(self) -> ModelTable:
@@ -81,15 +88,16 @@ class RewardEngine:
         Raises:
             BadInput, Refused: a model cannot be served; the present table stays.
         """
-        loop = asyncio.get_running_loop()
-        table = await loop.run_in_executor(None, read_table, models, self._scorer, self._table)
-        for model in table.models:
-            await self._process.load(model.key, model.path)
-            await self._try(model)
-        paces = await self._time(table)
-        before, self._table, self.paces = self._table, table, paces
-        kept = {model.key for model in table.models}
-        if any(model.key not in kept for model in before.models):
+        table = await asyncio.to_thread(read_table, models, self._scorer, self._table)
+        try:
+            for model in table.models:
+                await self._process.load(model.weights)
+                await self._try(model)
+            self.paces = await self._time(table)
+            self._table = table
+            self._scored_at = {}
+        finally:
+            # Of the old table, or of one that could not be loaded whole.
             await self._let_go()
 
     async def _try(self, model: LoadedModel) -> None:
@@ -102,7 +110,7 @@ class RewardEngine:
         if scored.failures[0]:
             raise BadInput(
                 f"models.{model.info.name}",
-                f"'{model.path}' cannot score a plain sentence ({scored.failures[0]})",
+                f"'{model.weights.path}' cannot score a plain sentence ({scored.failures[0]})",
                 "a sound model",
             )
 
@@ -118,7 +126,7 @@ class RewardEngine:
                     texts = [each.texts.encode(PROBE)] * _TIMING_TEXTS
                     seconds[each.key].append((await self._process.score(each.key, texts)).compute_s)
             tokens = _TIMING_TEXTS * len(main.texts.encode(PROBE)[0])
-            paces[model.info.version] = Pace(min(seconds[model.key]), min(seconds[main.key]), tokens)
+            paces[model.info.name] = Pace(min(seconds[model.key]), min(seconds[main.key]), tokens)
         return paces
 
     async def _let_go(self) -> None:
@@ -132,38 +140,39 @@ class RewardEngine:
         """The models, the one with the largest share first."""
         return tuple(model.info for model in (*self._table.live, *self._table.shadows))
 
-    def tokenizer(self, model: str | None = None) -> Any:
-        """Of a model; for None of the one with the largest share."""
-        return self._find(model).texts.tokenizer
+    async def tokenizing(self, work: Callable[[RewardTexts], Result], model: str | None = None) -> Result:
+        """Let a function read texts as a model does, in the thread of long texts; see `Tokenizing`."""
+        texts = self._find(model).long_texts
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, texts)
 
     def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
         """The text of tokens."""
-        return str(self.tokenizer(model).decode(list(token_ids)))
+        return str(self._find(model).texts.tokenizer.decode(list(token_ids)))
 
     async def probe(self, timeout_s: float) -> None:
-        """Score a sentence with every model, before all who wait; not more than once a second, whoever asks.
+        """See that every model scores: it has just done so, or scores a sentence now, before all who wait.
 
         Raises:
             ApiError: a model did not score it within the time.
         """
-        async with self._probing:
-            if time.monotonic() - self._probed_at > _PROBE_HOLDS_S:
-                await self._probe(timeout_s)
-                self._probed_at = time.monotonic()
-
-    async def _probe(self, timeout_s: float) -> None:
         self._find(None)
         for model in self._table.models:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
-            except TimeoutError:
-                raise ApiError(
-                    ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
-                ) from None
-            scored, row = batched.rows[0]
-            if not math.isfinite(scored.scores[row]):
-                raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
+            async with self._probing:
+                if time.monotonic() - self._scored_at.get(model.key, -math.inf) > _SCORE_HOLDS_S:
+                    await self._probe(model, timeout_s)
+
+    async def _probe(self, model: LoadedModel, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
+        except TimeoutError:
+            raise ApiError(
+                ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
+            ) from None
+        scored, row = batched.rows[0]
+        if not math.isfinite(scored.scores[row]):
+            raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
+        self._scored_at[model.key] = time.monotonic()
 
     async def score(
         self, inputs: Sequence[ScoreInput], *, model: str | None = None, sticky: str | None = None
@@ -196,8 +205,11 @@ class RewardEngine:
         answer = Answer(
             _as_scores(scored, chosen), chosen.info, Timings(tokenized - began, batched.queue_s, batched.compute_s)
         )
-        # What an explanation scores are texts with words left out, and not traffic.
-        if context.family != "explain":
+        self._scored_at[chosen.key] = time.monotonic()
+        if context.family == "explain":
+            # The text itself comes first. The others have words left out, and none of them is traffic.
+            self._observer.record(context, chosen, encoded[:1], scored)
+        else:
             self._observer.scored(context, chosen, encoded, scored, answer.timings)
             self._cast_shadows(context.request_id, chosen, inputs, scored)
         return answer
@@ -212,21 +224,15 @@ class RewardEngine:
         return self._table.choose(name, sticky)
 
     def _admit(self, num_texts: int) -> None:
-        """Refuse at the door what could not be answered.
+        """Admission control of what was read; of requests as such, see `Front`.
 
         Raises:
-            ApiError: too many texts, too many requests in the queue, or a queue longer than the deadline.
+            ApiError: too many texts, or a queue longer than the deadline.
         """
         limits = self._limits
         if num_texts > limits.max_texts:
             raise ApiError(
                 ErrorType.TOO_LARGE, f"{num_texts} texts in one request; at most {limits.max_texts} are taken"
-            )
-        if self._requests >= limits.max_queued_requests:
-            raise ApiError(
-                ErrorType.OVERLOADED,
-                f"{self._requests} requests wait; at most {limits.max_queued_requests} may",
-                retry_after_s=limits.retry_after_s,
             )
         if self._batcher.expected_wait_s() > limits.deadline_s:
             raise ApiError(
@@ -243,10 +249,16 @@ class RewardEngine:
         """
         encoded: list[Encoded] = []
         total = 0
+        is_long = sum(map(_num_characters, inputs)) > _SHORT_CHARACTERS
         for index, each in enumerate(inputs):
-            if index and index % _TEXTS_BETWEEN_PAUSES == 0:
-                await asyncio.sleep(0)
-            token_ids, was_cut = _tokens_of(each, index, model)
+            if is_long:
+                token_ids, was_cut = await asyncio.get_running_loop().run_in_executor(
+                    self._tokenizing, _tokens_of, each, index, model, model.long_texts
+                )
+            else:
+                if index and index % _TEXTS_BETWEEN_PAUSES == 0:
+                    await asyncio.sleep(0)
+                token_ids, was_cut = _tokens_of(each, index, model, model.texts)
             on_too_long = self._scorer.on_too_long if each.on_too_long == "default" else each.on_too_long
             if was_cut and on_too_long == "fail":
                 limit = min(each.max_tokens or model.info.max_length, model.info.max_length)
@@ -309,8 +321,12 @@ def _check_cuts(inputs: Sequence[ScoreInput], model: LoadedModel) -> None:
             )
 
 
-def _tokens_of(each: ScoreInput, index: int, model: LoadedModel) -> Encoded:
-    reader = model.texts
+def _num_characters(each: ScoreInput) -> int:
+    messages = each.messages or ()
+    return len(each.text or "") + sum(len(str(message["content"])) for message in messages)
+
+
+def _tokens_of(each: ScoreInput, index: int, model: LoadedModel, reader: RewardTexts) -> Encoded:
     try:
         if each.text is not None:
             # Lone surrogates are no text: tokenizers refuse them.

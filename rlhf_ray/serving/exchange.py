@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ class Score:
     truncated: bool
 
 
+class ModelId(NamedTuple):
+    """An entry of the configuration with the weights that it stood for: two entries may have equal weights, and an
+    entry other weights than before."""
+
+    name: str
+    version: str
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A model of the service.
@@ -78,6 +86,11 @@ class ModelInfo:
     dtype: str
     role: Literal["live", "shadow"]
     share: float
+
+    @property
+    def id(self) -> ModelId:
+        """What its work is counted under."""
+        return ModelId(self.name, self.version)
 
 
 @dataclass(frozen=True)
@@ -108,7 +121,7 @@ class Service(Protocol):
 
         Args:
             model: a model by name or version; None, or a name the service does not know while it has only one live
-                model and no shadow, lets the service choose.
+                model, lets the service choose.
             sticky: requests with the same key go to the same model while the shares stay as they are.
 
         Raises:

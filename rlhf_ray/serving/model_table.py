@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings
 from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.models.loading import read_model_facts, resolve_dtype
 from rlhf_ray.models.reference_scores import ReferenceScores
-from rlhf_ray.models.reward_card import RewardModelCard
+from rlhf_ray.models.reward_card import RewardModelCard, weights_version
 from rlhf_ray.models.reward_models import check_reward_model, load_reward_tokenizer
 from rlhf_ray.models.reward_texts import RewardTexts
 from rlhf_ray.serving.errors import ApiError, ErrorType
@@ -25,19 +27,88 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 """Scored when a model is loaded and by the health check: a replica that cannot score it is not healthy."""
 
 
+FileStates = tuple[tuple[str, int, int, int], ...]
+"""Name, size, time of change in ns and inode of files: the same for as long as nobody writes them."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a directory held when it was read.
+
+    Attributes:
+        version: of the bytes, not only by the card's word.
+        files: their states, taken before they were read.
+    """
+
+    path: str
+    version: str
+    files: FileStates
+
+    @classmethod
+    def read(cls, path: str, key: str) -> Weights:
+        """What a directory holds now.
+
+        Args:
+            key: of the model in the configuration.
+
+        Raises:
+            BadInput: the weights are not those that the card names.
+        """
+        files, folder = _file_states(path), Path(path)
+        card = RewardModelCard.load(path, key)
+        if card is None:
+            return cls(path, weights_version(folder) if folder.is_dir() else path, files)
+        version = card.version_of(folder)
+        if version != card.version:
+            raise BadInput(
+                key, f"the weights in '{path}' are version {version}", f"version {card.version}, as their card says"
+            )
+        return cls(path, version, files)
+
+    def check(self) -> None:
+        """See that the directory still holds these weights.
+
+        Raises:
+            BadInput: it does not.
+        """
+        now = Weights.read(self.path, "models") if self.is_touched() else self
+        if now.version != self.version:
+            raise BadInput("models", f"'{self.path}' holds version {now.version} by now", f"version {self.version}")
+
+    def is_touched(self) -> bool:
+        """Whether a file of the directory was written since."""
+        return _file_states(self.path) != self.files
+
+    @property
+    def key(self) -> str:
+        """Names them in the scoring process; the names and shares of entries change nothing there."""
+        return f"{self.path}@{self.version}"
+
+
+def _file_states(folder: str) -> FileStates:
+    found = ((str(path), path.stat()) for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return tuple((name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in found)
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model in memory. Two of them are the same only if they are one object."""
+    """A model in memory. Two of them are the same only if they are one object.
+
+    Attributes:
+        texts: turns short texts into tokens, on the event loop.
+        long_texts: the same for long ones, in a thread: a tokenizer is for one thread at a time.
+    """
 
     info: ModelInfo
-    path: str
+    weights: Weights
     texts: RewardTexts
+    long_texts: RewardTexts
     reference: ReferenceScores | None
 
     @property
     def key(self) -> str:
-        """Names it in the scoring process; other names and shares change nothing there."""
-        return f"{self.path}@{self.info.version}"
+        """Names its weights in the scoring process."""
+        return self.weights.key
 
 
 @dataclass(frozen=True)
@@ -62,7 +133,7 @@ class ModelTable:
 
         Args:
             name: model or version that it asks for. Clients that must send some name may send any while there is only
-                one model.
+                one live model.
             sticky: requests with the same key get the same model.
 
         Raises:
@@ -72,7 +143,7 @@ class ModelTable:
             for model in self.models:
                 if name in (model.info.name, model.info.version):
                     return model
-            if len(self.models) > 1:
+            if len(self.live) > 1:
                 names = ", ".join(model.info.name for model in self.models)
                 raise ApiError(ErrorType.NOT_FOUND, f"there is no such model; there are {names}")
         live = self.live
@@ -142,18 +213,19 @@ def _read(
     model: ServedModelSettings, settings: ServedScorerSettings, share: float, known: Sequence[LoadedModel]
 ) -> LoadedModel:
     key = f"models.{model.name}.path"
-    check_model(model, settings, key)
-    card = RewardModelCard.load(model.path, key)
     role: Literal["live", "shadow"] = "shadow" if model.shadow else "live"
     for each in known:
-        if card is not None and each.path == model.path and each.info.version == card.version:
+        if each.weights.path == model.path and each.weights.files and not each.weights.is_touched():
             if (each.info.name, each.info.role, each.info.share) == (model.name, role, share):
                 return each
             return replace(each, info=replace(each.info, name=model.name, role=role, share=share))
+    check_model(model, settings, key)
+    weights = Weights.read(model.path, key)
+    card = RewardModelCard.load(model.path, key)
     texts = RewardTexts(model.path, settings.max_length, key)
     info = ModelInfo(
         name=model.name,
-        version=texts.version,
+        version=weights.version,
         temperature=card.temperature if card else 1.0,
         attributes=texts.layout.attributes,
         num_members=texts.layout.num_members,
@@ -162,4 +234,4 @@ def _read(
         role=role,
         share=share,
     )
-    return LoadedModel(info, model.path, texts, ReferenceScores.load(model.path, key))
+    return LoadedModel(info, weights, texts, deepcopy(texts), ReferenceScores.load(model.path, key))

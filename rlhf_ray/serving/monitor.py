@@ -2,23 +2,30 @@
 
 Replicas send a beat each second and get the order of models back. The order is the monitor's alone: a hot swap is a
 new order that replicas follow at their own pace, each loading first and swapping then, while Serve routes as before.
-A candidate that breaks a rule leaves the order; it comes back only when the configuration changes.
+A candidate that breaks a rule leaves the order; it comes back only when its entry in the configuration changes.
+
+Everything is counted by entry and weights (`ModelId`), and candidates are compared with the main model of the replica
+that they are in, from the beats of replicas that follow the present order: what the models of an earlier order did
+says nothing of these.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rlhf_ray.config.serving import CandidateSettings, DriftSettings, ServedModelSettings
+from rlhf_ray.serving.audit import Head
 from rlhf_ray.serving.candidates import CanaryComparison, ShadowComparison, judge
 from rlhf_ray.serving.drift import DriftWatch
+from rlhf_ray.serving.exchange import ModelId
 from rlhf_ray.serving.model_table import shares
+from rlhf_ray.serving.orders import Decisions, Store
 from rlhf_ray.serving.timeline import Timeline
 from rlhf_ray.serving.traffic import Beat, ModelOrder, ModelWork, ReplicaModel
 
@@ -30,7 +37,7 @@ _HISTOGRAM_SCORES = 2000
 
 @dataclass
 class _Known:
-    """A version that some replica has or had in memory."""
+    """A model that some replica has in memory, or the last one of an entry."""
 
     model: ReplicaModel
     drift: DriftWatch | None
@@ -42,49 +49,63 @@ class ServiceMonitor:
     """The monitor; it knows nothing of Ray.
 
     Args:
-        candidates: when a candidate is taken back.
+        candidates: when a candidate is rolled back.
         drift: how traffic is compared with the training data.
+        store: what was decided, also by monitors before this one.
     """
 
-    def __init__(self, candidates: CandidateSettings, drift: DriftSettings) -> None:
+    def __init__(self, candidates: CandidateSettings, drift: DriftSettings, store: Store) -> None:
         self._candidates = candidates
         self._drift = drift
-        self._models: tuple[ServedModelSettings, ...] = ()
-        self._rolled_back: dict[str, tuple[str, ...]] = {}
-        self._serial = 0
-        self._order = ModelOrder.of(())
+        self._store = store
+        self._decided = store.load()
         self._replicas: dict[str, tuple[float, Beat]] = {}
-        self._known: dict[str, _Known] = {}
-        self._shadows: dict[tuple[str, str], ShadowComparison] = {}
-        self._canaries: dict[tuple[str, str], CanaryComparison] = {}
+        self._known: dict[ModelId, _Known] = {}
+        self._comparisons: dict[tuple[ModelId, ModelId], ShadowComparison | CanaryComparison] = {}
         self._timeline = Timeline()
         self._errors: dict[str, int] = {}
         self._left_out = 0
+        self._audit: dict[str, Head] = {}
         self._events: deque[tuple[float, str]] = deque(maxlen=_EVENTS)
 
-    def set_models(self, models: Sequence[ServedModelSettings], serial: int) -> None:
-        """Order other models. What was taken back stays so unless its entry is another one now.
+    def configure(self, models: Sequence[ServedModelSettings], configuration: Mapping[str, Any]) -> None:
+        """Order the models of the deployment's configuration, unless it is the one that was there before: then what
+        was decided since holds.
 
         Args:
-            serial: of the order; a later one is not replaced by it.
+            models: of the configuration.
+            configuration: as the deployment has it, all of it.
         """
-        if serial < self._serial:
-            return
-        self._serial = serial
-        before, after = ({model.name: model for model in each} for each in (self._models, models))
-        self._models = tuple(models)
-        for name in [name for name in before if after.get(name) != before[name]]:
-            self._rolled_back.pop(name, None)
-            self._forget(name)
-        self._reorder()
+        if dict(configuration) != self._decided.configuration:
+            self._order(models, dict(configuration))
+
+    def order_models(self, models: Sequence[ServedModelSettings]) -> None:
+        """Order other models than those of the configuration, or the same once more."""
+        self._order(models, self._decided.configuration)
+
+    def _order(self, models: Sequence[ServedModelSettings], configuration: dict[str, Any]) -> None:
+        changed = {
+            entry.name for entry in (*self._decided.models, *models) if self._decided.entry(entry.name) not in models
+        }
+        self._decide(self._decided.ordered(models, configuration))
+        # Entries that are others now begin anew.
+        self._comparisons = {
+            pair: comparison
+            for pair, comparison in self._comparisons.items()
+            if not changed & {model.name for model in pair}
+        }
+        for model, known in self._known.items():
+            if model.name in changed:
+                known.work = ModelWork()
         self._note("models ordered: " + ", ".join(model.name for model in models))
 
+    def _decide(self, decided: Decisions) -> None:
+        self._store.save(decided)
+        self._decided = decided
+
     def beat(self, beat: Beat) -> ModelOrder:
-        """Take a replica's word in, and say which models it should have."""
+        """Record a replica's report, and say which models it should have."""
         now = time.time()
-        if beat.order.serial > self._serial:
-            # This monitor began anew; the replicas remember what they were told.
-            self.set_models(beat.order.models, beat.order.serial)
         if beat.replica not in self._replicas:
             self._note(f"replica {beat.replica} began to serve")
         self._replicas[beat.replica] = (now, beat)
@@ -92,21 +113,30 @@ class ServiceMonitor:
             del self._replicas[gone]
             self._note(f"replica {gone} went silent")
         for model in beat.models:
-            if model.info.version not in self._known:
+            known = self._known.pop(model.info.id, None)
+            if known is None:
                 # A file of other weights would compare two models.
                 fits = model.reference is not None and model.reference.version == model.info.version
                 watch = DriftWatch(model.reference, self._drift) if model.reference and fits else None
-                self._known[model.info.version] = _Known(model, watch)
+                known = _Known(model, watch)
                 self._note(f"{model.info.name} {model.info.version} is in memory")
-            self._known[model.info.version].model = model
+            known.model = model
+            # Behind all others: what an entry stands for now is what was reported last.
+            self._known[model.info.id] = known
+        if beat.audit is not None:
+            # Also of replicas that are gone: their chains must still be there.
+            self._audit[beat.audit.writer] = beat.audit
         self._count(beat, now)
+        if beat.order == self._decided.number:
+            self._compare(beat)
+        self._forget()
         self._judge()
-        return self._order
+        return self.order
 
     @property
     def order(self) -> ModelOrder:
         """The models that replicas should have."""
-        return self._order
+        return self._decided.order
 
     def expositions(self) -> dict[str, bytes]:
         """The metrics of all replicas, as of their last beat."""
@@ -117,25 +147,26 @@ class ServiceMonitor:
         now = time.time()
         return {
             "time": now,
-            "order": self._order.digest,
+            "order": self._decided.number,
             "replicas": [
                 {
                     "id": name,
-                    "order": beat.order.digest,
+                    "order": beat.order,
                     "models": [model.info.version for model in beat.models],
                     "queued": beat.queued,
                     "age_s": beat.age_s,
-                    "load_failures": beat.load_failures,
+                    "load_failure": self._failure(beat),
                 }
                 for name, (_, beat) in sorted(self._replicas.items())
             ],
             "models": self._model_rows(),
             "series": self._timeline.series(now),
             "errors": dict(sorted(self._errors.items())),
-            "drift": [row for version, known in self._known.items() for row in self._drift_rows(version, known)],
+            "drift": [row for model, known in self._known.items() for row in self._drift_rows(model, known)],
             "candidates": self._candidate_rows(),
             "events": [{"time": when, "what": what} for when, what in self._events],
             "left_out": self._left_out,
+            "audit": [head.model_dump() for head in self._audit.values()],
         }
 
     def _count(self, beat: Beat, now: float) -> None:
@@ -144,11 +175,11 @@ class ServiceMonitor:
         self._left_out += traffic.left_out
         for name, count in traffic.errors.items():
             self._errors[name] = self._errors.get(name, 0) + count
-        for version, work in traffic.work.items():
-            if version in self._known:
-                _add(self._known[version].work, work)
-        for version, sample in traffic.samples.items():
-            known = self._known.get(version)
+        for model, work in traffic.work.items():
+            if model in self._known:
+                self._known[model].work.add(work)
+        for model, sample in traffic.samples.items():
+            known = self._known.get(model)
             if known is None:
                 continue
             known.scores.extend(sample.scores.tolist())
@@ -156,85 +187,70 @@ class ServiceMonitor:
                 continue
             for drift in known.drift.add(sample.scores, sample.num_tokens, sample.keys):
                 if drift.alarm:
-                    self._note(f"drift: the last {self._drift.window_texts} texts of {known.model.info.name} differ")
-        for versions, pairs in traffic.shadows.items():
-            comparison = self._shadows.setdefault(versions, ShadowComparison())
-            comparison.add(pairs.live_scores, pairs.shadow_scores, pairs.groups)
+                    self._note(f"drift: the last {self._drift.window_texts} texts of {model.name} differ")
 
-    def _judge(self) -> None:
-        """Take back candidates that break a rule."""
-        self._compare_work()
-        comparisons: dict[tuple[str, str], ShadowComparison | CanaryComparison] = {**self._shadows, **self._canaries}
-        for versions, comparison in comparisons.items():
-            known = self._known.get(versions[1])
-            if known is None or known.model.info.name in self._rolled_back:
-                continue
-            name = known.model.info.name
-            if not any(model.name == name for model in self._order.models):
-                continue
-            if reasons := judge(comparison, self._candidates):
-                self._rolled_back[name] = reasons
-                self._reorder()
-                self._note(f"{name} is taken back: {'; '.join(reasons)}")
-
-    def _compare_work(self) -> None:
-        """Hand counts of work, which belong to versions, to the comparisons, which belong to pairs of versions."""
-        live = [known for known in self._known.values() if known.model.info.role == "live" and known.model.info.share]
+    def _compare(self, beat: Beat) -> None:
+        """Count a replica's candidates beside its main model."""
+        live = [model for model in beat.models if model.info.role == "live"]
         if not live:
             return
-        main = max(live, key=lambda known: known.model.info.share)
-        main_version = main.model.info.version
-        for version, known in self._known.items():
-            pace = known.model.pace
-            if known is main or pace is None:
+        main = max(live, key=lambda model: model.info.share)
+        work, shadows = beat.traffic.work, beat.traffic.shadows
+        for model in beat.models:
+            if model is main:
                 continue
-            main_work = replace(main.work, compute_s=pace.main_s, tokens=pace.tokens)
-            own_work = replace(known.work, compute_s=pace.candidate_s, tokens=pace.tokens)
-            # Also where it has scored nothing yet: one that fails every text must be taken back too.
-            if known.model.info.role == "shadow":
-                self._shadows.setdefault((main_version, version), ShadowComparison()).set_work(main_work, own_work)
-            elif known.model.info.share:
-                self._canaries.setdefault((main_version, version), CanaryComparison()).set_work(main_work, own_work)
+            pair = (main.info.id, model.info.id)
+            comparison = self._comparisons.get(pair)
+            if comparison is None:
+                comparison = ShadowComparison() if model.info.role == "shadow" else CanaryComparison()
+                self._comparisons[pair] = comparison
+            # Also where it has scored nothing yet: one that fails every text must be rolled back too.
+            comparison.add_work(work.get(pair[0], ModelWork()), work.get(pair[1], ModelWork()), model.pace)
+            if isinstance(comparison, ShadowComparison) and pair in shadows:
+                comparison.add(shadows[pair].live_scores, shadows[pair].shadow_scores, shadows[pair].groups)
 
-    def _reorder(self) -> None:
-        """The configured models without those taken back; the others take over their shares."""
-        share_of = shares(self._models)
-        kept = [model for model in self._models if model.name not in self._rolled_back]
-        total = sum(share_of[model.name] for model in kept)
-        models = self._models
-        if len(kept) < len(models) and total > 0:
-            models = tuple(
-                model if model.shadow else model.model_copy(update={"share": share_of[model.name] / total})
-                for model in kept
-            )
-        self._order = ModelOrder.of(models, self._serial)
+    def _judge(self) -> None:
+        """Roll back candidates that break a rule."""
+        for (_, candidate), comparison in self._comparisons.items():
+            name = candidate.name
+            if name in self._decided.rolled_back or self._decided.entry(name) is None:
+                continue
+            if reasons := judge(comparison, self._candidates):
+                self._decide(self._decided.without(name, reasons))
+                self._note(f"{name} is rolled back: {'; '.join(reasons)}")
 
-    def _forget(self, name: str) -> None:
-        """Let go of what is known of a candidate: its entry is another one now."""
-        versions = {version for version, known in self._known.items() if known.model.info.name == name}
-        for comparisons in (self._shadows, self._canaries):
-            for pair in [pair for pair in comparisons if versions & set(pair)]:
-                del comparisons[pair]
-        for version in versions:
-            self._known[version].work = ModelWork()
+    def _forget(self) -> None:
+        """Let go of models that no replica has any more, but for the last one of each entry, which the page shows."""
+        present = {model.info.id for _, beat in self._replicas.values() for model in beat.models}
+        last = {model.name: model for model in self._known}
+        self._known = {
+            model: known
+            for model, known in self._known.items()
+            if model in present or (model == last[model.name] and self._decided.entry(model.name) is not None)
+        }
+        self._comparisons = {
+            (main, candidate): comparison
+            for (main, candidate), comparison in self._comparisons.items()
+            if main in present and (candidate in present or candidate.name in self._decided.rolled_back)
+        }
 
     def _note(self, what: str) -> None:
         self._events.append((time.time(), what))
 
     def _model_rows(self) -> list[dict[str, Any]]:
         """A row for each configured model, whatever has become of it."""
-        share_of = shares(self._order.models)
-        digest = self._order.digest
+        share_of = shares(self.order.models)
         beats = [beat for _, beat in self._replicas.values()]
-        failures = {beat.load_failures[digest] for beat in beats if digest in beat.load_failures}
+        failures = {failure for beat in beats if (failure := self._failure(beat)) is not None}
+        behind = any(beat.order != self._decided.number for beat in beats)
         rows = []
-        for model in self._models:
+        for model in self._decided.models:
             known = self._newest(model)
             role = "shadow" if model.shadow else "live"
             reason: str | None = None
-            if model.name in self._rolled_back:
-                role, reason = "rolled_back", "; ".join(self._rolled_back[model.name])
-            elif any(beat.order.digest != self._order.digest for _, beat in self._replicas.values()) or known is None:
+            if model.name in self._decided.rolled_back:
+                role, reason = "rolled_back", "; ".join(self._decided.rolled_back[model.name])
+            elif behind or known is None:
                 role = "failed" if failures else "loading"
                 reason = "; ".join(sorted(failures)) or None
             rows.append(
@@ -252,6 +268,11 @@ class ServiceMonitor:
             )
         return rows
 
+    def _failure(self, beat: Beat) -> str | None:
+        """Why a replica cannot follow the present order."""
+        failure = beat.load_failure
+        return failure[1] if failure is not None and failure[0] == self._decided.number else None
+
     def _newest(self, model: ServedModelSettings) -> _Known | None:
         found = [
             known
@@ -260,12 +281,12 @@ class ServiceMonitor:
         ]
         return found[-1] if found else None
 
-    def _drift_rows(self, version: str, known: _Known) -> list[dict[str, Any]]:
+    def _drift_rows(self, model: ModelId, known: _Known) -> list[dict[str, Any]]:
         watch, reference = known.drift, known.model.reference
         if (
             watch is None
             or reference is None
-            or not any(version == model.info.version for _, beat in self._replicas.values() for model in beat.models)
+            or not any(model == each.info.id for _, beat in self._replicas.values() for each in beat.models)
         ):
             return []
         rolling = watch.rolling()
@@ -274,8 +295,8 @@ class ServiceMonitor:
             now = getattr(rolling, quantity) if rolling else None
             rows.append(
                 {
-                    "model": known.model.info.name,
-                    "version": version,
+                    "model": model.name,
+                    "version": model.version,
                     "quantity": quantity,
                     "texts": now.texts if now else 0,
                     "psi": now.psi if now else None,
@@ -290,31 +311,18 @@ class ServiceMonitor:
         return rows
 
     def _candidate_rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for role, comparisons in (("shadow", self._shadows), ("canary", self._canaries)):
-            for (_, version), comparison in comparisons.items():
-                known = self._known.get(version)
-                name = known.model.info.name if known else version
-                rows.append(
-                    {
-                        "name": name,
-                        "version": version,
-                        "role": role,
-                        **comparison.report().as_dict(),
-                        "rolled_back": name in self._rolled_back,
-                        "reasons": list(self._rolled_back.get(name, ())),
-                    }
-                )
-        return rows
-
-
-def _add(total: ModelWork, more: ModelWork) -> None:
-    total.texts += more.texts
-    total.tokens += more.tokens
-    total.failures += more.failures
-    total.compute_s += more.compute_s
-    total.score_sum += more.score_sum
-    total.score_square_sum += more.score_square_sum
+        rolled_back = self._decided.rolled_back
+        return [
+            {
+                "name": candidate.name,
+                "version": candidate.version,
+                "role": "shadow" if isinstance(comparison, ShadowComparison) else "canary",
+                **comparison.report().as_dict(),
+                "rolled_back": candidate.name in rolled_back,
+                "reasons": list(rolled_back.get(candidate.name, ())),
+            }
+            for (_, candidate), comparison in self._comparisons.items()
+        ]
 
 
 def _histogram(known: _Known) -> dict[str, list[float]] | None:

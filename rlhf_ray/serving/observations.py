@@ -19,12 +19,12 @@ from rlhf_ray.serving.audit import AuditRecord
 from rlhf_ray.serving.batcher import BatchRecord
 from rlhf_ray.serving.context import RequestContext
 from rlhf_ray.serving.errors import ApiError, ErrorType
-from rlhf_ray.serving.exchange import Timings
+from rlhf_ray.serving.exchange import ModelId, Timings
 from rlhf_ray.serving.model_table import LoadedModel, unit_hash
 from rlhf_ray.serving.traffic import LATENCY_EDGES_S, ModelWork, ShadowSample, TextSample, Traffic
 
 _MOST_SAMPLES = 4096
-"""Texts of one version that a beat carries; the rest is counted."""
+"""Texts of one model that a beat carries; the rest is counted."""
 _MOST_SHADOW_TEXTS = 2048
 """Texts that may wait for shadows; more are let go, and counted."""
 _NOT_TRAFFIC = {"operations", "page", "explain", "other"}
@@ -106,19 +106,17 @@ class Observer:
         self.metrics = ServiceMetrics()
         self._candidates = candidates
         self._traffic = Traffic()
-        self._samples: dict[str, list[tuple[np.ndarray, np.ndarray, list[int]]]] = defaultdict(list)
-        self._num_samples: dict[str, int] = defaultdict(int)
-        self._shadows: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray, int]]] = defaultdict(list)
+        self._samples: dict[ModelId, list[tuple[np.ndarray, np.ndarray, list[int]]]] = defaultdict(list)
+        self._num_samples: dict[ModelId, int] = defaultdict(int)
+        self._shadows: dict[tuple[ModelId, ModelId], list[tuple[np.ndarray, np.ndarray, int]]] = defaultdict(list)
         self._waiting_for_shadow = 0
-        self._recent: dict[tuple[str, str], deque[tuple[float, float]]] = defaultdict(
-            lambda: deque(maxlen=_QUANTILE_TEXTS)
-        )
+        self._recent: dict[ModelId, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=_QUANTILE_TEXTS))
 
     def scored(
         self, context: RequestContext, model: LoadedModel, encoded: Sequence[Encoded], scored: ScoredTexts, t: Timings
     ) -> None:
         """A request's texts got their scores."""
-        labels = (model.info.name, model.info.version)
+        labels = model.info.id
         num_texts, num_tokens = len(encoded), int(scored.num_tokens.sum())
         counters = self.metrics.counters
         counters["texts"].labels(*labels).inc(num_texts)
@@ -133,7 +131,7 @@ class Observer:
             self.metrics.seconds[name].observe(value)
         self._traffic.texts += num_texts
         self._traffic.tokens += num_tokens
-        work = self._work(model.info.version)
+        work = self._work(labels)
         work.texts += num_texts
         finite = scored.scores[np.isfinite(scored.scores)]
         work.score_sum += float(finite.sum())
@@ -141,32 +139,40 @@ class Observer:
         if failures := num_texts - len(finite):
             work.failures += failures
             counters["failed_texts"].labels(*labels).inc(failures)
+        self.record(context, model, encoded, scored)
+        self._recent[labels].extend(zip(scored.scores.tolist(), scored.disagreement.tolist(), strict=True))
+        if self._num_samples[labels] + num_texts > _MOST_SAMPLES:
+            self._traffic.left_out += num_texts
+            return
+        self._num_samples[labels] += num_texts
+        self._samples[labels].append((scored.scores, scored.num_tokens, [_key(ids) for ids, _ in encoded]))
+
+    def record(
+        self, context: RequestContext, model: LoadedModel, encoded: Sequence[Encoded], scored: ScoredTexts
+    ) -> None:
+        """Hand the scores of the first texts, as many as are given, to the audit log."""
         if self.audit is not None:
             self.audit(
                 [
-                    AuditRecord(context.request_id, *labels, token_ids, was_cut, float(score), self._batch_invariant)
-                    for (token_ids, was_cut), score in zip(encoded, scored.scores, strict=True)
+                    AuditRecord(
+                        context.request_id, *model.info.id, token_ids, was_cut, float(score), self._batch_invariant
+                    )
+                    for (token_ids, was_cut), score in zip(encoded, scored.scores[: len(encoded)], strict=True)
                     if np.isfinite(score)
                 ]
             )
-        self._recent[labels].extend(zip(scored.scores.tolist(), scored.disagreement.tolist(), strict=True))
-        version = model.info.version
-        if self._num_samples[version] + num_texts > _MOST_SAMPLES:
-            self._traffic.left_out += num_texts
-            return
-        self._num_samples[version] += num_texts
-        self._samples[version].append((scored.scores, scored.num_tokens, [_key(ids) for ids, _ in encoded]))
 
     def batch(self, record: BatchRecord) -> None:
         """A forward pass was done."""
         self.metrics.batch_texts.observe(record.texts)
         self.metrics.batch_tokens.observe(record.tokens)
-        work = self._work(record.model.info.version)
+        work = self._work(record.model.info.id)
         work.tokens += record.tokens
         work.compute_s += record.compute_s
 
-    def finished(self, context: RequestContext, status: int, elapsed_s: float, error: ErrorType | None) -> None:
+    def finished(self, context: RequestContext, status: int, elapsed_s: float) -> None:
         """A request was answered, one way or the other."""
+        error = context.error
         self.metrics.counters["requests"].labels(context.family, str(status)).inc()
         self.metrics.seconds["request_seconds"].labels(context.family).observe(elapsed_s)
         if context.family in _NOT_TRAFFIC:
@@ -184,8 +190,7 @@ class Observer:
         if unit_hash("shadow", request_id) >= self._candidates.shadow_share:
             return False
         if self._waiting_for_shadow + num_texts > _MOST_SHADOW_TEXTS:
-            info = shadow.info
-            self.metrics.counters["shadow_skipped_texts"].labels(info.name, info.version).inc(num_texts)
+            self.metrics.counters["shadow_skipped_texts"].labels(*shadow.info.id).inc(num_texts)
             return False
         self._waiting_for_shadow += num_texts
         return True
@@ -195,32 +200,31 @@ class Observer:
     ) -> None:
         """A shadow scored what a live model had scored."""
         self._waiting_for_shadow -= len(seen.scores)
-        info = shadow.info
-        self.metrics.counters["shadow_texts"].labels(info.name, info.version).inc(len(seen.scores))
-        work = self._work(info.version)
+        self.metrics.counters["shadow_texts"].labels(*shadow.info.id).inc(len(seen.scores))
+        work = self._work(shadow.info.id)
         work.texts += len(seen.scores)
         work.failures += int((~np.isfinite(unseen.scores)).sum())
         group = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big")
-        self._shadows[(live.info.version, info.version)].append((seen.scores, unseen.scores, group))
+        self._shadows[(live.info.id, shadow.info.id)].append((seen.scores, unseen.scores, group))
 
     def shadow_failed(self, shadow: LoadedModel, num_texts: int, error: ApiError) -> None:
         """A shadow could not score texts that a live model had scored."""
         self._waiting_for_shadow -= num_texts
-        work = self._work(shadow.info.version)
+        work = self._work(shadow.info.id)
         work.texts += num_texts
         work.failures += num_texts
 
     def take(self) -> Traffic:
         """Everything since the last call."""
         traffic, self._traffic = self._traffic, Traffic()
-        for version, parts in self._samples.items():
+        for model, parts in self._samples.items():
             scores, num_tokens, keys = zip(*parts, strict=True)
             flat = np.array([key for part in keys for key in part], dtype=np.uint64)
-            traffic.samples[version] = TextSample(np.concatenate(scores), np.concatenate(num_tokens), flat)
-        for versions, pairs in self._shadows.items():
+            traffic.samples[model] = TextSample(np.concatenate(scores), np.concatenate(num_tokens), flat)
+        for models, pairs in self._shadows.items():
             live, unseen, groups = zip(*pairs, strict=True)
             repeated = np.repeat(np.array(groups, dtype=np.uint64), [len(part) for part in live])
-            traffic.shadows[versions] = ShadowSample(np.concatenate(live), np.concatenate(unseen), repeated)
+            traffic.shadows[models] = ShadowSample(np.concatenate(live), np.concatenate(unseen), repeated)
         self._samples.clear()
         self._num_samples.clear()
         self._shadows.clear()
@@ -244,8 +248,8 @@ class Observer:
                 self.metrics.disagreement.labels(*labels).set(float(np.nanmean(disagreement)))
         return generate_latest(self.metrics.registry)
 
-    def _work(self, version: str) -> ModelWork:
-        return self._traffic.work.setdefault(version, ModelWork())
+    def _work(self, model: ModelId) -> ModelWork:
+        return self._traffic.work.setdefault(model, ModelWork())
 
 
 def _key(token_ids: Sequence[int]) -> int:

@@ -8,13 +8,14 @@ seem to matter little, and the contributions do not add up to the score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from rlhf_ray.models.reward_models import RewardEncoding
+from rlhf_ray.config.serving import LimitSettings
+from rlhf_ray.models.reward_texts import RewardTexts
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ModelInfo, ScoreInput, Service
 
@@ -22,7 +23,7 @@ MAX_SPANS = 64
 """Most variants of a text that are scored."""
 MAX_TOKENS = 32768
 """Most tokens of all variants together: of long texts several words are left out at a time."""
-_MAX_CHARACTERS = 100_000
+Result = TypeVar("Result")
 _APOSTROPHES = frozenset("'’")
 
 
@@ -135,29 +136,54 @@ def occlusions(token_ids: Sequence[int], spans: Sequence[Span]) -> list[tuple[in
     return [(*token_ids[: span.first], *token_ids[span.last :]) for span in spans]
 
 
+class Tokenizing(Protocol):
+    """Lets a function read texts as a model does, where it holds nobody up."""
+
+    def __call__(self, work: Callable[[RewardTexts], Result], model: str | None = None) -> Awaitable[Result]:
+        """The function's result.
+
+        Args:
+            model: name or version; None is the model with the largest share.
+
+        Raises:
+            ApiError: there is no such model; or as the function.
+        """
+
+
 async def explain(
-    service: Service, tokenizer: Any, prompt: str, response: str, model: str | None = None, max_spans: int = MAX_SPANS
+    service: Service,
+    tokenizing: Tokenizing,
+    limits: LimitSettings,
+    prompt: str,
+    response: str,
+    model: str | None = None,
+    max_spans: int = MAX_SPANS,
 ) -> Explanation:
     """Score a text, and again without each word of the response.
 
     Args:
-        tokenizer: of the model, a fast one.
+        limits: of one request; the explanation keeps to them.
         model: name or version; None is the model with the largest share.
         max_spans: most variants; where there are more words, neighbours are left out together.
 
     Raises:
         ApiError: the text cannot be scored.
     """
-    if not tokenizer.is_fast:
-        raise ApiError(ErrorType.UNSCORABLE, "the model's tokenizer does not say which characters a token stands for")
     text = prompt + response
-    models = service.models()
-    info = next((each for each in models if model in (each.name, each.version)), models[0])
-    token_ids, _ = RewardEncoding.for_tokenizer(tokenizer, info.max_length).encode(text, tokenizer)
-    most = max(1, min(max_spans, MAX_TOKENS // max(1, len(token_ids))))
-    spans = merge_spans(word_spans(text, token_ids, tokenizer, len(prompt)), most)
-    texts = [tuple(token_ids), *occlusions(token_ids, spans)]
-    answer = await service.score([ScoreInput(token_ids=ids) for ids in texts], model=model or info.name)
+
+    def read(texts: RewardTexts) -> tuple[list[int], list[Span]]:
+        if not texts.tokenizer.is_fast:
+            raise ApiError(
+                ErrorType.UNSCORABLE, "the model's tokenizer does not say which characters a token stands for"
+            )
+        token_ids, _ = texts.encode(text)
+        affordable = min(MAX_TOKENS, limits.max_tokens) // max(1, len(token_ids)) - 1
+        most = max(1, min(max_spans, limits.max_texts - 1, affordable))
+        return token_ids, merge_spans(word_spans(text, token_ids, texts.tokenizer, len(prompt)), most)
+
+    token_ids, spans = await tokenizing(read, model)
+    inputs = [ScoreInput(token_ids=ids) for ids in (tuple(token_ids), *occlusions(token_ids, spans))]
+    answer = await service.score(inputs, model=model or service.models()[0].name)
     whole, *without = [score.score for score in answer.scores]
     words = _pieces(text, len(prompt), spans, [whole - each for each in without])
     return Explanation(whole, tuple(words), answer.model)

@@ -3,7 +3,11 @@
 A forward pass of short texts is thousands of small steps that each need Python's interpreter lock, and so does every
 request that comes in: in one process they take turns, and a third of the throughput is gone. Apart, they share
 nothing but a batch's token ids and its scores. And what can kill a model (memory, a kernel) leaves the replica alive:
-it starts the process again, and those who wait get their scores a little later.
+it starts the process again, and those who wait get their scores a little later. A process that dies again and again is
+started again after longer and longer pauses.
+
+A directory may hold other weights by then. A process takes only what is still the version that it was ordered to
+have; a model that is lost that way answers nothing, until Serve has replaced the replica, or another order came.
 """
 
 from __future__ import annotations
@@ -13,21 +17,27 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_ray.config.serving import ServedScorerSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.reward_texts import Encoded
 from rlhf_ray.roles.reward_scorer import RewardScorer
 from rlhf_ray.runtime.actor_group import environment
-from rlhf_ray.serving.batcher import ScoredBatch
+from rlhf_ray.serving.batcher import ProcessDied, ScoredBatch
+from rlhf_ray.serving.errors import ApiError, ErrorType
+from rlhf_ray.serving.model_table import Weights
 
 _NICENESS = 10
+_RECENT_S = 60.0
+_LONGEST_PAUSE_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +56,17 @@ class ScorerHost:
         # Where cores are short, the replica comes first: it must refuse at once what cannot be scored in time.
         os.nice(_NICENESS)
 
-    def load(self, key: str, path: str) -> None:
+    def load(self, weights: Weights) -> None:
         """Bring a model into memory, if it is not there.
 
         Raises:
-            BadInput: its weights cannot be used.
+            BadInput: its weights cannot be used, or are others by now.
         """
-        if key not in self._scorers:
-            self._scorers[key] = RewardScorer(reward_settings(self._settings, path))
+        if weights.key not in self._scorers:
+            scorer = RewardScorer(reward_settings(self._settings, weights.path))
+            # Afterwards: what is still there now is what was read.
+            weights.check()
+            self._scorers[weights.key] = scorer
 
     def keep_only(self, keys: Sequence[str]) -> None:
         """Let go of all other models."""
@@ -89,12 +102,15 @@ class ScorerProcess:
 
     Args:
         settings: how models score, and what the process is given.
+        host: what is in it.
     """
 
-    def __init__(self, settings: ServedScorerSettings) -> None:
+    def __init__(self, settings: ServedScorerSettings, host: type[ScorerHost] = ScorerHost) -> None:
         self._settings = settings
-        self._paths: dict[str, str] = {}
-        self._restarting = asyncio.Lock()
+        self._host = host
+        self._weights: dict[str, Weights] = {}
+        self._deaths: deque[float] = deque(maxlen=16)
+        self._replacing = asyncio.Lock()
         self._running = self._start(0)
 
     @property
@@ -102,48 +118,87 @@ class ScorerProcess:
         """How often it died."""
         return self._running.number
 
-    async def load(self, key: str, path: str) -> None:
+    async def load(self, weights: Weights) -> None:
         """Bring a model into the process's memory.
 
         Raises:
+            ProcessDied: twice.
             ray.exceptions.RayTaskError: as the `BadInput` that says why it cannot be used.
         """
-        await self._call("load", key, path)
-        self._paths[key] = path
+        try:
+            await self._call("load", weights)
+        except ProcessDied:
+            await self._call("load", weights)
+        self._weights[weights.key] = weights
 
     async def keep_only(self, keys: Sequence[str]) -> None:
         """Let go of all other models."""
-        self._paths = {key: path for key, path in self._paths.items() if key in keys}
-        await self._call("keep_only", list(keys))
+        if self._weights.keys() <= set(keys):
+            return
+        self._weights = {key: weights for key, weights in self._weights.items() if key in keys}
+        with suppress(ProcessDied):  # the next one has these alone
+            await self._call("keep_only", list(keys))
 
     async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredBatch:
-        """One forward pass; where the process dies of it, one more in a new one."""
+        """One forward pass.
+
+        Raises:
+            ProcessDied: meanwhile; another one is there now.
+            ApiError: the model was lost with a process before.
+        """
+        async with self._replacing:
+            lost = key not in self._weights
+        if lost:
+            raise ApiError(ErrorType.UNAVAILABLE, "the model's directory holds other weights by now", retry_after_s=5)
         scored: ScoredBatch = await self._call("score", key, texts)
         return scored
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        running = self._running
+        async with self._replacing:
+            running = self._running
         try:
             return await getattr(running.host, method).remote(*arguments)
         except RayActorError as error:
             logger.error("the scoring process died: %s", error)
             await self._replace(running)
-            return await getattr(self._running.host, method).remote(*arguments)
+            raise ProcessDied("the scoring process died") from error
 
     async def _replace(self, dead: _Running) -> None:
-        async with self._restarting:
-            if self._running is not dead:
-                return
-            started = self._start(dead.number + 1)
-            for key, path in self._paths.items():
-                await started.host.load.remote(key, path)
-            # Not before its models are in memory: a batch that comes meanwhile finds the dead one, and waits here too.
-            self._running = started
+        """Start another process, with the models that the dead one had. Whoever calls meanwhile waits."""
+        async with self._replacing:
+            started = dead
+            while self._running is dead:
+                await asyncio.sleep(self._pause_s())
+                started = self._start(started.number + 1)
+                try:
+                    for weights in list(self._weights.values()):
+                        await self._load_again(started, weights)
+                except RayActorError as error:
+                    logger.error("the scoring process died of its models: %s", error)
+                else:
+                    self._running = started
+
+    async def _load_again(self, started: _Running, weights: Weights) -> None:
+        try:
+            await started.host.load.remote(weights)
+        except RayTaskError as error:
+            logger.error("a model is lost: %s", error)
+            del self._weights[weights.key]
+
+    def _pause_s(self) -> float:
+        """Before the next start: none after the first death, then longer with each one of the last minute."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        recent = sum(now - death < _RECENT_S for death in self._deaths)
+        return 0.0 if recent == 1 else min(0.5 * 2.0 ** (recent - 2), _LONGEST_PAUSE_S)
 
     def _start(self, number: int) -> _Running:
+        return _Running(self._make(), number)
+
+    def _make(self) -> Any:
         settings = self._settings
-        host = (
-            ray.remote(ScorerHost)
+        return (
+            ray.remote(self._host)
             # One thread scores, one has the next batch in hand, and one loads a new model meanwhile.
             .options(
                 num_cpus=settings.cpus,
@@ -153,4 +208,3 @@ class ScorerProcess:
             )
             .remote(settings)
         )
-        return _Running(host, number)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.serving import ServedModelSettings
 from rlhf_ray.models.reference_scores import ReferenceScores
-from rlhf_ray.serving.exchange import ModelInfo
+from rlhf_ray.serving.audit import Head
+from rlhf_ray.serving.exchange import ModelId, ModelInfo
 
 LATENCY_EDGES_S = np.geomspace(0.001, 120.0, 61)
 """Upper edges of the buckets in which requests are counted by their time; a last bucket takes what is longer."""
@@ -20,7 +18,7 @@ LATENCY_EDGES_S = np.geomspace(0.001, 120.0, 61)
 
 @dataclass(frozen=True)
 class TextSample:
-    """Live texts of one version.
+    """Live texts of one model.
 
     Attributes:
         scores, num_tokens: `[n]`.
@@ -48,7 +46,7 @@ class ShadowSample:
 
 @dataclass
 class ModelWork:
-    """What a version did."""
+    """What a model did."""
 
     texts: int = 0
     tokens: int = 0
@@ -56,6 +54,11 @@ class ModelWork:
     compute_s: float = 0.0
     score_sum: float = 0.0
     score_square_sum: float = 0.0
+
+    def add(self, more: ModelWork) -> None:
+        """Count what it did since."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(more, each.name))
 
 
 @dataclass
@@ -65,8 +68,8 @@ class Traffic:
     Attributes:
         outcomes: requests `answered`, `refused` (overload, limits, bad requests) and `failed`.
         latencies: `[61 + 1]` answered requests by the edges above.
-        samples: by version.
-        shadows: by version of the live model and of the shadow.
+        work, samples: by model.
+        shadows: by live model and shadow.
         left_out: texts that were not kept for comparison because the beat was full.
     """
 
@@ -75,9 +78,9 @@ class Traffic:
     texts: int = 0
     tokens: int = 0
     latencies: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
-    work: dict[str, ModelWork] = field(default_factory=dict)
-    samples: dict[str, TextSample] = field(default_factory=dict)
-    shadows: dict[tuple[str, str], ShadowSample] = field(default_factory=dict)
+    work: dict[ModelId, ModelWork] = field(default_factory=dict)
+    samples: dict[ModelId, TextSample] = field(default_factory=dict)
+    shadows: dict[tuple[ModelId, ModelId], ShadowSample] = field(default_factory=dict)
     left_out: int = 0
 
 
@@ -110,41 +113,36 @@ class ModelOrder:
     """The models that every replica should have.
 
     Attributes:
-        models: as configured, without those taken back.
-        digest: names these models.
-        serial: when they were ordered, unix ns; 0 for those of the deployment's own configuration.
+        models: as configured, without those rolled back.
+        number: counts orders. Replicas follow each one, also where the entries are those they have: a directory may
+            hold other weights by now, and what could not be loaded may be whole.
     """
 
     models: tuple[ServedModelSettings, ...]
-    digest: str
-    serial: int = 0
-
-    @classmethod
-    def of(cls, models: Sequence[ServedModelSettings], serial: int = 0) -> ModelOrder:
-        """An order of these models."""
-        content = json.dumps([model.model_dump() for model in models], sort_keys=True)
-        return cls(tuple(models), hashlib.blake2b(content.encode(), digest_size=8).hexdigest(), serial)
+    number: int
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A replica's word to the monitor.
+    """A replica's report to the monitor.
 
     Attributes:
         replica: its id.
-        order: that its models follow.
+        order: number of the order that its models follow.
         models: in its memory.
-        load_failures: why it could not follow an order, by the order's digest.
+        load_failure: number of the order that it could not follow, and why.
         queued: requests not yet answered.
         age_s: since it began to serve.
         exposition: its metrics, in Prometheus' text format.
+        audit: how far its audit log is.
     """
 
     replica: str
-    order: ModelOrder
+    order: int
     models: tuple[ReplicaModel, ...]
-    load_failures: dict[str, str]
+    load_failure: tuple[int, str] | None
     queued: int
     age_s: float
     traffic: Traffic
     exposition: bytes
+    audit: Head | None = None

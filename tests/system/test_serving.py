@@ -8,9 +8,11 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +174,33 @@ def test_nobody_gets_in_without_the_token_and_the_id_is_echoed(service: Running)
                 assert client.request(method, path, json={}).status_code == wanted, path
         answer = client.get("/v1/models", headers={"X-Request-Id": "mine", "Authorization": f"Bearer {TOKEN}"})
     assert answer.headers.get_list("X-Request-Id") == ["mine"]
-    listening = [c for p in psutil.process_iter() if "haproxy" in p.name() for c in p.net_connections("inet")]
-    assert {c.laddr.ip for c in listening if c.status == "LISTEN" and c.laddr.port == service.port} == {"127.0.0.1"}
+    proxies = [p for p in psutil.process_iter() if "haproxy" in p.name() and _below(p, service)]
+    listening = [c for p in proxies for c in p.net_connections("inet") if c.status == "LISTEN"]
+    # Its pages of statistics too.
+    assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
+    assert service.port in {c.laddr.port for c in listening}
+    sockets = {str(c.laddr) for p in proxies for c in p.net_connections("unix") if "admin.sock" in str(c.laddr)}
+    # It was bound under another name, and got its own when it was ready.
+    assert {stat.S_IMODE(Path(path).with_name("admin.sock").stat().st_mode) for path in sockets} == {0o600}
+
+
+def test_serve_itself_reads_nothing_that_was_not_asked_for(service: Running):
+    with httpx.Client(base_url=service.url) as client:
+        answer = client.post("/get_reward", json={"query": TEXTS[:1]}, headers={"X-Request-Id": b"\xff"})  # type: ignore[dict-item]
+        assert (answer.status_code, answer.json()["error"]["type"]) == (401, "unauthorized")
+    replica = max(
+        (p for p in psutil.process_iter() if "ServeReplica" in " ".join(p.cmdline()) and "replica" in p.cmdline()[0]),
+        key=lambda process: process.memory_info().rss,
+    )
+    before = replica.memory_info().rss
+    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        part, sent = b"10000\r\n" + b"x" * 0x10000 + b"\r\n", 0
+        with suppress(OSError):
+            while sent < 400 << 20:
+                sent += connection.send(part)
+    assert replica.memory_info().rss - before < 64 << 20
+    assert sent < 64 << 20
 
 
 class Load:
@@ -226,6 +253,29 @@ def test_models_are_exchanged_under_load_without_a_failed_or_mixed_answer(servic
         assert by_version.setdefault(version, {}).setdefault(text, score) == score
     assert len(by_version) == 2
     assert all(found in ({t: one[t] for t in found}, {t: two[t] for t in found}) for found in by_version.values())
+
+
+def test_new_weights_in_the_same_directory_are_loaded_by_the_same_command(service: Running):
+    models = {name: copied(service.models["first"], service.folder / f"in-place-{name}") for name in ("old", "new")}
+    edit_weights(models["new"], lambda weights: {**weights, "score.weight": weights["score.weight"] * 3.0})
+    service.models |= models
+    override = f"models.main.path={models['old']}"
+    expected = {name: service.expected(name, TEXTS) for name in models}
+    service.again(override)
+
+    def asked() -> tuple[str, dict[str, float]]:
+        answer = httpx.post(f"{service.with_token}/get_reward", json={"query": TEXTS}, timeout=30)
+        return answer.headers["X-Model-Version"], dict(zip(TEXTS, answer.json()["rewards"], strict=True))
+
+    before, scores = asked()
+    assert scores == expected["old"]
+    shutil.copyfile(models["new"] / "model.safetensors", models["old"] / "model.safetensors")
+    assert asked() == (before, expected["old"])
+    service.again(override)
+    after, scores = asked()
+    assert after != before
+    assert scores == expected["new"]
+    service.again()
 
 
 def test_a_model_that_cannot_be_served_changes_nothing(service: Running):
@@ -327,12 +377,21 @@ def test_the_page_compares_two_responses(service: Running):
 
 
 def test_the_audit_log_is_replayed_to_the_bit(service: Running):
-    folder = service.folder / "runs" / "tiny-service" / "audit"
-    wait_until(lambda: any(folder.glob("*.jsonl")), 10, "the log")
+    texts = [f"{text} Once more." for text in TEXTS]
+    httpx.post(f"{service.with_token}/get_reward", json={"query": texts}, timeout=30).raise_for_status()
+    folder, heads = service.folder / "runs" / "tiny-service" / "audit", service.folder / "heads.json"
+
+    def noted() -> bool:
+        heads.write_text(json.dumps(service.get("/v1/service")))
+        return sum(head["records"] for head in json.loads(heads.read_text())["audit"]) >= len(texts)
+
+    wait_until(noted, 10, "the log's heads")
     copy = shutil.copytree(folder, service.folder / "audit-copy")
     models = [f"models.{name}={{path: {path}, shadow: true}}" for name, path in service.models.items()]
-    replayed = service.again(*models, "--replay", str(copy), name="replay")
-    assert "the same to the bit" in replayed.stdout
+    replayed = service.again(*models, "--replay", str(copy), "--heads", str(heads), name="replay")
+    number, _, rest = replayed.stdout.strip().partition(" ")
+    assert rest == "scores are the same to the bit"
+    assert int(number) >= len(texts)
 
 
 def test_the_serve_config_is_one_that_serve_takes(service: Running, tmp_path: Path):

@@ -15,7 +15,7 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
 from tests.making import HIDDEN_SIZE, SCORE_ROUNDING, rollout_of, rounding
-from tests.planting import write_encoder
+from tests.planting import copied, write_encoder
 
 PROMPTS = [f"I think the {noun} was" for noun in ("movie", "story", "music", "actor", "ending", "book")]
 RESPONSES = [
@@ -397,3 +397,28 @@ def test_an_encoder_is_read_at_its_first_token(tmp_path: Path):
     padded = RewardScorer(RewardSettings(model=model, batch_invariant=True)).score_texts(texts).scores
     assert len(np.unique(found.round(4))) == 3
     np.testing.assert_allclose(found, padded, rtol=0, atol=SCORE_ROUNDING)
+
+
+def test_scores_do_not_change_with_the_file_that_they_were_read_from(tiny, tmp_path):
+    folder = copied(tiny / "reward_model", tmp_path / "model")
+    scorer = RewardScorer(RewardSettings(model=str(folder)))
+    before = scorer.score_texts(["The film was good."]).scores
+    file = folder / "model.safetensors"
+    with file.open("r+b") as weights:
+        weights.seek(file.stat().st_size // 2)
+        weights.write(bytes(file.stat().st_size // 2))
+    assert scorer.score_texts(["The film was good."]).scores == before
+
+
+def test_padding_counts_towards_the_tokens_of_a_pass(tiny, monkeypatch):
+    scorer = RewardScorer(RewardSettings(model=str(tiny / "reward_model"), batch_tokens=64))
+    for packed, expected in ((True, [4, 4]), (False, [2, 4, 2])):
+        scorer._packed = packed
+        lengths = np.array([32, 9, 9, 9, 9, 9, 9, 8])
+        assert [len(rows) for rows in scorer._batches(range(8), lengths)] == expected
+        assert [len(rows) for rows in scorer._batches(range(2), np.array([500, 8]))] == [1, 1]
+
+
+def test_one_scorer_computes_on_one_gpu():
+    with pytest.raises(ValueError, match=r"gpus \(2\) must not be above 1"):
+        RewardSettings(model="x", gpus=2)

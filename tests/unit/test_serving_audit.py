@@ -1,6 +1,7 @@
 """The audit log shows every change, outlives a crash, and gives back each score to the bit."""
 
-import hashlib
+import asyncio
+import hmac
 import json
 import shutil
 import struct
@@ -17,7 +18,9 @@ from rlhf_ray.config.serving import AuditSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.roles.reward_scorer import RewardScorer
-from rlhf_ray.serving.audit import AuditLog, AuditRecord, text_hash, verified_records, verify
+from rlhf_ray.serving import application
+from rlhf_ray.serving.application import AuditQueue
+from rlhf_ray.serving.audit import AuditLog, AuditRecord, Head, text_hash, verified_records, verify
 from rlhf_ray.serving.audit_replay import replay
 
 SCORES = [0.1, -1e-300, 1 / 3, 5e-324, -0.0, 123456789.123456789]
@@ -49,7 +52,7 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path):
     ]
     assert [record.truncated for record in found] == [True, False] * 3
     assert found[1].token_ids is None
-    assert found[1].text_sha256 == hashlib.sha256(struct.pack("<3I", 1, 7, 2**31)).hexdigest()
+    assert found[1].text_hash == hmac.digest(b"", struct.pack("<3I", 1, 7, 2**31), "sha256").hex()
     [path] = files(tmp_path)
     assert [place for place, _ in verified_records(tmp_path)] == [f"{path}:{line}" for line in range(2, 8)]
 
@@ -183,11 +186,11 @@ def test_a_record_that_was_rewritten_with_its_hash_breaks_the_next(sound: Path, 
         previous = json.loads(lines[0])["hash"]
         body = lines[1].rpartition(b',"hash"')[0].replace(b'"num_tokens":3', b'"num_tokens":4')
         assert body not in lines[1]
-        digest = hashlib.sha256(previous.encode() + b"\n" + body).hexdigest()
+        digest = hmac.digest(b"", previous.encode() + b"\n" + body, "sha256").hex()
         return [lines[0], body + f',"hash":"{digest}"}}\n'.encode(), *lines[2:]]
 
     path = altered_lines(sound, tmp_path / "log", forge)
-    with pytest.raises(BadInput, match="this line was altered, or one before it is missing") as caught:
+    with pytest.raises(BadInput, match="this line was altered, one before it is missing") as caught:
         verify(tmp_path / "log")
     assert caught.value.where == f"{path}:3"
 
@@ -252,6 +255,99 @@ def test_a_disk_that_is_full_closes_the_log(tmp_path: Path, monkeypatch: pytest.
     assert verify(tmp_path).num_records == 5
 
 
+def test_after_a_disk_error_the_log_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that is away for a while, as a full disk would be."""
+    monkeypatch.setattr(application, "_AUDIT_PAUSE_S", 0.05)
+    lost: list[int] = []
+    opened: list[AuditLog] = []
+
+    def open_log() -> AuditLog:
+        opened.append(AuditLog(tmp_path / "log", AuditSettings(), "replica"))
+        return opened[-1]
+
+    async def main() -> None:
+        queue = AuditQueue(open_log, lost.append)
+        queue.put(records(3))
+        await queue.close()
+        opened[-1].close()
+        for _ in range(2):  # the second does not even try
+            queue.put(records(2))
+            assert queue._writing is not None
+            await queue._writing
+        await asyncio.sleep(0.06)
+        queue.put(records(4, 3))
+        await queue.close()
+        assert queue.head.records == 7
+
+    asyncio.run(main())
+    assert lost == [2, 2]
+    assert verify(tmp_path / "log").num_records == 7
+
+
+KEY = b"a key of thirty-two random bytes"
+
+
+def keyed(folder: Path, count: int, **chosen: Any) -> list[Head]:
+    """A log with a key, and its heads after each write."""
+    path = folder.parent / "key"
+    path.write_bytes(KEY + b"\n")
+    heads = []
+    with AuditLog(folder, AuditSettings(key_file=str(path), **chosen), "replica") as log:
+        heads.append(log.head)
+        for number in range(count):
+            log.append(records(1, number))
+            heads.append(log.head)
+    return heads
+
+
+def test_without_the_key_nobody_writes_a_line_or_tries_texts(tmp_path: Path):
+    keyed(tmp_path / "log", 9, max_bytes=600, keep_files=2)
+    assert verify(tmp_path / "log", KEY).writers[0].first_seq > 0
+    for other in (b"", b"another key of thirty-two bytes!"):
+        with pytest.raises(BadInput, match="or the key is another one"):
+            verify(tmp_path / "log", other)
+    [*_, (_, record)] = verified_records(tmp_path / "log", KEY)
+    assert record.text_hash == text_hash([8, 7, 2**31], KEY) != text_hash([8, 7, 2**31])
+    anchor = tmp_path / "log" / "replica.anchor.json"
+    anchor.write_bytes(anchor.read_bytes().replace(b'"first_seq":', b'"first_seq":1'))
+    with pytest.raises(BadInput, match=r"anchor\.json:1"):
+        verify(tmp_path / "log", KEY)
+
+
+def test_a_key_that_is_none_is_refused(tmp_path: Path):
+    (tmp_path / "key").write_text("short")
+    for name in ("key", "none"):
+        with pytest.raises(BadInput, match=r"audit\.key_file"):
+            AuditLog(tmp_path, AuditSettings(key_file=str(tmp_path / name)), "replica")
+
+
+def test_what_is_not_there_any_more_is_missed_by_the_heads_that_were_noted(tmp_path: Path):
+    log = tmp_path / "log"
+    heads = keyed(log, 12, max_bytes=900)
+    for head in heads:
+        verify(log, KEY, [head])
+    for what in ("tail", "last file", "chain", "rewritten"):
+        folder = Path(shutil.copytree(log, tmp_path / what))
+        last = files(folder)[-1]
+        if what == "tail":
+            last.write_bytes(b"".join(last.read_bytes().splitlines(keepends=True)[:-1]))
+        elif what == "last file":
+            last.unlink()
+        else:
+            shutil.rmtree(folder)
+            keyed(folder, 12 if what == "rewritten" else 0)
+            if what == "chain":
+                for path in files(folder):
+                    path.rename(folder / path.name.replace("replica", "other"))
+                (folder / "other.lock").touch()
+        with pytest.raises(BadInput):
+            verify(folder, KEY, heads[-1:])
+    # What is deleted as the settings ask cannot be compared, what came after it is.
+    kept = tmp_path / "kept"
+    heads = keyed(kept, 12, max_bytes=900, keep_files=1)
+    verify(kept, KEY, heads)
+
+
 def test_a_score_that_is_none_closes_the_log_and_leaves_it_whole(tmp_path: Path):
     log = AuditLog(tmp_path, AuditSettings(), "replica")
     log.append(records(2))
@@ -293,6 +389,14 @@ def test_scores_are_replayed_to_the_bit(scorer: RewardScorer, tmp_path: Path):
     assert replay(tmp_path / "full", {scorer.version: scorer}, request_id="r2").num_equal == 1
     with pytest.raises(BadInput, match="no record of request 'r9'"):
         replay(tmp_path / "full", {scorer.version: scorer}, request_id="r9")
+
+
+def test_a_replay_of_nothing_is_no_success(scorer: RewardScorer, tmp_path: Path):
+    with pytest.raises(BadInput, match="no record"):
+        replay(tmp_path, {scorer.version: scorer})
+    write(tmp_path, 0)
+    with pytest.raises(BadInput, match="no record"):
+        replay(tmp_path, {scorer.version: scorer})
 
 
 def test_hashed_texts_are_found_by_the_texts_of_the_owner(scorer: RewardScorer, tmp_path: Path):

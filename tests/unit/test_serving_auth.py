@@ -60,6 +60,8 @@ def test_loopback_may_be_open(host):
 def test_other_addresses_need_a_token(host, monkeypatch, tmp_path):
     with pytest.raises(BadInput, match=r"endpoint\.host: .* can be reached from other machines"):
         read_token(EndpointSettings(host=host))
+    with pytest.raises(BadInput, match=r"endpoint\.host: .* can be reached from other machines"):
+        read_token(EndpointSettings(host="127.0.0.1"), host)
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     assert read_token(EndpointSettings(host=host)) == TOKEN
     path = tmp_path / "token"

@@ -18,7 +18,7 @@ from rlhf_ray.roles.reward_scorer import ScoredTexts
 from rlhf_ray.serving.batcher import BatchRecord, MicroBatcher, ScoredBatch, gather_rows
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ModelInfo
-from rlhf_ray.serving.model_table import LoadedModel
+from rlhf_ray.serving.model_table import LoadedModel, Weights
 
 POISON = 666
 
@@ -60,7 +60,7 @@ class StubScorer:
 def stub_model(name: str = "stub") -> tuple[LoadedModel, StubScorer]:
     scorer = StubScorer()
     info = ModelInfo(name, name, 1.0, ("preference",), 1, 64, "float32", "live", 1.0)
-    return LoadedModel(info, "", cast(Any, scorer), None), scorer
+    return LoadedModel(info, Weights("", name, ()), cast(Any, scorer), cast(Any, scorer), None), scorer
 
 
 async def forward(model: LoadedModel, encoded: Sequence[Encoded]) -> ScoredBatch:

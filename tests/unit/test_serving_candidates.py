@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from rlhf_ray.config.serving import CandidateSettings
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.serving.candidates import CanaryComparison, ShadowComparison, judge, sign_flips, sign_flips_within
-from rlhf_ray.serving.traffic import ModelWork
+from rlhf_ray.serving.traffic import ModelWork, Pace
 
 SETTINGS = CandidateSettings(min_texts=200)
 ALONE = np.arange(100_000, dtype=np.uint64)
@@ -151,8 +151,7 @@ def test_only_the_latest_texts_are_compared_and_all_are_counted():
 def test_nothing_is_said_before_enough_texts():
     live = normal(199, "live")
     comparison = shadow(live, -live + 100)
-    work = ModelWork(texts=199, tokens=199, failures=0, compute_s=1.0)
-    comparison.set_work(work, ModelWork(texts=199, tokens=199, failures=199, compute_s=100.0))
+    comparison.add_work(ModelWork(texts=199), ModelWork(texts=199, failures=199), Pace(100.0, 1.0, 199))
     assert judge(comparison, SETTINGS) == ()
     assert judge(ShadowComparison(), SETTINGS) == judge(CanaryComparison(), SETTINGS) == ()
     more = CandidateSettings(min_texts=199)
@@ -167,7 +166,7 @@ def test_nothing_is_said_before_enough_texts():
 
 def test_a_shadow_that_fails_at_every_text_is_taken_back():
     comparison = shadow(normal(300, "live"), np.full(300, np.nan))
-    comparison.set_work(ModelWork(texts=300), ModelWork(texts=300, failures=300))
+    comparison.add_work(ModelWork(texts=300), ModelWork(texts=300, failures=300))
     assert comparison.report().texts == 0
     (reason,) = judge(comparison, SETTINGS)
     assert reason == (
@@ -176,14 +175,16 @@ def test_a_shadow_that_fails_at_every_text_is_taken_back():
     )
 
 
-def work_of(scores: np.ndarray, failures: int, tokens: int, compute_s: float) -> ModelWork:
-    return ModelWork(len(scores) + failures, tokens, failures, compute_s, float(scores.sum()), float((scores**2).sum()))
+def work_of(scores: np.ndarray, failures: int) -> ModelWork:
+    return ModelWork(len(scores) + failures, 1, failures, 1.0, float(scores.sum()), float((scores**2).sum()))
 
 
 def test_a_canary_is_compared_by_counts():
     live, canary = normal(5000, "live") + 1, normal(400, "canary") + 2
     comparison = CanaryComparison()
-    comparison.set_work(work_of(live, 100, 50_000, 5.0), work_of(canary, 10, 4000, 1.0))
+    for part in (live[:2000], live[2000:]):
+        comparison.add_work(work_of(part, 50), ModelWork(), Pace(1.0, 0.4, 100))
+    comparison.add_work(ModelWork(), work_of(canary, 10))
     report = comparison.report()
     assert (report.texts, report.work.candidate_texts, report.work.live_texts) == (400, 410, 5100)
     assert report.scores.score_shift == pytest.approx((canary.mean() - live.mean()) / live.std())
@@ -197,7 +198,7 @@ def test_a_canary_is_compared_by_counts():
 
 def test_a_canary_without_any_spread_has_no_shift():
     comparison = CanaryComparison()
-    comparison.set_work(work_of(np.full(300, 0.1), 0, 1, 1.0), work_of(np.full(300, 5.0), 0, 1, 1.0))
+    comparison.add_work(work_of(np.full(300, 0.1), 0), work_of(np.full(300, 5.0), 0))
     assert comparison.report().scores.score_shift is None
 
 

@@ -7,16 +7,18 @@ from typing import Any, cast
 import pytest
 
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.serving import ServedModelSettings, ServingConfig
+from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings, ServingConfig
 from rlhf_ray.failures import BadInput
+from rlhf_ray.models.reward_card import weights_version
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import ModelInfo
-from rlhf_ray.serving.model_table import LoadedModel, ModelTable, shares
+from rlhf_ray.serving.model_table import LoadedModel, ModelTable, Weights, read_table, shares
+from tests.planting import copied, edit_weights, sentiment_pairs, train_reward_model
 
 
 def loaded(name: str, share: float, role: str = "live") -> LoadedModel:
     info = ModelInfo(name, f"{name}-version", 1.0, ("preference",), 1, 64, "float32", cast(Any, role), share)
-    return LoadedModel(info, "", cast(Any, None), None)
+    return LoadedModel(info, Weights("", info.version, ()), cast(Any, None), cast(Any, None), None)
 
 
 TABLE = ModelTable((loaded("main", 0.9), loaded("canary", 0.1), loaded("next", 0.0, "shadow")))
@@ -47,7 +49,9 @@ def test_a_name_that_is_not_there_is_an_error_only_where_there_is_a_choice():
     with pytest.raises(ApiError, match="main, canary, next") as caught:
         TABLE.choose("gpt", "key")
     assert caught.value.type is ErrorType.NOT_FOUND
-    assert ModelTable((loaded("only", 1.0),)).choose("gpt", "key").info.name == "only"
+    # A shadow answers nobody who does not name it, and must not change what the clients of the others may send.
+    for table in ((loaded("only", 1.0),), (loaded("only", 1.0), loaded("next", 0.0, "shadow"))):
+        assert ModelTable(table).choose("gpt", "key").info.name == "only"
 
 
 def test_one_model_takes_what_the_others_leave():
@@ -70,3 +74,28 @@ def test_models_that_do_not_share_the_traffic_are_refused(models, cause, tmp_pat
     path.write_text(f"run: {{name: s}}\nmodels: {models}\n")
     with pytest.raises(BadInput, match=cause):
         load_config(ServingConfig, path)
+
+
+def test_a_directory_is_read_again_when_it_was_written(tiny, tmp_path):
+    folder = copied(tiny / "reward_model", tmp_path / "model")
+    settings = ServedScorerSettings()
+    entries = [ServedModelSettings(name="main", path=str(folder))]
+    first = read_table(entries, settings, ModelTable(()))
+    assert read_table(entries, settings, first).models == first.models
+    edit_weights(folder, lambda weights: {**weights, "score.weight": weights["score.weight"] * 2})
+    second = read_table(entries, settings, first)
+    assert second.models[0].info.version == weights_version(folder) != first.models[0].info.version
+    second.models[0].weights.check()
+    (folder / "model.safetensors").touch()
+    second.models[0].weights.check()
+    with pytest.raises(BadInput, match="holds version"):
+        first.models[0].weights.check()
+
+
+def test_weights_that_their_card_does_not_name_are_not_served(tiny, tmp_path):
+    folder = tmp_path / "model"
+    train_reward_model(tiny / "reward_model", folder, sentiment_pairs(0, 8), 0, steps=0)
+    Weights.read(str(folder), "models.main.path")
+    edit_weights(folder, lambda weights: {**weights, "score.weight": weights["score.weight"] * 2})
+    with pytest.raises(BadInput, match=r"models\.main\.path: the weights .* as their card says"):
+        Weights.read(str(folder), "models.main.path")

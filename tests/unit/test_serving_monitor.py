@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from rlhf_ray.config.serving import CandidateSettings, DriftSettings, ServedModelSettings
 from rlhf_ray.models.reference_scores import ReferenceScores
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.serving.exchange import ModelInfo
+from rlhf_ray.serving.exchange import ModelId, ModelInfo
 from rlhf_ray.serving.exposition import merge_expositions
 from rlhf_ray.serving.monitor import ServiceMonitor
+from rlhf_ray.serving.orders import Decisions
 from rlhf_ray.serving.timeline import Timeline, quantile_ms
 from rlhf_ray.serving.traffic import (
     LATENCY_EDGES_S,
@@ -29,12 +31,34 @@ from rlhf_ray.serving.traffic import (
 MAIN = ServedModelSettings(name="main", path="/main")
 NEXT = ServedModelSettings(name="next", path="/next", shadow=True)
 CANARY = ServedModelSettings(name="canary", path="/canary", share=0.2)
+FAILING = {
+    ModelId("main", "main-v"): ModelWork(texts=200, tokens=1),
+    ModelId("canary", "canary-v"): ModelWork(texts=200, tokens=1, failures=50),
+}
 SCORES = keyed_generator(0, "monitor").normal(size=4000)
 LENGTHS = keyed_generator(1, "monitor").integers(5, 60, size=4000)
 
 
-def held(settings: ServedModelSettings, share: float, reference: bool = False) -> ReplicaModel:
-    version = f"{settings.name}-v"
+MAIN_ID, NEXT_ID, CANARY_ID = (ModelId(name, f"{name}-v") for name in ("main", "next", "canary"))
+
+
+class Kept:
+    """A store that outlives monitors."""
+
+    def __init__(self) -> None:
+        self.decisions = Decisions()
+
+    def load(self) -> Decisions:
+        return Decisions.model_validate_json(self.decisions.model_dump_json())
+
+    def save(self, decisions: Decisions) -> None:
+        self.decisions = decisions
+
+
+def held(
+    settings: ServedModelSettings, share: float, reference: bool = False, version: str | None = None
+) -> ReplicaModel:
+    version = version or f"{settings.name}-v"
     role: Any = "shadow" if settings.shadow else "live"
     info = ModelInfo(settings.name, version, 1.0, ("preference",), 1, 64, "float32", role, share)
     scores = ReferenceScores.of(SCORES, LENGTHS, version) if reference else None
@@ -42,12 +66,14 @@ def held(settings: ServedModelSettings, share: float, reference: bool = False) -
 
 
 def beat(order: ModelOrder, models: tuple[ReplicaModel, ...], replica: str = "a", **traffic: Any) -> Beat:
-    return Beat(replica, order, models, {}, 3, 1.0, Traffic(**traffic), b"")
+    return Beat(replica, order.number, models, None, 3, 1.0, Traffic(**traffic), b"")
 
 
-def monitor(*models: ServedModelSettings, **candidates: Any) -> ServiceMonitor:
-    made = ServiceMonitor(CandidateSettings(min_texts=50, **candidates), DriftSettings(window_texts=500, min_texts=100))
-    made.set_models(models, 0)
+def monitor(*models: ServedModelSettings, store: Kept | None = None, **candidates: Any) -> ServiceMonitor:
+    made = ServiceMonitor(
+        CandidateSettings(min_texts=50, **candidates), DriftSettings(window_texts=500, min_texts=100), store or Kept()
+    )
+    made.configure(models, {"models": [model.model_dump() for model in models]})
     return made
 
 
@@ -55,8 +81,8 @@ def shadow_traffic(factor: float, count: int = 300) -> dict[str, Any]:
     live = SCORES[:count]
     sample = ShadowSample(live, live * factor, np.arange(count).astype(np.uint64))
     return {
-        "shadows": {("main-v", "next-v"): sample},
-        "work": {"main-v": ModelWork(texts=count, tokens=1), "next-v": ModelWork(texts=count, tokens=1)},
+        "shadows": {(MAIN_ID, NEXT_ID): sample},
+        "work": {MAIN_ID: ModelWork(texts=count, tokens=1), NEXT_ID: ModelWork(texts=count, tokens=1)},
     }
 
 
@@ -75,32 +101,97 @@ def test_a_candidate_taken_back_returns_only_as_another_entry():
     service = monitor(MAIN, NEXT)
     models = (held(MAIN, 1.0), held(NEXT, 0.0))
     service.beat(beat(service.order, models, **shadow_traffic(-1.0)))
-    service.set_models((MAIN, NEXT), 5)
+    service.order_models((MAIN, NEXT))
+    assert NEXT not in service.order.models
+    service.order_models((MAIN.model_copy(update={"path": "/newer"}), NEXT))
     assert NEXT not in service.order.models
     other = NEXT.model_copy(update={"path": "/other"})
-    service.set_models((MAIN, other), 6)
+    service.order_models((MAIN, other))
     assert other in service.order.models
+
+
+def test_an_order_of_the_same_entries_is_another_order():
+    service = monitor(MAIN)
+    before = service.order.number
+    service.order_models((MAIN,))
+    assert service.order.models == (MAIN,)
+    assert service.order.number > before
 
 
 def test_a_canary_that_fails_gives_its_share_back():
     service = monitor(MAIN, CANARY)
     models = (held(MAIN, 0.8), held(CANARY, 0.2))
-    work = {"main-v": ModelWork(texts=200, tokens=1), "canary-v": ModelWork(texts=200, tokens=1, failures=50)}
-    order = service.beat(beat(service.order, models, work=work))
+    order = service.beat(beat(service.order, models, work=FAILING))
     assert [(model.name, model.share) for model in order.models] == [("main", 1.0)]
 
 
-def test_a_monitor_that_began_anew_learns_the_later_order_from_the_replicas():
+def test_a_canary_that_fails_is_rolled_back_after_the_main_model_was_exchanged():
+    service = monitor(MAIN, CANARY)
+    canary = held(CANARY, 0.2)
+    service.beat(beat(service.order, (held(MAIN, 0.8), canary), work={MAIN_ID: ModelWork(texts=10)}))
+    newer = MAIN.model_copy(update={"path": "/newer"})
+    service.order_models((newer, CANARY))
+    models = (held(newer, 0.8, version="newer-v"), canary)
+    work = {ModelId("main", "newer-v"): ModelWork(texts=200), CANARY_ID: ModelWork(texts=200, failures=50)}
+    order = service.beat(beat(service.order, models, work=work))
+    assert [model.name for model in order.models] == ["main"]
+    assert [row["version"] for row in service.status()["models"]] == ["newer-v", "canary-v"]
+
+
+def test_what_an_earlier_order_did_says_nothing_of_this_one():
+    service = monitor(MAIN, CANARY)
+    earlier, models = service.order, (held(MAIN, 0.8), held(CANARY, 0.2))
+    service.order_models((MAIN, CANARY.model_copy(update={"path": "/mended"})))
+    service.beat(beat(earlier, models, work=FAILING))
+    assert len(service.order.models) == 2
+
+
+def test_entries_with_equal_weights_are_counted_apart():
+    service = monitor(MAIN, CANARY)
+    models = (held(MAIN, 0.8, version="v"), held(CANARY, 0.2, version="v"))
+    work = {ModelId("main", "v"): ModelWork(texts=90), ModelId("canary", "v"): ModelWork(texts=60, failures=30)}
+    service.beat(beat(service.order, models, work=work))
+    assert [(row["name"], row["texts"]) for row in service.status()["models"]] == [("main", 90), ("canary", 60)]
+    assert [model.name for model in service.order.models] == ["main"]
+
+
+def test_a_monitor_that_began_anew_knows_what_was_decided():
+    store = Kept()
+    service = monitor(MAIN, NEXT, CANARY, store=store)
+    models = (held(MAIN, 0.8), held(NEXT, 0.0), held(CANARY, 0.2))
+    service.beat(beat(service.order, models, **shadow_traffic(-1.0)))
+    newer = MAIN.model_copy(update={"path": "/newer"})
+    service.order_models((newer, NEXT, CANARY))
+    restarted = monitor(MAIN, NEXT, CANARY, store=store)
+    assert restarted.order == service.order
+    assert [model.path for model in restarted.order.models] == ["/newer", "/canary"]
+    # A deployment's other configuration is a newer word than an order of the one before; what was rolled back stays.
+    assert monitor(MAIN, NEXT, store=store).order.models == (MAIN.model_copy(update={"share": 1.0}),)
+
+
+def test_models_that_left_are_forgotten():
+    service = monitor(MAIN, NEXT)
+    for number in range(20):
+        models = (held(MAIN, 1.0, version=f"v{number}"), held(NEXT, 0.0))
+        service.order_models((MAIN, NEXT))
+        service.beat(beat(service.order, models))
+    assert len(service._known) == 2
+    assert len(service.status()["candidates"]) == 1
+
+
+def test_why_an_order_cannot_be_followed_shows_as_long_as_it_stands():
     service = monitor(MAIN)
-    later = ModelOrder.of((MAIN, CANARY), serial=7)
-    assert service.beat(beat(later, (held(MAIN, 0.8),))).models == (MAIN, CANARY)
-    service.set_models((MAIN,), 3)
-    assert service.order.models == (MAIN, CANARY)
+    failed = replace(beat(service.order, (held(MAIN, 1.0),)), order=0, load_failure=(service.order.number, "broken"))
+    service.beat(failed)
+    [row], [replica] = service.status()["models"], service.status()["replicas"]
+    assert (row["role"], row["reason"], replica["load_failure"]) == ("failed", "broken", "broken")
+    service.order_models((MAIN,))
+    assert service.status()["replicas"][0]["load_failure"] is None
 
 
 def test_a_replica_with_other_models_shows():
     service = monitor(MAIN)
-    behind = ModelOrder.of((NEXT,))
+    behind = ModelOrder((NEXT,), 0)
     service.beat(beat(behind, (held(MAIN, 1.0),)))
     assert service.status()["models"][0]["role"] == "loading"
     service.beat(beat(service.order, (held(MAIN, 1.0),)))
@@ -112,7 +203,7 @@ def test_drift_is_seen_against_the_models_own_reference(shift, alarm):
     service = monitor(MAIN)
     scores = SCORES[::4] + shift
     sample = TextSample(scores, LENGTHS[::4], np.arange(len(scores)).astype(np.uint64))
-    service.beat(beat(service.order, (held(MAIN, 1.0, reference=True),), samples={"main-v": sample}))
+    service.beat(beat(service.order, (held(MAIN, 1.0, reference=True),), samples={MAIN_ID: sample}))
     score, length = service.status()["drift"]
     assert (score["alarm"], length["alarm"], score["windows"]) == (alarm, False, 2)
     assert sum(score["histogram"]["live"]) == pytest.approx(1)

@@ -1,7 +1,8 @@
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rlhf_ray.config.serving import LimitSettings
 from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.reward_models import RewardEncoding
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Answer, ModelInfo, Score, ScoreInput
-from rlhf_ray.serving.occlusion import Explanation, Span, explain, merge_spans, occlusions, word_spans
+from rlhf_ray.serving.occlusion import MAX_SPANS, Explanation, Span, explain, merge_spans, occlusions, word_spans
 from rlhf_ray.serving.wire.explain import routes
 
 WORDS = ("the", "film", "was", "great", "bad", "don", "t", "'", ".", "not")
@@ -58,9 +61,19 @@ class BagOfWords:
             scores.append(Score(value, {}, 0.0, len(each.token_ids), False))
         return Answer(tuple(scores), self.info)
 
+    async def tokenizing(self, work: Callable[[Any], Any], model: str | None = None) -> Any:
+        if model not in (None, "bag", "v1"):
+            raise ApiError(ErrorType.NOT_FOUND, "no such model")
+        encoding = RewardEncoding.for_tokenizer(self.tokenizer, self.info.max_length)
+        return work(
+            SimpleNamespace(tokenizer=self.tokenizer, encode=lambda text: encoding.encode(text, self.tokenizer))
+        )
 
-def explained(service: BagOfWords, prompt: str, response: str, **options: Any) -> Explanation:
-    return asyncio.run(explain(service, service.tokenizer, prompt, response, **options))
+
+def explained(
+    service: BagOfWords, prompt: str, response: str, limits: LimitSettings | None = None, **options: Any
+) -> Explanation:
+    return asyncio.run(explain(service, service.tokenizing, limits or LimitSettings(), prompt, response, **options))
 
 
 def test_contribution_of_a_linear_scorer_is_the_weight(tokenizer: Any) -> None:
@@ -104,7 +117,16 @@ def test_variants_are_bounded_and_cover_every_word(tokenizer: Any) -> None:
 def test_long_texts_have_fewer_variants(tokenizer: Any) -> None:
     service = BagOfWords(tokenizer, max_length=8192)
     explained(service, "", " ".join(["film"] * 8000))
-    assert service.calls == [("bag", 1 + 4)]
+    assert service.calls == [("bag", 1 + 3)]
+
+
+def test_an_explanation_keeps_to_what_one_request_may_ask_for(tokenizer: Any) -> None:
+    for limits, texts in ((LimitSettings(max_texts=5), 5), (LimitSettings(max_tokens=1000), 9), (LimitSettings(), 65)):
+        service = BagOfWords(tokenizer)
+        words = explained(service, "", " ".join(["film"] * 100), limits).words
+        assert service.calls == [("bag", texts)]
+        assert "".join(word.text for word in words) == " ".join(["film"] * 100)
+    assert len(explained(BagOfWords(tokenizer), "", "film " * 40_000).words) == MAX_SPANS + 1
 
 
 def test_apostrophes_do_not_part_a_word_and_unknown_words_are_words(tokenizer: Any) -> None:
@@ -132,13 +154,9 @@ def test_merging_none_gives_none() -> None:
 
 
 def test_route(tokenizer: Any) -> None:
-    def tokenizer_of(model: str | None) -> Any:
-        if model not in (None, "bag", "v1"):
-            raise ApiError(ErrorType.NOT_FOUND, "no such model")
-        return tokenizer
-
     app = FastAPI()
-    app.include_router(routes(BagOfWords(tokenizer), tokenizer_of))
+    service = BagOfWords(tokenizer)
+    app.include_router(routes(service, service.tokenizing, LimitSettings()))
     client = TestClient(app)
     answer = client.post("/v1/explain", json={"prompt": "the", "response": " great film", "model": "v1"}).json()
     assert answer == {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Required
 
 from fastapi import FastAPI, Request, Response
@@ -17,6 +17,7 @@ from rlhf_ray.config.serving import BatchingSettings, LimitSettings
 from rlhf_ray.serving.context import REQUEST
 from rlhf_ray.serving.errors import ApiError, ErrorType
 from rlhf_ray.serving.exchange import Service
+from rlhf_ray.serving.occlusion import Tokenizing
 from rlhf_ray.serving.wire import chat, explain, own, rollouts, tei, vllm
 from rlhf_ray.serving.wire.bodies import plain
 
@@ -95,15 +96,15 @@ class TEIErrorAnswer(TypedDict):
 def add_routes(
     app: FastAPI,
     service: Service,
-    tokenizer_of: Callable[[str | None], Any],
+    tokenizing: Tokenizing,
     limits: LimitSettings,
     batching: BatchingSettings,
 ) -> None:
     """All protocols, their errors, and their description at `/openapi.json`.
 
     Args:
-        tokenizer_of: the tokenizer of a model by name or version; for None of the one with the largest share.
-        limits, batching: what `/info` says.
+        tokenizing: for what needs a model's tokenizer.
+        limits, batching: what `/info` says, and how much an explanation may ask for.
     """
     for router in (
         rollouts.routes(service),
@@ -111,7 +112,7 @@ def add_routes(
         tei.routes(service, limits, batching),
         chat.routes(service),
         own.routes(service),
-        explain.routes(service, tokenizer_of),
+        explain.routes(service, tokenizing, limits),
     ):
         app.include_router(router)
 
@@ -162,6 +163,9 @@ def error_response(path: str, error: ApiError, status: int | None = None) -> Res
     Args:
         status: in place of the error's own.
     """
+    context = REQUEST.get(None)
+    if context is not None:
+        context.error = error.type
     status, family = status or error.status, family_now(path)
     content: dict[str, Any] = {"error": {"type": error.type.value, "message": error.message, "index": error.index}}
     if family == "tei":

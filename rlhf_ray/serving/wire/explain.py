@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
+from rlhf_ray.config.serving import LimitSettings
 from rlhf_ray.serving.exchange import Service
-from rlhf_ray.serving.occlusion import explain
+from rlhf_ray.serving.occlusion import Tokenizing, explain
 from rlhf_ray.serving.wire.bodies import Strict, read_body
-
-_MAX_CHARACTERS = 100_000
 
 
 class ExplainRequest(Strict):
     """A prompt and a response whose words are to be weighed."""
 
     model: str | None = Field(None, description="Name or version; without it the model with the largest share.")
-    prompt: str = Field(
-        description="Put before the response as it is; its words are not weighed.", max_length=_MAX_CHARACTERS
-    )
-    response: str = Field(max_length=_MAX_CHARACTERS)
+    prompt: str = Field(description="Put before the response as it is; its words are not weighed.")
+    response: str
 
 
 class ExplainModel(BaseModel):
@@ -50,20 +44,15 @@ class ExplainResponse(BaseModel):
     words: list[ExplainedWord]
 
 
-def routes(service: Service, tokenizer_of: Callable[[str | None], Any]) -> APIRouter:
-    """`POST /v1/explain`.
-
-    Args:
-        tokenizer_of: the tokenizer of a model by name or version, or for None of the one with the largest share;
-            raises ApiError where there is no such model.
-    """
+def routes(service: Service, tokenizing: Tokenizing, limits: LimitSettings) -> APIRouter:
+    """`POST /v1/explain`."""
     router = APIRouter(tags=["rlhf_ray"])
 
     @router.post("/v1/explain")
     async def explain_score(request: Request) -> ExplainResponse:
         """Which words of a response move its score: each is left out once."""
         body = await read_body(request, ExplainRequest)
-        explanation = await explain(service, tokenizer_of(body.model), body.prompt, body.response, body.model)
+        explanation = await explain(service, tokenizing, limits, body.prompt, body.response, body.model)
         model = explanation.model
         return ExplainResponse(
             model=ExplainModel(
