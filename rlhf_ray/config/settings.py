@@ -184,9 +184,7 @@ class ScorerSettings(ActorSettings):
     )
     batch_size: PositiveInt = Field(64, description="Texts in one forward pass.")
     batch_tokens: PositiveInt | None = Field(
-        None,
-        description="Tokens in one forward pass, with their padding; a longer text has one of its own. Empty: 4,096 on "
-        "a CPU, 32,768 on GPUs.",
+        None, description="Tokens of a forward pass, padding included. Empty: 4,096 on a CPU, 32,768 on GPUs."
     )
     batch_invariant: bool = Field(
         False,
