@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _POLL_S = 0.2
 _MONITOR_TIMEOUT_S = 30.0
 _STATUS_POLL_S = 5.0
 _STOP_GRACE_S = 30.0
+_PORTS = range(20_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -421,6 +422,7 @@ def _environment(local: bool) -> Iterator[None]:
         return
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-serve-") as folder:
         write_program(Path(folder, "haproxy"))
+        metrics_port, stats_port = _two_free_ports()
         os.environ.update(
             {
                 BINARY_VARIABLE: f"{folder}/haproxy",
@@ -430,8 +432,8 @@ def _environment(local: bool) -> Iterator[None]:
                 "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
                 "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
                 "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-                "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-                "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+                "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+                "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
                 # Scoring changes nothing: what a dying replica left unanswered is asked again elsewhere.
                 "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response junk-response",
                 # How long a replica waits for balancers to forget it; there is one, here, and it knows at once.
@@ -481,10 +483,19 @@ def _check_address(config: ServingConfig) -> None:
         )
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _two_free_ports() -> list[int]:
+    """Below those that kernels hand out by themselves: Ray's processes start before HAProxy does, and one of them could
+    be given a port that was free a moment ago."""
+    found: list[int] = []
+    for place in range(len(_PORTS)):
+        port = _PORTS[(2 * os.getpid() + place) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == 2:
+            return found
+    cause = f"no two free ports from {_PORTS[0]} to {_PORTS[-1]} for HAProxy"
+    raise RoleFailure(FailureKind.INFRASTRUCTURE, "serve-rm", socket.gethostname(), cause)
 
 
 def _url(config: ServingConfig) -> str:
