@@ -188,9 +188,8 @@ class ScorerSettings(ActorSettings):
     )
     batch_invariant: bool = Field(
         False,
-        description="Score in fixed shapes, so that a text's score is the same to the bit whatever shares its batch. "
-        "Costs up to half the speed, and on a CPU decoders and BERT are as invariant without it; the gate's integrity "
-        "checks always use it.",
+        description="Score every text alone, so that its score is bit-for-bit the same whatever else is scored. Takes "
+        "several times as long; without it scores differ by rounding. The gate's integrity checks always use it.",
     )
 
     @model_validator(mode="after")

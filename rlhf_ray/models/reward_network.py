@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,24 +94,6 @@ class RewardNetwork(nn.Module):
         batch = pad_texts(texts, self._pad_token_id, num_rows)
         inputs = {name: tensor.to(self.classifier.device) for name, tensor in batch.items()}
         return self.network(**inputs).logits.float(), batch["input_ids"].numel()
-
-
-def score_row_by_row(classifier: Any) -> None:
-    """Make a score independent of where in the batch its text stands.
-
-    A matrix product with so few columns as there are labels may take another kernel for the rows of one block than for
-    the next, which sums in another order; a plain sum over each row does not.
-    """
-    for module in classifier.modules():
-        if isinstance(module, nn.Linear) and module.out_features == classifier.config.num_labels:
-            module.forward = partial(_sums_of_products, module)
-
-
-def _sums_of_products(projection: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """What the projection computes, as `[..., labels]`."""
-    columns = [(hidden.float() * weight).sum(-1) for weight in projection.weight.float()]
-    projected = torch.stack(columns, dim=-1)
-    return (projected if projection.bias is None else projected + projection.bias.float()).to(hidden.dtype)
 
 
 def _first_hidden_states(

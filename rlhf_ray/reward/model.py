@@ -28,7 +28,7 @@ Prompt: TypeAlias = str | Sequence[Message]
 
 class RewardModel:
     """Scores responses. Lists in place of a prompt and a response score many at once, as fast as the batches allow; a
-    score is the same alone and in a list.
+    score alone and in a list is the same up to rounding, and bit-for-bit with `batch_invariant=True`.
 
     Args:
         scorer: has the model in memory.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,12 @@ from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
 from rlhf_ray.models.reward_card import ScoreAggregation
 from rlhf_ray.models.reward_models import load_reward_network, padded_width
-from rlhf_ray.models.reward_network import RewardNetwork, score_row_by_row, takes_packed_rows
+from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
 from rlhf_ray.models.reward_texts import Encoded, ResponseReader, RewardTexts, SharedIds
 from rlhf_ray.rollout import RewardColumn, Rollout
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
 """Of a forward pass, where the settings do not say: on a CPU more are no faster and take more memory."""
-_FIXED_ROWS = 4
-"""Rows of every forward pass in the batch-invariant mode. Kernels are chosen by shape: with one shape for a length, and
-no product narrower than a block of them (`score_row_by_row`), a row's result depends on that row alone."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +103,8 @@ class RewardScorer:
         self.version = self.texts.version
 
     def _load(self, model: str) -> RewardNetwork:
-        """One model of the ensemble. On a CPU texts are packed, which computes no padding; the fixed shapes of the
-        batch-invariant mode are of padded rows, and on GPUs plain batches are what the engines are made for."""
+        """One model of the ensemble. On a CPU texts are packed, which computes no padding; in the batch-invariant mode
+        they are alone, and on GPUs plain batches are what the engines are made for."""
         on_gpu = self._settings.gpus > 0
         with self._device:  # straight onto it, without a copy in host memory
             classifier = load_reward_network(
@@ -121,8 +117,6 @@ class RewardScorer:
         for parameter in classifier.parameters():
             # They are mapped from the file, and would change with it while the scorer goes by its old version.
             parameter.data = parameter.data.clone()
-        if self.batch_invariant:
-            score_row_by_row(classifier)
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
@@ -211,25 +205,23 @@ class RewardScorer:
         return ScoredTexts(heads, scores, disagreement, tuple(failures), num_tokens, truncated, self.version)
 
     def _batches(self, wanted: Sequence[int], num_tokens: NDArray[np.int64]) -> Iterator[list[int]]:
-        """Texts of like length together; in the batch-invariant mode of the same padded length only."""
+        """Texts of like length together. In the batch-invariant mode each is alone: kernels are chosen by shape, and
+        some sum the rows of one block otherwise than those of the next."""
         order = sorted(wanted, key=lambda index: -int(num_tokens[index]))
-        size = self._settings.batch_size
-        if not self.batch_invariant:
-            while order:
-                ends = np.cumsum(num_tokens[order[:size]])
-                if not self._packed:
-                    ends = padded_width(int(ends[0])) * np.arange(1, len(ends) + 1)
-                count = max(1, int(np.searchsorted(ends, self._batch_tokens, side="right")))
-                yield order[:count]
-                order = order[count:]
+        if self.batch_invariant:
+            yield from ([index] for index in order)
             return
-        for _, same in groupby(order, key=lambda index: padded_width(int(num_tokens[index]))):
-            rows = list(same)
-            yield from (rows[start : start + _FIXED_ROWS] for start in range(0, len(rows), _FIXED_ROWS))
+        size = self._settings.batch_size
+        while order:
+            ends = np.cumsum(num_tokens[order[:size]])
+            if not self._packed:
+                ends = padded_width(int(ends[0])) * np.arange(1, len(ends) + 1)
+            count = max(1, int(np.searchsorted(ends, self._batch_tokens, side="right")))
+            yield order[:count]
+            order = order[count:]
 
     @torch.inference_mode()
     def _forward(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, A, K]` logits of one batch."""
-        num_rows = _FIXED_ROWS if self.batch_invariant else len(texts)
-        logits = [network(texts, num_rows)[0][: len(texts)] for network in self._networks]
+        logits = [network(texts, len(texts))[0] for network in self._networks]
         return self.texts.layout.arrange([each.double().cpu().numpy() for each in logits])

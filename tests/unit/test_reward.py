@@ -41,7 +41,7 @@ def directory(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(directory: Path) -> RewardModel:
-    return RewardModel.load(directory)
+    return RewardModel.load(directory, batch_invariant=True)
 
 
 @pytest.mark.parametrize("chat", [True, False])
@@ -59,7 +59,7 @@ def test_scores_are_those_of_an_evaluation_to_the_bit(model: RewardModel, direct
     used = read_pairs(
         PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", text.tokenizer, text.encoding, "fail"
     )
-    scorer = RewardScorer(RewardSettings(model=str(directory)))
+    scorer = RewardScorer(RewardSettings(model=str(directory), batch_invariant=True))
     chosen, rejected = (scorer.score_tokens(side).scores for side in (used.chosen, used.rejected))
     assert model.score(prompts, PAIRS.chosen) == chosen.tolist()
     assert model.score(prompts, PAIRS.rejected) == rejected.tolist()

@@ -119,7 +119,7 @@ def test_padding_in_front_is_found_where_positions_are_absolute(encoder: Path, t
         (planting.READ_AT_THE_END_OF_THE_ROW, "read_at_last_token", "our scorer differs from it by"),
         (planting.BATCH_MEAN_TAKEN_OFF, "invariance", "changes scores by up to"),
         (planting.PLACE_COUNTS, "invariance", "changes scores by up to"),
-        (planting.BATCH_SIZE_COUNTS, "invariance", "scoring 1 at a time changes scores by up to"),
+        (planting.BATCH_SIZE_COUNTS, "invariance", "changes scores by up to"),
         (planting.PADDING_COUNTS, "invariance", "changes scores by up to"),
     ],
 )
@@ -152,18 +152,6 @@ def test_a_model_of_ratings_between_0_and_1_is_sound(encoder: Path, tmp_path: Pa
     assert ((heads > 0) & (heads < 1)).all()
     checks = inspect(folder)
     assert not failed(checks), checks
-
-
-def test_one_bit_is_a_fault_in_the_batch_invariant_mode(decoder: Path):
-    """Far within the tolerance of the engines, and still not the same score."""
-    one_bit = planting.faulty_scorer(
-        lambda network: planting.FaultyNetwork(
-            network, lambda logits, mask: logits * (1 + 2e-7 * (logits.mean() > logits[:1]).float())
-        )
-    )
-    checks = inspect(decoder, one_bit)
-    assert failed(checks) == {"invariance"}
-    assert "batch-invariant mode" in checks["invariance"].found
 
 
 def test_a_member_of_an_ensemble_is_inspected_like_the_whole(decoder: Path, tiny: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """A score depends on its own text alone, and what cannot be scored is a failure, never a number."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -344,9 +345,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("architecture", ["decoder", "bert"])
-def test_a_score_is_the_same_to_the_bit_in_any_company(
-    tiny: Path, bert: Path, architecture: str, batch_invariant: bool
-):
+def test_a_score_is_the_same_in_any_company(tiny: Path, bert: Path, architecture: str, batch_invariant: bool):
+    """Bit-for-bit alone, and with the kernels for AVX-512; others treat the rows of a block differently."""
+    plain = torch.backends.cpu.get_cpu_capability() == "AVX512" and "MKL_ENABLE_INSTRUCTIONS" not in os.environ
+    bound = 0.0 if batch_invariant or plain else SCORE_ROUNDING
     model = {"decoder": tiny / "reward_model", "bert": bert}[architecture]
     scorer = RewardScorer(RewardSettings(model=str(model), batch_invariant=batch_invariant))
     random = np.random.default_rng(0)
@@ -359,7 +361,7 @@ def test_a_score_is_the_same_to_the_bit_in_any_company(
             scorer.score_tokens([tokens[index] for index in order[start : start + size]]).scores
             for start in range(0, 64, size)
         ]
-        assert np.array_equal(np.concatenate(found), expected[order])
+        np.testing.assert_allclose(np.concatenate(found), expected[order], rtol=0, atol=bound)
     assert len(np.unique(expected)) > 32
 
 
