@@ -283,7 +283,7 @@ def start_load(
         texts: JSONL with a `text` each.
         out: file for what came of it.
         clients: of a closed loop.
-        rate: arrivals a second of an open loop, in place of the clients.
+        rate: arrivals per second of an open loop, instead of the clients.
     """
     command = [sys.executable, "-m", "bench.load", url, "--texts", str(texts), "--out", str(out)]
     command += ["--seconds", str(seconds), "--clients", str(clients)]
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="JSONL with a text each")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--clients", type=int, default=64, help="of the closed loop")
-    parser.add_argument("--rate", type=float, help="arrivals a second: an open loop in place of the clients")
+    parser.add_argument("--rate", type=float, help="arrivals per second: an open loop instead of clients")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSONL: the summary, then each request; printed when left out")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Pairs a second in training, ours against TRL's `RewardTrainer`: `python -m bench.reward_training --trl FOLDER`
+"""Pairs per second in training, ours against TRL's `RewardTrainer`: `python -m bench.reward_training --trl FOLDER`
 
 Both train all of MiniLM on the same batches of the same tokens, with AdamW, no dropout and no gradient checkpointing,
 on as many threads: TRL in one process, ours as ranks of one thread each through Ray and DeepSpeed, which is how

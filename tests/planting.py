@@ -194,8 +194,8 @@ class PaddedRows:
     def __init__(self, network: Any, pad_token_id: int) -> None:
         self._network, self._pad_token_id = network, pad_token_id
 
-    def __call__(self, texts: Any, num_rows: int) -> tuple[torch.Tensor, int]:
-        batch = pad_texts(texts, self._pad_token_id, num_rows)
+    def __call__(self, texts: Any, one_batch: bool) -> tuple[torch.Tensor, int]:
+        batch = pad_texts(texts, self._pad_token_id)
         return self._network(**batch).logits.float(), batch["input_ids"].numel()
 
 

@@ -98,17 +98,12 @@ def padded_width(num_tokens: int) -> int:
     return -(-num_tokens // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def pad_texts(token_ids: Sequence[Sequence[int]], pad_token_id: int, num_rows: int = 0) -> dict[str, torch.Tensor]:
-    """A batch of `[B, L]` with L a multiple of 8, padded behind the texts.
-
-    Args:
-        num_rows: B is at least this; the rows that no text needs repeat the first.
-    """
+def pad_texts(token_ids: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch of `[B, L]` with L a multiple of 8, padded behind the texts."""
     width = padded_width(max(len(ids) for ids in token_ids))
-    rows = [*token_ids, *[token_ids[0]] * (num_rows - len(token_ids))]
-    ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for row, text in enumerate(rows):
+    ids = torch.full((len(token_ids), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(len(token_ids), width, dtype=torch.int64)
+    for row, text in enumerate(token_ids):
         ids[row, : len(text)] = torch.tensor(text, dtype=torch.int64)
         mask[row, : len(text)] = 1
     return {"input_ids": ids, "attention_mask": mask}

@@ -48,15 +48,15 @@ class RewardNetwork(nn.Module):
         """The transformers model itself."""
         return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
 
-    def forward(self, texts: Sequence[Sequence[int]], num_rows: int = 0) -> tuple[torch.Tensor, int]:
+    def forward(self, texts: Sequence[Sequence[int]], one_batch: bool = False) -> tuple[torch.Tensor, int]:
         """`[n, labels]` float32 logits, and how many tokens went through the model, padding included.
 
         Args:
-            num_rows: where rows are not packed, one batch of at least so many.
+            one_batch: where rows are not packed, pad all texts to the longest.
         """
         if self.packed:
             return self._from_row(texts)
-        return self._from_batch(texts, num_rows) if num_rows else self._from_batches(texts)
+        return self._from_batch(texts) if one_batch else self._from_batches(texts)
 
     def _from_row(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
         classifier = self.classifier
@@ -85,13 +85,13 @@ class RewardNetwork(nn.Module):
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         parts = [part.tolist() for part in np.array_split(np.array(order), _PADDED_PARTS)]
         # A part without texts takes one along, for the pass, and drops it.
-        passes = [self._from_batch([texts[index] for index in part or order[:1]], 0) for part in parts]
+        passes = [self._from_batch([texts[index] for index in part or order[:1]]) for part in parts]
         logits = [each[: len(part)] for (each, _), part in zip(passes, parts, strict=True)]
         place = torch.tensor(order, device=logits[0].device).argsort()
         return torch.cat(logits)[place], sum(num_tokens for _, num_tokens in passes)
 
-    def _from_batch(self, texts: Sequence[Sequence[int]], num_rows: int) -> tuple[torch.Tensor, int]:
-        batch = pad_texts(texts, self._pad_token_id, num_rows)
+    def _from_batch(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
+        batch = pad_texts(texts, self._pad_token_id)
         inputs = {name: tensor.to(self.classifier.device) for name, tensor in batch.items()}
         return self.network(**inputs).logits.float(), batch["input_ids"].numel()
 

@@ -223,5 +223,5 @@ class RewardScorer:
     @torch.inference_mode()
     def _forward(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, A, K]` logits of one batch."""
-        logits = [network(texts, len(texts))[0] for network in self._networks]
+        logits = [network(texts, one_batch=True)[0] for network in self._networks]
         return self.texts.layout.arrange([each.double().cpu().numpy() for each in logits])

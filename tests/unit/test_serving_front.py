@@ -19,6 +19,7 @@ from rlhf_ray.serving.front import Front, Fronted, is_local
 from rlhf_ray.serving.observations import Observer
 from rlhf_ray.serving.wire import error_response
 from tests.loopback import serving
+from tests.system.commands import wait_until
 
 TOKEN = "a-token-of-24-characters"
 LIMITS = {"max_body_bytes": 1 << 20, "max_held_bytes": 3 << 19, "body_timeout_s": 0.5, "max_queued_requests": 2}
@@ -50,7 +51,12 @@ class Service:
         async def unavailable(request: Request) -> Any:
             return error_response("/v1/reward", ApiError(ErrorType.UNAVAILABLE, "it starts"))
 
-        self.app = Fronted(app, Front(self.observer, token, LimitSettings.model_validate({**LIMITS, **limits})))
+        self.front = Front(self.observer, token, LimitSettings.model_validate({**LIMITS, **limits}))
+        self.app = Fronted(app, self.front)
+
+    def wait_for_requests(self, count: int) -> None:
+        """Until so many hold a place."""
+        wait_until(lambda: self.front._requests == count, 10, f"{count} requests")
 
     def counted(self, error: ErrorType) -> float:
         return float(self.observer.metrics.counters["errors"].labels(error.value)._value.get())
@@ -140,7 +146,7 @@ def test_a_body_that_does_not_come_gives_its_place_up():
     service = Service(max_queued_requests=1)
     with serving(service.app) as url, connected(url) as slow:
         slow.sendall(head("/get_reward", BEARER, b"Content-Length: 1000") + b"{")
-        time.sleep(0.1)
+        service.wait_for_requests(1)
         began = time.monotonic()
         refused = httpx.post(f"{url}/get_reward", content=b"x" * 5000, headers=AUTHORIZED)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "overloaded")
@@ -183,8 +189,8 @@ def test_a_client_that_leaves_gives_its_place_up():
     with serving(service.app) as url:
         with connected(url) as leaving:
             leaving.sendall(head("/get_reward", BEARER, b"Content-Length: 1000") + b"{")
-            time.sleep(0.1)
-        time.sleep(0.1)
+            service.wait_for_requests(1)
+        service.wait_for_requests(0)
         assert httpx.post(f"{url}/get_reward", content=b"{}", headers=AUTHORIZED).status_code == 200
 
 
