@@ -122,7 +122,7 @@ class MemoryRun:
 
 def memory_runs(growth_steps: int) -> tuple[MemoryRun, ...]:
     """The peak is of steps of 64 samples; growth is of many small ones, whose packs are as large."""
-    return MemoryRun("peak", 5, 16), MemoryRun("growth", growth_steps - 1, 8)
+    return MemoryRun("peak", 5, 16), MemoryRun("growth", growth_steps - 1, 4)
 
 
 def memory_results(
