@@ -23,8 +23,8 @@ from rlhf_ray.config.reward_model import GateSettings, PreferenceSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.reward_models import load_reward_tokenizer
-from rlhf_ray.roles.reward_inspector import RewardInspector
+from rlhf_ray.reward.core.loading import load_reward_tokenizer
+from rlhf_ray.reward.judge.inspector import RewardInspector
 from tests import planting
 
 SHORT = (

@@ -24,10 +24,10 @@ from bench.results import Result, publish
 from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.preferences import load_preferences
-from rlhf_ray.models.reward_models import load_reward_tokenizer
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.roles.pooling_engine import PoolingEngine
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.loading import load_reward_tokenizer
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.judge.pooling_engine import PoolingEngine
 
 CONFIG = "configs/reward-model/hutto-movie.yaml"
 TEXTS = 256

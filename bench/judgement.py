@@ -19,10 +19,10 @@ from scipy.special import expit
 
 from bench.results import Report, Result
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.best_of_n import best_of_n_curve
-from rlhf_ray.reward_model.calibration import calibration
-from rlhf_ray.reward_model.groups import Groups
-from rlhf_ray.reward_model.label_noise import bayes_accuracy, rater_ceiling
+from rlhf_ray.reward.judge.best_of_n import best_of_n_curve
+from rlhf_ray.reward.judge.calibration import calibration
+from rlhf_ray.reward.judge.groups import Groups
+from rlhf_ray.reward.judge.label_noise import bayes_accuracy, rater_ceiling
 from tests.synthetic import (
     PAIRS_PER_PROMPT,
     Model,

@@ -27,11 +27,11 @@ import torch
 from numpy.typing import NDArray
 
 from bench.results import FOLDER, Result, publish
-from rlhf_ray.algorithms.ensemble import MemberAggregation, aggregate_members, fit_member_scale, standardise
-from rlhf_ray.algorithms.preference import bradley_terry_loss
-from rlhf_ray.models.reward_models import pad_texts
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.best_of_n import best_of_n_curve, kl_bound
+from rlhf_ray.reward.core.ensemble import MemberAggregation, aggregate_members, fit_member_scale, standardise
+from rlhf_ray.reward.core.loading import pad_texts
+from rlhf_ray.reward.judge.best_of_n import best_of_n_curve, kl_bound
+from rlhf_ray.reward.train.preference import bradley_terry_loss
 
 Array = NDArray[np.float64]
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.models.reward_models import RewardEncoding, load_reward_tokenizer
+from rlhf_ray.reward.core.loading import RewardEncoding, load_reward_tokenizer
 
 
 class PlainModel:

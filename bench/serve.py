@@ -41,7 +41,7 @@ from bench.service import (
 )
 from rlhf_ray.config.serving import BatchingSettings
 from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.scorer import RewardScorer
 
 CLIENTS = 64
 WARM_UP_S = 4.0

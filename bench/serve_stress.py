@@ -47,7 +47,7 @@ from bench.service import (
 )
 from rlhf_ray.config.serving import LimitSettings
 from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.scorer import RewardScorer
 
 NAME = "reward"
 OVERLOAD = 3.0

@@ -120,7 +120,7 @@ def new_reward_model(backbone: Path, folder: Path, seed: int = 0) -> Path:
     import torch
     from transformers import AutoTokenizer
 
-    from rlhf_ray.models.reward_models import head_of, load_reward_network
+    from rlhf_ray.reward.core.loading import head_of, load_reward_network
 
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     tokenizer.chat_template = tokenizer.chat_template or _CHAT_TEMPLATE

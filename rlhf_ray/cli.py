@@ -72,7 +72,7 @@ def train_rm(
     """
     from rlhf_ray.config.load import load_config
     from rlhf_ray.config.reward_model import RewardModelConfig
-    from rlhf_ray.reward_model.train import run_reward_model
+    from rlhf_ray.reward.train.run import run_reward_model
 
     run_reward_model(load_config(RewardModelConfig, config, overrides or ()), resume)
 
@@ -89,7 +89,7 @@ def eval_rm(
     """
     from rlhf_ray.config.load import load_config
     from rlhf_ray.config.reward_model import RewardEvaluationConfig
-    from rlhf_ray.reward_model.evaluate import run_evaluation
+    from rlhf_ray.reward.judge.evaluate import run_evaluation
 
     run_evaluation(load_config(RewardEvaluationConfig, config, overrides or ()), gate)
 
@@ -139,7 +139,7 @@ def serve_rm(
     """
     from rlhf_ray.config.load import load_config
     from rlhf_ray.config.serving import ServingConfig
-    from rlhf_ray.serving import deploy
+    from rlhf_ray.reward.serve import deploy
 
     for option, value in (("--texts", texts), ("--heads", heads)):
         if value is not None and replay is None:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from rlhf_ray.algorithms.preference import bradley_terry_loss
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.models.reward_card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
-from rlhf_ray.models.reward_models import RewardEncoding, head_hash, pad_texts
 from rlhf_ray.randomness import batch_rows, keyed_generator
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
+from rlhf_ray.reward.core.loading import RewardEncoding, head_hash, pad_texts
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.train.preference import bradley_terry_loss
 
 HEADS = ("score.weight", "classifier.weight")
 

@@ -17,9 +17,9 @@ from scipy.special import expit
 from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
 from rlhf_ray.data.preferences import PreferencePair, Votes
 from rlhf_ray.randomness import keyed_generator
-from rlhf_ray.reward_model.evaluation import PairEvaluation, PairScores, evaluate_pairs
-from rlhf_ray.reward_model.gate import GateFigures, Verdict, judge
-from rlhf_ray.reward_model.leakage import TrainingTexts, hash_pairs
+from rlhf_ray.reward.judge.evaluation import PairEvaluation, PairScores, evaluate_pairs
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward.judge.leakage import TrainingTexts, hash_pairs
 
 Array = NDArray[np.float64]
 

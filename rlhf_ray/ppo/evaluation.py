@@ -16,7 +16,7 @@ from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
 from rlhf_ray.ppo.step import generate, plan_shards, refer, score
-from rlhf_ray.roles.evaluator import EvaluatedSample, Evaluator
+from rlhf_ray.reward.core.evaluator import EvaluatedSample, Evaluator
 from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.tracking.report import SamplePair
 from rlhf_ray.tracking.run_folder import write_atomic

@@ -18,10 +18,10 @@ from rlhf_ray.models.loading import (
     load_policy_tokenizer,
     read_model_facts,
 )
-from rlhf_ray.models.reward_card import RewardModelCard
-from rlhf_ray.models.reward_models import check_reward_model, load_reward_tokenizer
-from rlhf_ray.models.reward_texts import RewardTexts
-from rlhf_ray.roles.remote_scorer import check_reward_service
+from rlhf_ray.reward.core.card import RewardModelCard
+from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
+from rlhf_ray.reward.core.remote_scorer import check_reward_service
+from rlhf_ray.reward.core.texts import RewardTexts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rlhf_ray.ppo.evaluation import (
 )
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.roles.evaluator import EvaluatedSample
+from rlhf_ray.reward.core.evaluator import EvaluatedSample
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.runtime.run import Run

@@ -11,13 +11,13 @@ from ray.util.placement_group import PlacementGroup
 
 from rlhf_ray.config.settings import ActorSettings, PPOConfig
 from rlhf_ray.ppo.inputs import Inputs
+from rlhf_ray.reward.core.evaluator import Evaluator
+from rlhf_ray.reward.core.remote_scorer import RemoteScorer, service_token
+from rlhf_ray.reward.core.scorer import Conversation, RewardScorer
 from rlhf_ray.roles.critic_learner import CriticLearner
-from rlhf_ray.roles.evaluator import Evaluator
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.remote_scorer import RemoteScorer, service_token
-from rlhf_ray.roles.reward_scorer import Conversation, RewardScorer
 from rlhf_ray.rollout import RewardColumn, Rollout
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.answers import Answer, collect

@@ -16,11 +16,11 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.metrics import StepClock, StepHeaders
 from rlhf_ray.ppo.roles import Roles, Scorer
+from rlhf_ray.reward.core.scorer import Conversation
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.roles.reward_scorer import Conversation
 from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 

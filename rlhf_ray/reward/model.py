@@ -18,9 +18,9 @@ from rlhf_ray.data.chat import Message
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.models.loading import read_model_facts
-from rlhf_ray.models.reward_card import RewardModelCard, sigmoid
-from rlhf_ray.models.reward_models import check_reward_model
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.card import RewardModelCard, sigmoid
+from rlhf_ray.reward.core.loading import check_reward_model
+from rlhf_ray.reward.core.scorer import RewardScorer
 
 Prompt: TypeAlias = str | Sequence[Message]
 """A text, or chat messages that the model's own template renders."""

@@ -11,7 +11,8 @@ import pytest
 from rlhf_ray.config.reward_model import BestOfNSettings
 from rlhf_ray.config.settings import ClusterSettings, GeneratorSettings, PromptSettings, RewardSettings
 from rlhf_ray.failures import BadInput
-from rlhf_ray.reward_model.policy_samples import (
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.judge.policy_samples import (
     PolicySamples,
     judge_samples,
     read_policy,
@@ -19,7 +20,6 @@ from rlhf_ray.reward_model.policy_samples import (
     sample_policy,
     score_samples,
 )
-from rlhf_ray.roles.reward_scorer import RewardScorer
 from tests.making import SCORE_ROUNDING
 
 CLUSTER = ClusterSettings(placement_timeout_s=60, start_timeout_s=280, call_timeout_s=120)

@@ -13,15 +13,15 @@ import pytest
 from rlhf_ray.config.reward_model import GateSettings
 from rlhf_ray.config.settings import RewardSettings, ScorerSettings
 from rlhf_ray.data.preferences import PreferencePair
-from rlhf_ray.models.reward_checks import Check, vllm_check
-from rlhf_ray.reward_model.accuracy import pair_credit
-from rlhf_ray.reward_model.bias import NOTHING_TO_PAY_FOR, LengthBias, length_bias
-from rlhf_ray.reward_model.calibration import calibration, fit_temperature
-from rlhf_ray.reward_model.gate import GateFigures, Verdict, judge
-from rlhf_ray.reward_model.groups import Estimate, Groups, Proportion
-from rlhf_ray.reward_model.leakage import TrainingTexts, hash_pairs
-from rlhf_ray.roles.pooling_engine import PoolingEngine
-from rlhf_ray.roles.reward_inspector import RewardInspector
+from rlhf_ray.reward.core.checks import Check, vllm_check
+from rlhf_ray.reward.judge.accuracy import pair_credit
+from rlhf_ray.reward.judge.bias import NOTHING_TO_PAY_FOR, LengthBias, length_bias
+from rlhf_ray.reward.judge.calibration import calibration, fit_temperature
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward.judge.groups import Estimate, Groups, Proportion
+from rlhf_ray.reward.judge.inspector import RewardInspector
+from rlhf_ray.reward.judge.leakage import TrainingTexts, hash_pairs
+from rlhf_ray.reward.judge.pooling_engine import PoolingEngine
 from rlhf_ray.runtime.actor_group import ActorGroup
 from tests.planting import (
     PREFERENCE_PROBABILITY,

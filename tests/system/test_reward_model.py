@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.models.reward_card import RewardModelCard
-from rlhf_ray.reward_model.leakage import TrainingTexts
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.card import RewardModelCard
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.judge.leakage import TrainingTexts
 from tests.system.commands import REPOSITORY, Command, rows_of, run, start, wait_until, without_times
 from tests.system.test_ppo import tensor_hashes
 

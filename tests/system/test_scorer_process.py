@@ -11,12 +11,12 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from rlhf_ray.config.serving import BatchingSettings, ServedModelSettings, ServedScorerSettings
-from rlhf_ray.models.reward_texts import Encoded
-from rlhf_ray.roles.reward_scorer import RewardScorer
-from rlhf_ray.serving.batcher import MicroBatcher, ScoredBatch
-from rlhf_ray.serving.errors import ApiError, ErrorType
-from rlhf_ray.serving.model_table import LoadedModel, ModelTable, Weights, read_table
-from rlhf_ray.serving.scorer_process import ScorerHost, ScorerProcess, reward_settings
+from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.core.texts import Encoded
+from rlhf_ray.reward.serve.batcher import MicroBatcher, ScoredBatch
+from rlhf_ray.reward.serve.model_table import LoadedModel, ModelTable, Weights, read_table
+from rlhf_ray.reward.serve.scorer_process import ScorerHost, ScorerProcess, reward_settings
 from tests.planting import copied, edit_weights
 
 SETTINGS = ServedScorerSettings(cpus=0.5)

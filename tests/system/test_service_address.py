@@ -8,8 +8,8 @@ import pytest
 from ray import serve
 
 from rlhf_ray.config.serving import EndpointSettings, ServedModelSettings, ServedScorerSettings, ServiceSettings
-from rlhf_ray.serving.application import application
-from rlhf_ray.serving.auth import TOKEN_VARIABLE
+from rlhf_ray.reward.serve.application import application
+from rlhf_ray.reward.serve.auth import TOKEN_VARIABLE
 from tests.system.test_serving import free_port
 
 

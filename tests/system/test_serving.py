@@ -29,9 +29,9 @@ from rlhf_ray.config.load import load_config
 from rlhf_ray.config.serving import ServingConfig
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.presets import prepare
-from rlhf_ray.roles.reward_scorer import RewardScorer
-from rlhf_ray.serving import RewardClient, Text
-from rlhf_ray.serving.deploy import write_serve_config
+from rlhf_ray.reward.client import RewardClient, Text
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.serve.deploy import write_serve_config
 from tests.planting import copied, edit_weights
 from tests.system.chromium import Browser
 from tests.system.commands import Command, run, start, wait_until
@@ -401,7 +401,7 @@ def test_the_serve_config_is_one_that_serve_takes(service: Running, tmp_path: Pa
     write_serve_config(config, tmp_path / "serve.yaml")
     document = yaml.safe_load((tmp_path / "serve.yaml").read_text(encoding="utf-8"))
     schema = ServeDeploySchema.model_validate(document)
-    assert schema.applications[0].import_path == "rlhf_ray.serving.application:build"
+    assert schema.applications[0].import_path == "rlhf_ray.reward.serve.application:build"
     assert TOKEN not in json.dumps(document)
 
 

@@ -12,10 +12,10 @@ import torch
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
 from rlhf_ray.config.settings import ActorSettings, CriticSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
-from rlhf_ray.roles.reward_learner import RewardLearner
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from tests import making

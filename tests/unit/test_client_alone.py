@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 PROGRAM = """
 import sys, time
 started = time.perf_counter()
-from rlhf_ray.serving import AsyncRewardClient, PromptResponse, RewardClient
+from rlhf_ray.reward.client import AsyncRewardClient, PromptResponse, RewardClient
 print(time.perf_counter() - started)
 RewardClient("http://127.0.0.1:1").close()
 assert not {"torch", "ray", "transformers", "numpy", "fastapi"} & set(sys.modules)

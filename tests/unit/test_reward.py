@@ -8,11 +8,11 @@ import pytest
 from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.config.settings import RewardSettings, ScorerSettings
 from rlhf_ray.failures import BadInput, Refused
-from rlhf_ray.models.reward_card import MemberLayout, RewardModelCard
 from rlhf_ray.reward import RewardModel
-from rlhf_ray.reward_model.evaluate import read_reward_text
-from rlhf_ray.reward_model.inputs import read_pairs
-from rlhf_ray.roles.reward_scorer import RewardScorer
+from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.judge.evaluate import read_reward_text
+from rlhf_ray.reward.judge.inputs import read_pairs
 from tests.planting import sentiment_pairs
 
 PAIRS = sentiment_pairs(0, 12)

@@ -9,10 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
-from rlhf_ray.models.reward_card import MemberLayout
-from rlhf_ray.models.reward_models import head_hash
+from rlhf_ray.reward.core.card import MemberLayout
+from rlhf_ray.reward.core.loading import head_hash
+from rlhf_ray.reward.train.learner import RewardLearner
+from rlhf_ray.reward.train.pairs import EncodedPair
 from rlhf_ray.roles.deepspeed_engine import Rank
-from rlhf_ray.roles.reward_learner import EncodedPair, RewardLearner
 from tests.making import SCORE_ROUNDING, largest_difference, learner_settings, parameters_of, weights_in
 
 TOTAL_STEPS = 20
@@ -224,8 +225,8 @@ def test_a_checkpoint_brings_the_learner_back(bert: str, single_rank: Rank, tmp_
 def test_packed_rows_give_the_logits_and_gradients_of_single_texts(kind: str, bert: str, tiny: Path):
     """In float64, at a row that is filled up, in training mode without dropout."""
     from rlhf_ray.models.loading import resolve_attention
-    from rlhf_ray.models.reward_models import load_reward_network
-    from rlhf_ray.models.reward_network import RewardNetwork, takes_packed_rows
+    from rlhf_ray.reward.core.loading import load_reward_network
+    from rlhf_ray.reward.core.network import RewardNetwork, takes_packed_rows
 
     model = bert if kind == "bert" else str(tiny / "reward_model")
     texts = [list(pair.chosen) for pair in PAIRS] + [list(pair.rejected) for pair in PAIRS]

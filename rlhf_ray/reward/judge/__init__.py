@@ -1,0 +1,1 @@
+"""What preference data and reward models are worth: evaluation, findings, release gate."""

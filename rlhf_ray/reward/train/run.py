@@ -1,0 +1,264 @@
+"""Training a reward model on human comparisons: read, look at the data, train, write, judge, release or refuse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+
+from rlhf_ray.config.reward_model import AggregationSettings, RewardModelConfig
+from rlhf_ray.failures import Refused
+from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation
+from rlhf_ray.reward.core.checks import Check
+from rlhf_ray.reward.core.ensemble import fit_member_scale
+from rlhf_ray.reward.core.reference_scores import ReferenceScores
+from rlhf_ray.reward.core.scorer import RewardScorer, ScoredTexts
+from rlhf_ray.reward.judge import data_report
+from rlhf_ray.reward.judge.bias import overpayment
+from rlhf_ray.reward.judge.evaluation import PairEvaluation
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward.judge.groups import Groups
+from rlhf_ray.reward.judge.inputs import TrainingInputs, UsedPairs, layout_of, read_training_inputs
+from rlhf_ray.reward.judge.judging import (
+    build_scorers,
+    check_integrity,
+    integrity_requests,
+    judge_pairs,
+    probe_texts,
+    scorer_request,
+    write_report,
+)
+from rlhf_ray.reward.judge.leakage import TrainingTexts, hash_pairs
+from rlhf_ray.reward.judge.report import EvaluationReport, headline
+from rlhf_ray.reward.judge.scoring import ScoredPairs, score_all
+from rlhf_ray.reward.train.loop import RewardTraining, TrainedMembers, steps_per_member
+from rlhf_ray.runtime.actor_group import ActorGroup
+from rlhf_ray.runtime.cluster import RoleRequest
+from rlhf_ray.runtime.learner_group import connected, role_group
+from rlhf_ray.runtime.run import Run
+from rlhf_ray.tracking.display import Column
+from rlhf_ray.tracking.report import plot_loss
+from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.tracker import Tracker, check_folder
+
+COLUMNS = (
+    Column("loss", "loss", ".4f", curve=True, better="lower"),
+    Column("accuracy", "accuracy", ".3f", better="higher"),
+    Column("margin/mean", "margin", "+.3f"),
+    Column("throughput/pairs_per_s", "pairs/s", ".1f"),
+    Column("time/step_s", "s/step", ".1f"),
+)
+_SCALE_TEXTS = 2000
+"""Training texts that members' scales and the length penalty are fitted on."""
+
+
+def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
+    """Everything `rlhf-ray train-rm` does.
+
+    Raises:
+        BadInput: before any actor starts.
+        RoleFailure: a rank failed, died or did not answer.
+        Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
+        Refused: the model is written, and the release gate refused it.
+    """
+    check_folder(config, resume)
+    inputs = read_training_inputs(config)
+    layout = layout_of(inputs.attributes, config.ensemble)
+    steps = steps_per_member(config, len(inputs.training.pairs)) * len(layout.folders)
+    learner = RoleRequest("reward-learner", "learner", config.learner)
+    phases = [[learner], [scorer_request(config.scorer)], integrity_requests(config.scorer, config.gate)]
+    with connected(config.cluster, phases):
+        title = f"reward model {config.run.name} · {config.model}"
+        with Run(config, "reward_model", title, steps, COLUMNS, config.checkpoint, resume) as run:
+            report = _look_at_the_data(inputs, run.folder, run.tracker)
+            with role_group(learner, config.cluster, run.folder.logs) as group:
+                trained = RewardTraining(config, inputs, layout, group, run).train()
+            _finish(config, inputs, layout, trained, report, run.folder, run.tracker)
+
+
+def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracker) -> data_report.DataReport:
+    """The report on the data comes first: on the terminal in short, in `data.json` in full."""
+    held_out = inputs.held_out
+    report = data_report.report_data(
+        inputs.training.preferences,
+        held_out.preferences if held_out else None,
+        inputs.validation.preferences if inputs.validation else None,
+        training_tokens=inputs.training.num_tokens,
+        held_out_tokens=held_out.num_tokens if held_out else None,
+        training_left_out=inputs.training.left_out,
+        held_out_left_out=held_out.left_out if held_out else data_report.LeftOut(),
+    )
+    write_atomic(folder.path / "data.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
+    for line in data_report.lines(report):
+        tracker.display.message(line)
+    for name, used in (("pairs", inputs.training), ("validation", inputs.validation), ("held_out", held_out)):
+        if used is None:
+            continue
+        read = used.preferences
+        tracker.events.write(
+            "data_read", data=name, pairs=len(used.pairs), bad_rows=read.num_skipped, left_out=asdict(used.left_out)
+        )
+        for message in read.bad_rows.messages:
+            tracker.display.message(f"left out: {message}")
+        if read.num_skipped > len(read.bad_rows.messages):
+            tracker.display.message(f"left out: {read.num_skipped} rows of {name} in all")
+    for warning in data_report.warnings(report):
+        tracker.display.message(f"look: {warning}")
+    return report
+
+
+def _finish(
+    config: RewardModelConfig,
+    inputs: TrainingInputs,
+    layout: MemberLayout,
+    trained: TrainedMembers,
+    data: data_report.DataReport,
+    folder: RunFolder,
+    tracker: Tracker,
+) -> None:
+    """From weights to a reward model with its card, judged, and released or refused."""
+    model = str(folder.reward_model)
+    seen = [used for used in (inputs.training, inputs.validation) if used is not None]
+    TrainingTexts.of(*(hash_pairs(used.pairs) for used in seen)).save(folder.reward_model)
+    weights = tuple(config.aggregation.attributes.get(name, 0.0) for name in layout.attributes)
+    card = RewardModelCard(
+        version="",
+        base_model=config.model,
+        max_length=inputs.encoding.max_length,
+        append_eos=inputs.encoding.append_eos,
+        chat_template=inputs.chat_template,
+        training_data=inputs.training.digest(),
+        layout=layout,
+        aggregation=ScoreAggregation(
+            members=config.aggregation.members,
+            variance_weight=config.aggregation.variance_weight,
+            attribute_weights=weights,
+        ),
+        head_hashes=trained.head_hashes,
+        probes=trained.probes,
+    )
+    card = _write(card, folder)
+    plot_loss(folder.metrics, folder.plot, f"{config.run.name} · {config.model}")
+    summary: dict[str, object] = {
+        "name": config.run.name,
+        "steps": trained.steps,
+        "pairs": len(inputs.training.pairs),
+    }
+    if config.scorer.on_too_long != config.training.on_too_long and config.training.on_too_long == "truncate":
+        config = config.model_copy(update={"scorer": config.scorer.model_copy(update={"on_too_long": "truncate"})})
+    report: EvaluationReport | None = None
+    judged: tuple[ScoredPairs, PairEvaluation] | None = None
+    with role_group(scorer_request(config.scorer), config.cluster, folder.logs) as scorers:
+        tracker.phase("loading the reward model again")
+        build_scorers(scorers, model, config.scorer)
+        fitted, sample = _fit_aggregation(card, config.aggregation, scorers, inputs.training)
+        card = _write(card.model_copy(update={"aggregation": fitted}), folder)
+        if inputs.held_out is not None:
+            tracker.phase("judging the reward model")
+            judged = judge_pairs(scorers, inputs.held_out, card, config.judgement, config.run.seed)
+    # Training texts stand in for held-out ones; a model has learnt to tell them apart, so their scores lie wider.
+    scores, lengths = fitted.scores(sample.heads, sample.num_tokens)[0], sample.num_tokens
+    if judged is not None:
+        scores, lengths = judged[0].text_scores, judged[0].text_lengths
+    if np.isfinite(scores).any():
+        ReferenceScores.of(scores, lengths, card.version).save(folder.reward_model)
+    if inputs.held_out is not None and judged is not None:
+        card, report = _judge(config, inputs.held_out, *judged, card, data, folder, tracker)
+        summary["reward_model"] = card.evaluation
+        summary["released"] = card.released
+    tracker.finish(summary | {"version": card.version, "wall_s": tracker.wall_s})
+    if report is not None and report.verdict is not None and not report.verdict.released:
+        raise Refused(model, report.verdict.refusals)
+
+
+def _judge(
+    config: RewardModelConfig,
+    held_out: UsedPairs,
+    scored: ScoredPairs,
+    evaluation: PairEvaluation,
+    card: RewardModelCard,
+    data: data_report.DataReport,
+    folder: RunFolder,
+    tracker: Tracker,
+) -> tuple[RewardModelCard, EvaluationReport]:
+    """The verdict, into the card, and the report."""
+    model = str(folder.reward_model)
+    card = _write(with_figures(card, evaluation), folder)
+    checks: tuple[Check, ...] = ()
+    verdict: Verdict | None = None
+    if config.gate.enabled:
+        tracker.phase("checking the reward model's integrity")
+        texts = probe_texts(held_out, config.gate.probes)
+        checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, folder.logs)
+        figures = GateFigures.of(evaluation, len(held_out.pairs), data.leakage)
+        verdict = judge(figures, checks, config.gate)
+        card = _write(card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}), folder)
+        tracker.events.write("judged", released=verdict.released, refusals=list(verdict.refusals))
+    report = write_report(
+        folder,
+        config.run.name,
+        model,
+        card,
+        evaluation,
+        scored,
+        held_out,
+        leakage=data.leakage,
+        data=data,
+        checks=checks,
+        verdict=verdict,
+        wall_s=tracker.wall_s,
+    )
+    return card, report
+
+
+def _write(card: RewardModelCard, folder: RunFolder) -> RewardModelCard:
+    """Write a card under the version that the weights have with it."""
+    card = card.model_copy(update={"version": card.version_of(folder.reward_model)})
+    card.save(folder.reward_model)
+    return card
+
+
+def with_figures(card: RewardModelCard, evaluation: PairEvaluation) -> RewardModelCard:
+    """What was found of a model, in its card."""
+    figures = {"temperature": evaluation.temperature.stored, "evaluation": headline(evaluation)}
+    return card.model_copy(update=figures)
+
+
+def _fit_aggregation(
+    card: RewardModelCard,
+    settings: AggregationSettings,
+    scorers: ActorGroup[RewardScorer],
+    training: UsedPairs,
+) -> tuple[ScoreAggregation, ScoredTexts]:
+    """Scales of the members and the length penalty, from training pairs, and the scored texts of those.
+
+    Raises:
+        Refused: a member gives all texts the same score.
+    """
+    aggregation = card.aggregation
+    penalty = settings.length_penalty
+    if isinstance(penalty, float):
+        aggregation = aggregation.model_copy(update={"length_coefficient": penalty})
+    texts_a_pair = 2
+    stride = max(texts_a_pair * len(training.pairs) // _SCALE_TEXTS, 1)
+    rows = range(0, len(training.pairs), stride)
+    texts = [side[row] for side in (training.chosen, training.rejected) for row in rows]
+    scored = score_all(scorers, texts)
+    chosen, rejected = aggregation.member_scores(scored.heads).reshape(2, len(rows), -1)
+    if chosen.shape[1] > 1:
+        try:
+            scale = fit_member_scale(chosen, rejected)
+        except ValueError as error:
+            raise Refused(card.base_model, (f"ensemble: {error}; there is nothing to aggregate",)) from None
+        aggregation = aggregation.model_copy(update={"offsets": scale.offset, "scales": scale.scale})
+    if penalty == "fitted":
+        scores, _ = aggregation.scores(scored.heads, scored.num_tokens)
+        score_differences, length_differences = (
+            np.subtract(*values.reshape(2, len(rows))) for values in (scores, scored.num_tokens)
+        )
+        pairs = [training.pairs[row] for row in rows]
+        labels = [pair.chosen_probability for pair in pairs]
+        found = overpayment(score_differences, length_differences, labels, Groups.of(pairs))
+        aggregation = aggregation.model_copy(update={"length_coefficient": found.penalty})
+    return aggregation, scored
