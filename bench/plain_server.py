@@ -16,7 +16,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_ray.reward.core.loading import RewardEncoding, load_reward_tokenizer
+from rlhf_ray.reward.core.encoding import RewardEncoding
+from rlhf_ray.reward.core.loading import load_reward_tokenizer
 
 
 class PlainModel:
@@ -34,7 +35,7 @@ class PlainModel:
         self._network = network.eval()
         limit = min(int(network.config.max_position_embeddings), self._tokenizer.model_max_length)
         self._limit = limit
-        self._appends_eos = RewardEncoding.for_tokenizer(self._tokenizer, limit).append_eos
+        self._appends_eos = RewardEncoding.for_backbone(self._tokenizer, limit).append_eos
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:

@@ -19,7 +19,8 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.randomness import batch_rows, keyed_generator
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
-from rlhf_ray.reward.core.loading import RewardEncoding, head_hash, pad_texts
+from rlhf_ray.reward.core.encoding import RewardEncoding
+from rlhf_ray.reward.core.loading import head_hash, pad_texts
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.train.preference import bradley_terry_loss
 
@@ -291,10 +292,8 @@ def train_reward_model(source: Path, folder: Path, pairs: SentimentPairs, seed: 
     network = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32)
     drawn = keyed_generator(seed, "head").standard_normal(network.score.weight.shape) * 0.02
     network.score.weight.data = torch.from_numpy(drawn.astype(np.float32))
-    encoding = RewardEncoding.for_tokenizer(tokenizer, 64)
-    chosen, rejected = (
-        [encoding.encode(text, tokenizer)[0] for text in texts] for texts in (pairs.chosen, pairs.rejected)
-    )
+    encoding = RewardEncoding.for_backbone(tokenizer, 64)
+    chosen, rejected = ([encoding.encode(text)[0] for text in texts] for texts in (pairs.chosen, pairs.rejected))
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
     for step in range(steps):
         rows = batch_rows(len(chosen), 32, seed, step)
@@ -321,8 +320,8 @@ def write_reward_model(network: Any, tokenizer: Any, folder: Path, probes: list[
         probes: texts whose logits are recorded.
     """
     network.eval()
-    encoding = RewardEncoding.for_tokenizer(tokenizer, 64)
-    encoded = [encoding.encode(text, tokenizer)[0] for text in probes]
+    encoding = RewardEncoding.for_backbone(tokenizer, 64)
+    encoded = [encoding.encode(text)[0] for text in probes]
     with torch.inference_mode():
         logits = [network(input_ids=torch.tensor([ids])).logits[0].tolist() for ids in encoded]
     network.save_pretrained(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
@@ -19,7 +18,6 @@ from rlhf_ray.models.loading import (
     read_model_facts,
 )
 from rlhf_ray.reward.core.card import RewardModelCard
-from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
 from rlhf_ray.reward.core.remote_scorer import check_reward_service
 from rlhf_ray.reward.core.texts import RewardTexts
 
@@ -69,8 +67,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
             check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
-    card = _check_reward_model(config.reward)
-    reward = None if config.reward.url else RewardTexts(config.reward.model, config.reward.max_length)
+    reward = _read_reward_model(config.reward)
     wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
 
     def prompts(settings: PromptSettings, key: str) -> PromptSet:
@@ -90,7 +87,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
         context_tokens=min(facts.context_tokens, wanted),
         prompts=prompts(config.prompts, "prompts.path"),
         held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
-        reward_card=card,
+        reward_card=reward and reward.card,
         trunk_sharers=trunk_sharers(config, facts.num_layers),
     )
     if reward is not None:
@@ -135,23 +132,16 @@ def _check_chat_template(reward: RewardTexts, prompt_sets: Iterable[PromptSet | 
             ) from None
 
 
-def _check_reward_model(settings: RewardSettings) -> RewardModelCard | None:
+def _read_reward_model(settings: RewardSettings) -> RewardTexts | None:
+    """The model that scores here; None where a service does, which has been asked whether it is there."""
     if settings.url is not None:
         check_reward_service(settings)
         return None
-    facts = read_model_facts(settings.model, "reward.model")
-    card = RewardModelCard.load(settings.model, "reward.model")
-    check_reward_model(facts, card, settings.model, "reward.model")
-    if card is not None and card.released is False and settings.require_release:
+    texts = RewardTexts.read(settings.model, settings.max_length)
+    if texts.card is not None and texts.card.released is False and settings.require_release:
         raise BadInput(
             "reward.model",
-            f"'{settings.model}' was refused by the release gate ({card.refusals[0]})",
+            f"'{settings.model}' was refused by the release gate ({texts.card.refusals[0]})",
             "a released reward model, or reward.require_release: false",
         )
-    tokenizer: Any = load_reward_tokenizer(settings.model, "reward.model")
-    check_tokenizer_fits(tokenizer, facts, settings.model, "reward.model")
-    if settings.max_length is not None and settings.max_length > facts.context_tokens:
-        raise BadInput(
-            "reward.max_length", f"{settings.max_length} tokens", f"at most {facts.context_tokens}, the model's limit"
-        )
-    return card
+    return texts

@@ -11,7 +11,7 @@ from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.reward import RewardModel
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.judge.evaluate import read_reward_text
+from rlhf_ray.reward.judge.evaluate import read_texts
 from rlhf_ray.reward.judge.inputs import read_pairs
 from tests.planting import sentiment_pairs
 
@@ -54,11 +54,8 @@ def test_scores_are_those_of_an_evaluation_to_the_bit(model: RewardModel, direct
         for prompt, chosen, rejected in zip(prompts, PAIRS.chosen, PAIRS.rejected, strict=True)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    card = RewardModelCard.load(str(directory), "model")
-    text = read_reward_text(str(directory), "model", ScorerSettings(), card)
-    used = read_pairs(
-        PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", text.tokenizer, text.encoding, "fail"
-    )
+    texts = read_texts(str(directory), "model", ScorerSettings())
+    used = read_pairs(PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", texts, "fail")
     scorer = RewardScorer(RewardSettings(model=str(directory), batch_invariant=True))
     chosen, rejected = (scorer.score_tokens(side).scores for side in (used.chosen, used.rejected))
     assert model.score(prompts, PAIRS.chosen) == chosen.tolist()

@@ -17,6 +17,7 @@ from rlhf_ray.config.settings import GeneratorSettings, PromptSettings
 from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.failures import BadInput
 from rlhf_ray.randomness import keyed_seed
+from rlhf_ray.reward.core.encoding import Encoded, RewardEncoding
 from rlhf_ray.reward.core.scorer import Conversation
 from rlhf_ray.reward.judge.policy_samples import (
     BestOfNReport,
@@ -95,30 +96,27 @@ def samples_of(*rows: tuple[str | list[dict[str, Any]], Sequence[str]], judge: A
     return PolicySamples(tuple(prompts), tuple(tuple(responses) for _, responses in rows), places, judge)
 
 
-class LengthScorer:
-    """Scores a text by its length, has no score for texts with a question mark outside templates, and remembers."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[list[str], bool]] = []
-
-    def __call__(self, texts: Sequence[str], templated: bool) -> np.ndarray:
-        self.calls.append((list(texts), templated))
-        return np.array([np.nan if "?" in text and not templated else float(len(text)) for text in texts])
+def length_score(encoded: Sequence[Encoded]) -> np.ndarray:
+    """The number of tokens; none where the text was cut."""
+    return np.array([np.nan if was_cut else float(len(token_ids)) for token_ids, was_cut in encoded])
 
 
-def test_each_text_is_scored_once_and_chat_as_its_template_has_it(policy_tokenizer: Any):
+def test_texts_are_scored_as_they_are_and_chat_as_its_template_has_it(policy_tokenizer: Any):
+    encoding = RewardEncoding.for_backbone(policy_tokenizer, 32)
     turns = [QUESTION, {"role": "assistant", "content": "Good."}]
     rendered = policy_tokenizer.apply_chat_template(turns, tokenize=False)
-    scorer = LengthScorer()
-    samples = samples_of(
-        ("I think", [" yes", " no", " yes"]), ([QUESTION], ["Good.", "Good.", ""]), ("p", ["?", "", "a"])
-    )
-    scores = score_samples(samples, policy_tokenizer, scorer)
-    (plain, plain_is_templated), (chat, chat_is_templated) = scorer.calls
-    assert plain == ["I think yes", "I think no", "p?", "p", "pa"]
-    assert chat[0] == rendered
-    assert (len(chat), plain_is_templated, chat_is_templated) == (2, False, True)
-    np.testing.assert_array_equal(scores, [[11, 10, 11], [len(chat[0]), len(chat[0]), len(chat[1])], [np.nan, 1, 2]])
+    samples = samples_of(("I think", [" yes", " so" * 40]), ([QUESTION], ["Good.", "Bad."]))
+    seen: list[Encoded] = []
+
+    def score(encoded: Sequence[Encoded]) -> np.ndarray:
+        seen.extend(encoded)
+        return length_score(encoded)
+
+    scores = score_samples(samples, encoding, score)
+    assert seen[0] == encoding.encode("I think yes")
+    assert seen[2] == encoding.encode(rendered, templated=True)
+    lengths = [float(len(token_ids)) for token_ids, _ in seen]
+    np.testing.assert_array_equal(scores, [[lengths[0], np.nan], lengths[2:]])
 
 
 def test_messages_without_a_template_are_bad_input(policy_model: str):
@@ -126,8 +124,13 @@ def test_messages_without_a_template_are_bad_input(policy_model: str):
 
     tokenizer = load_tokenizer(policy_model, "judge")
     tokenizer.chat_template = None
+    asked_twice = [QUESTION, {"role": "assistant", "content": "Yes."}, QUESTION]
     with pytest.raises(BadInput, match="no chat template") as caught:
-        score_samples(samples_of(("p", ["a", "b"]), ([QUESTION], ["a", "b"])), tokenizer, LengthScorer())
+        score_samples(
+            samples_of(("p", ["a", "b"]), (asked_twice, ["a", "b"])),
+            RewardEncoding.for_backbone(tokenizer, 32),
+            length_score,
+        )
     assert caught.value.where == "made:2"
 
 
@@ -153,13 +156,6 @@ def test_a_judge_must_be_named():
         BestOfNSettings(path="samples.jsonl")
     with pytest.raises(ValidationError, match="needs `path` with samples that were judged"):
         BestOfNSettings(policy="model", prompts=PromptSettings(path="prompts.jsonl"), judge="samples")
-
-
-def test_another_reward_model_judges_whole_texts(policy_tokenizer: Any):
-    samples = samples_of(("p", ["a", "bb"]))
-    assert judge_samples(samples, "models/other", policy_tokenizer, LengthScorer()).tolist() == [[2, 3]]
-    with pytest.raises(ValueError, match="models/other"):
-        judge_samples(samples, "models/other")
 
 
 def test_a_response_has_the_same_seed_in_every_cut_into_shards(tiny: Path, policy_tokenizer: Any):

@@ -14,8 +14,8 @@ from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation, weights_version
+from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.core.loading import (
-    RewardEncoding,
     load_reward_network,
     load_reward_tokenizer,
     pad_texts,
@@ -42,28 +42,28 @@ def encoder_tokenizer() -> Any:
 
 
 def test_decoder_texts_end_in_one_eos(policy_tokenizer: Any):
-    encoding = RewardEncoding.for_tokenizer(policy_tokenizer, 64)
+    encoding = RewardEncoding.for_backbone(policy_tokenizer, 64)
     assert encoding.append_eos
     plain = policy_tokenizer(TEXT).input_ids
     eos = policy_tokenizer.eos_token_id
-    assert encoding.encode(TEXT, policy_tokenizer) == ([*plain, eos], False)
-    assert encoding.finish([*plain, eos], policy_tokenizer) == ([*plain, eos], False)
-    assert encoding.encode("", policy_tokenizer) == ([eos], False)
+    assert encoding.encode(TEXT) == ([*plain, eos], False)
+    assert encoding.finish([*plain, eos]) == ([*plain, eos], False)
+    assert encoding.encode("") == ([eos], False)
 
 
 def test_decoder_texts_are_cut_at_the_front(policy_tokenizer: Any):
-    whole, _ = RewardEncoding(64, True).encode(TEXT, policy_tokenizer)
-    assert RewardEncoding(5, True).encode(TEXT, policy_tokenizer) == (whole[-5:], True)
-    assert RewardEncoding(len(whole), True).encode(TEXT, policy_tokenizer) == (whole, False)
-    assert RewardEncoding(len(whole) - 1, True).encode(TEXT, policy_tokenizer) == (whole[1:], True)
+    whole, _ = RewardEncoding(policy_tokenizer, 64, True).encode(TEXT)
+    assert RewardEncoding(policy_tokenizer, 5, True).encode(TEXT) == (whole[-5:], True)
+    assert RewardEncoding(policy_tokenizer, len(whole), True).encode(TEXT) == (whole, False)
+    assert RewardEncoding(policy_tokenizer, len(whole) - 1, True).encode(TEXT) == (whole[1:], True)
 
 
 def test_encoder_texts_keep_their_special_tokens(encoder_tokenizer: Any):
-    encoding = RewardEncoding.for_tokenizer(encoder_tokenizer, 64)
+    encoding = RewardEncoding.for_backbone(encoder_tokenizer, 64)
     assert not encoding.append_eos
-    whole, was_cut = encoding.encode(TEXT, encoder_tokenizer)
+    whole, was_cut = encoding.encode(TEXT)
     assert (whole[0], whole[-1], was_cut) == (2, 3, False)
-    ids, was_cut = RewardEncoding(6, False).encode(TEXT, encoder_tokenizer)
+    ids, was_cut = RewardEncoding(encoder_tokenizer, 6, False).encode(TEXT)
     assert was_cut
     assert ids == [2, *whole[-5:]]
 
@@ -104,14 +104,14 @@ def test_network_has_the_labels_and_the_dropout_that_are_asked_for(tiny: Path):
 def test_a_text_that_is_cut_still_begins_as_it_should(tiny: Path):
     tokenizer = load_tokenizer(str(tiny / "reward_model"), "reward.model")
     ids = [tokenizer.bos_token_id, *range(10, 20)]
-    assert RewardEncoding(5, False).finish(ids, tokenizer) == ([tokenizer.bos_token_id, 16, 17, 18, 19], True)
-    assert RewardEncoding(5, False).finish(ids[1:], tokenizer) == ([15, 16, 17, 18, 19], True)
+    assert RewardEncoding(tokenizer, 5, False).finish(ids) == ([tokenizer.bos_token_id, 16, 17, 18, 19], True)
+    assert RewardEncoding(tokenizer, 5, False).finish(ids[1:]) == ([15, 16, 17, 18, 19], True)
 
 
 def test_templated_texts_get_no_second_special_tokens(encoder_tokenizer: Any):
-    encoding = RewardEncoding(64, False)
-    plain, _ = encoding.encode(TEXT, encoder_tokenizer)
-    templated, _ = encoding.encode(TEXT, encoder_tokenizer, templated=True)
+    encoding = RewardEncoding(encoder_tokenizer, 64, False)
+    plain, _ = encoding.encode(TEXT)
+    templated, _ = encoding.encode(TEXT, templated=True)
     assert templated == plain[1:-1]
 
 
@@ -148,7 +148,7 @@ def test_a_published_model_is_shown_the_rendered_template_as_it_is(
 ):
     """As model cards of published reward models have it: `tokenizer(apply_chat_template(…, tokenize=False))`."""
     model = with_template(tiny, tmp_path / "model", template, eos_token)
-    texts = RewardTexts(str(model), None)
+    texts = RewardTexts.read(str(model))
     rendered = texts.tokenizer.apply_chat_template(TURN, tokenize=False)
     published = texts.tokenizer(rendered, add_special_tokens=False).input_ids
     assert texts.encode_messages(TURN) == (published, False)
@@ -156,21 +156,19 @@ def test_a_published_model_is_shown_the_rendered_template_as_it_is(
     # Pairs that are judged, and chats that a service cuts.
     row = {"prompt": TURN[:1], "chosen": TURN[1:], "rejected": "No."}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-    encoding = RewardEncoding.for_model(texts.tokenizer, None, 256)
-    used = read_pairs(
-        PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", texts.tokenizer, encoding, "fail"
-    )
+    encoding = RewardEncoding.of_model(texts.tokenizer, None, 256)
+    used = read_pairs(PreferenceSettings(path=str(tmp_path / "pairs.jsonl")), "pairs.path", encoding, "fail")
     assert used.chosen == (tuple(published),)
     assert texts.encode_messages(TURN, max_tokens=5) == ([published[0], *published[-4:]], True)
     # One that was trained here ends as it did in training: where a policy stops.
     card_of(chat_template=template, max_length=256).save(model)
-    [*kept, last], _ = RewardTexts(str(model), None).encode_messages(TURN)
+    [*kept, last], _ = RewardTexts.read(str(model)).encode_messages(TURN)
     assert last == texts.tokenizer.eos_token_id
     assert kept == (published if eos_token is None else published[: len(kept)])
 
 
 def test_one_turn_without_a_chat_template_is_prompt_and_response(tiny: Path, tmp_path: Path):
-    texts = RewardTexts(str(with_template(tiny, tmp_path / "model", None)), None)
+    texts = RewardTexts.read(str(with_template(tiny, tmp_path / "model", None)))
     assert texts.encode_messages(TURN) == texts.encode(TURN[0]["content"] + TURN[1]["content"])
     assert texts.encode_messages(TURN, max_tokens=5)[1]
     for messages in ([{"role": "system", "content": "Be brief."}, *TURN], [*TURN, *TURN], TURN[1:]):

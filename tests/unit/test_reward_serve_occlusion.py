@@ -2,7 +2,6 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_ray.config.serving import LimitSettings
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
-from rlhf_ray.reward.core.loading import RewardEncoding
+from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput
 from rlhf_ray.reward.serve.occlusion import MAX_SPANS, Explanation, Span, explain, merge_spans, occlusions, word_spans
 from rlhf_ray.reward.serve.wire.explain import routes
@@ -64,10 +63,7 @@ class BagOfWords:
     async def tokenizing(self, work: Callable[[Any], Any], model: str | None = None) -> Any:
         if model not in (None, "bag", "v1"):
             raise ApiError(ErrorType.NOT_FOUND, "no such model")
-        encoding = RewardEncoding.for_tokenizer(self.tokenizer, self.info.max_length)
-        return work(
-            SimpleNamespace(tokenizer=self.tokenizer, encode=lambda text: encoding.encode(text, self.tokenizer))
-        )
+        return work(RewardEncoding.for_backbone(self.tokenizer, self.info.max_length))
 
 
 def explained(

@@ -1,96 +1,18 @@
-"""Reward models as Hugging Face directories: what text they are shown, and how they are loaded."""
+"""Reward models as Hugging Face directories, and how they are loaded."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from rlhf_ray.data.chat import end_at_eos
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import ModelFacts, load_tokenizer
 from rlhf_ray.reward.core.card import RewardModelCard
 
 _LENGTH_STEP = 8
-
-
-@dataclass(frozen=True)
-class RewardEncoding:
-    """How a text becomes the tokens that the model scores; the same in training, scoring and serving.
-
-    Attributes:
-        max_length: longest text in tokens.
-        append_eos: put the end-of-sequence token behind texts that do not end in it. Decoders are read at the last
-            token, and their tokenizers usually add none; encoders bring their own special tokens.
-        as_rendered: what a chat template has rendered is scored as it is. Models that were published without a card
-            were trained so, and ChatML and Gemma end in white space behind the token that ends a turn. Ours end where
-            a policy stops, at the end-of-sequence token.
-    """
-
-    max_length: int
-    append_eos: bool
-    as_rendered: bool = False
-
-    @classmethod
-    def for_tokenizer(cls, tokenizer: Any, max_length: int) -> RewardEncoding:
-        """Of a model that is trained here."""
-        own = tokenizer("").input_ids
-        ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-        return cls(max_length=max_length, append_eos=not own or own[-1] not in ends)
-
-    @classmethod
-    def for_model(cls, tokenizer: Any, card: RewardModelCard | None, max_length: int) -> RewardEncoding:
-        """Of a trained model: as its card says, else as published models were trained."""
-        if card is not None:
-            return cls(max_length, card.append_eos)
-        return replace(cls.for_tokenizer(tokenizer, max_length), as_rendered=True)
-
-    def finish(self, token_ids: list[int], tokenizer: Any) -> tuple[list[int], bool]:
-        """Token ids of a whole text, ended as the model expects and cut at the front to the maximum.
-
-        Returns:
-            The ids, and whether they were cut.
-        """
-        if self.append_eos and (not token_ids or token_ids[-1] != tokenizer.eos_token_id):
-            token_ids = [*token_ids, tokenizer.eos_token_id]
-        return self._cut_front(token_ids, tokenizer)
-
-    def _cut_front(self, token_ids: list[int], tokenizer: Any) -> tuple[list[int], bool]:
-        if len(token_ids) <= self.max_length:
-            return token_ids, False
-        # A text that begins with the beginning-of-sequence token still does when its front is cut.
-        start = token_ids[:1] if token_ids[0] == tokenizer.bos_token_id else []
-        return [*start, *token_ids[len(token_ids) - self.max_length + len(start) :]], True
-
-    def cut(self, token_ids: list[int], keep: Literal["end", "start"]) -> list[int]:
-        """Ended token ids, cut to the maximum at the other end than `keep`; the first and the last token stay."""
-        if len(token_ids) <= self.max_length:
-            return token_ids
-        if keep == "start":
-            return [*token_ids[: self.max_length - 1], token_ids[-1]]
-        return [token_ids[0], *token_ids[len(token_ids) - self.max_length + 1 :]]
-
-    def encode(self, text: str, tokenizer: Any, *, templated: bool = False) -> tuple[list[int], bool]:
-        """Token ids of a text, cut at the front; the special tokens around it are kept.
-
-        Args:
-            templated: a chat template has written the special tokens already.
-
-        Returns:
-            The ids, and whether they were cut.
-        """
-        if templated:
-            ended = text if self.as_rendered else end_at_eos(tokenizer, text)
-            token_ids = tokenizer(ended, add_special_tokens=False, verbose=False).input_ids
-            return self._cut_front(token_ids, tokenizer) if self.as_rendered else self.finish(token_ids, tokenizer)
-        token_ids = tokenizer(text, verbose=False).input_ids
-        if len(token_ids) > self.max_length and not self.append_eos:
-            tokenizer.truncation_side = "left"
-            return tokenizer(text, truncation=True, max_length=self.max_length).input_ids, True
-        return self.finish(token_ids, tokenizer)
 
 
 def padded_width(num_tokens: int) -> int:

@@ -15,9 +15,10 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
 from rlhf_ray.reward.core.card import ScoreAggregation
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.loading import load_reward_network, padded_width
 from rlhf_ray.reward.core.network import RewardNetwork, takes_packed_rows
-from rlhf_ray.reward.core.texts import Encoded, ResponseReader, RewardTexts, SharedIds
+from rlhf_ray.reward.core.texts import ResponseReader, RewardTexts, SharedIds
 from rlhf_ray.rollout import RewardColumn, Rollout
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
@@ -91,14 +92,14 @@ class RewardScorer:
         self.batch_invariant = settings.batch_invariant
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._batch_tokens = settings.batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
-        self.texts = RewardTexts(settings.model, settings.max_length)
+        self.texts = RewardTexts.read(settings.model, settings.max_length)
         self._responses = ResponseReader(policy_model) if policy_model else None
         self._shared_ids = self._responses.shared_ids(self.texts) if self._responses else SharedIds.NONE
         card = self.texts.card
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
         self.dtype = resolve_dtype(settings.dtype, on_gpu)
-        self._networks = [self._load(folder) for folder in self.texts.folders(settings.model)]
+        self._networks = [self._load(folder) for folder in self.texts.folders]
         self._packed = all(network.packed for network in self._networks)
         self.version = self.texts.version
 

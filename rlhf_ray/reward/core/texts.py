@@ -1,135 +1,84 @@
-"""From texts, conversations and sampled responses to the tokens that a reward model is given, without its weights."""
+"""What a reward model is shown, without its weights: of texts, conversations, and responses that a policy sampled."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.data.chat import Message, render
 from rlhf_ray.data.rows import RowError
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import check_tokenizer_fits, load_tokenizer, read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, weights_version
-from rlhf_ray.reward.core.loading import RewardEncoding, load_reward_tokenizer
+from rlhf_ray.reward.core.encoding import RewardEncoding
+from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
 from rlhf_ray.rollout import Rollout
 
-Encoded = tuple[list[int], bool]
-"""Token ids as the model is given them, and whether the text was cut."""
 
-
-class RewardTexts:
-    """A reward model's tokenizer, template and limits, as its card says.
-
-    Args:
-        model: directory of the reward model, or a hub id.
-        max_length: longest text in tokens; None: what the model was trained with, else its position limit.
-        key: of the model in the configuration.
+@dataclass(frozen=True)
+class RewardTexts(RewardEncoding):
+    """A reward model's directory but for its weights.
 
     Attributes:
+        model: the directory, or a hub id.
         card: of the model, or None.
-        layout: what its labels mean.
-        tokenizer: with the card's chat template.
-        version: of the weights and everything else that a score depends on.
-
-    Raises:
-        BadInput: the model cannot be read.
     """
 
-    def __init__(self, model: str, max_length: int | None, key: str = "reward.model") -> None:
-        from transformers import AutoConfig
+    model: str = ""
+    card: RewardModelCard | None = None
 
-        self.card = card = RewardModelCard.load(model, key)
-        self.tokenizer = templated_tokenizer(model, card, key)
-        self.layout = card.layout if card else MemberLayout()
-        # Some models hold more positions than a text may have; their tokenizer knows.
-        positions = int(AutoConfig.from_pretrained(self.folders(model)[0]).max_position_embeddings)
-        longest = min(positions, self.tokenizer.model_max_length)
-        limit = max_length or (card.max_length if card else longest)
-        self._encoding = RewardEncoding.for_model(self.tokenizer, card, limit)
-        folder = Path(model)
-        self.version = card.version if card else weights_version(folder) if folder.is_dir() else model
-
-    def folders(self, model: str) -> list[str]:
-        """Where the models of an ensemble lie."""
-        return [str(Path(model) / member) if member != "." else model for member in self.layout.folders]
-
-    @property
-    def max_length(self) -> int:
-        """Longest text in tokens."""
-        return self._encoding.max_length
-
-    def encode(
-        self,
-        text: str,
-        *,
-        templated: bool = False,
-        max_tokens: int | None = None,
-        keep: Literal["end", "start"] = "end",
-    ) -> Encoded:
-        """Token ids of a whole text as the model is given them, and whether they were cut.
+    @classmethod
+    def read(
+        cls, model: str, max_length: int | None = None, key: str = "reward.model", section: str = "reward"
+    ) -> RewardTexts:
+        """Read card and tokenizer, and see that there is a reward model that fits them.
 
         Args:
-            templated: a chat template has written the special tokens already.
-            max_tokens: cut to fewer than the model takes.
-            keep: which end of a text that is too long is scored; training keeps the end.
-        """
-        shorter = max_tokens is not None and max_tokens < self.max_length
-        if keep == "end" and not shorter:
-            return self._encoding.encode(text, self.tokenizer, templated=templated)
-        whole, _ = replace(self._encoding, max_length=sys.maxsize).encode(text, self.tokenizer, templated=templated)
-        limit = max_tokens if max_tokens is not None and shorter else self.max_length
-        return replace(self._encoding, max_length=limit).cut(whole, keep), len(whole) > limit
-
-    def encode_messages(
-        self,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int | None = None,
-        keep: Literal["end", "start"] = "end",
-    ) -> Encoded:
-        """As `encode`, for a conversation that ends with the response. Where the model has no chat template, a user's
-        turn and its answer are prompt and response.
+            max_length: longest text in tokens; None: what the model was trained with, else its position limit.
+            key: of the model in the configuration.
+            section: of the configuration that has `max_length`.
 
         Raises:
-            RowError: there is no chat template for any other conversation, or it does not take this one.
+            BadInput: the model cannot be read, is no reward model, or takes shorter texts.
         """
-        if self.tokenizer.chat_template is None and [each["role"] for each in messages] == ["user", "assistant"]:
-            text = "".join(str(each["content"]) for each in messages)
-            return self.encode(text, max_tokens=max_tokens, keep=keep)
-        text = render(self.tokenizer, messages, add_generation_prompt=False)
-        return self.encode(text, templated=True, max_tokens=max_tokens, keep=keep)
+        facts = read_model_facts(model, key)
+        card = RewardModelCard.load(model, key)
+        check_reward_model(facts, card, model, key)
+        tokenizer = load_reward_tokenizer(model, key)
+        check_tokenizer_fits(tokenizer, facts, model, key)
+        if card is not None and card.chat_template is not None:
+            tokenizer.chat_template = card.chat_template
+        if max_length is not None and max_length > facts.context_tokens:
+            raise BadInput(
+                f"{section}.max_length", f"{max_length} tokens", f"at most {facts.context_tokens}, the model's limit"
+            )
+        # Some models hold more positions than a text may have; their tokenizer knows.
+        longest = min(facts.context_tokens, tokenizer.model_max_length)
+        limit = max_length or (card.max_length if card else longest)
+        encoding = RewardEncoding.of_model(tokenizer, card, limit)
+        return cls(**vars(encoding), model=model, card=card)
 
-    def encode_turn(self, prompt: str | Sequence[Message], response: str) -> Encoded:
-        """As `encode`, for a prompt (text or chat messages) and the response to it.
+    @cached_property
+    def version(self) -> str:
+        """Of the weights and everything else that a score depends on."""
+        if self.card is not None:
+            return self.card.version
+        folder = Path(self.model)
+        return weights_version(folder) if folder.is_dir() else self.model
 
-        Raises:
-            RowError: as `encode_messages`.
-        """
-        if isinstance(prompt, str):
-            return self.encode(prompt + response)
-        return self.encode_messages([*prompt, {"role": "assistant", "content": response}])
+    @property
+    def layout(self) -> MemberLayout:
+        """What the model's labels mean."""
+        return self.card.layout if self.card else MemberLayout()
 
-    def finish(self, token_ids: list[int]) -> Encoded:
-        """Token ids of a whole text, ended as the model expects and cut at the front."""
-        return self._encoding.finish(token_ids, self.tokenizer)
-
-
-def templated_tokenizer(model: str, card: RewardModelCard | None, key: str) -> Any:
-    """A reward model's tokenizer, with the chat template that its card names, else its own.
-
-    Raises:
-        BadInput: under `key`, as `load_reward_tokenizer`.
-    """
-    tokenizer = load_reward_tokenizer(model, key)
-    if card is not None and card.chat_template is not None:
-        tokenizer.chat_template = card.chat_template
-    return tokenizer
+    @property
+    def folders(self) -> list[str]:
+        """Where the models of an ensemble lie."""
+        return [str(Path(self.model) / member) if member != "." else self.model for member in self.layout.folders]
 
 
 class SharedIds(Enum):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +12,10 @@ from numpy.typing import NDArray
 from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
 from rlhf_ray.config.settings import ScorerSettings
 from rlhf_ray.failures import Refused
-from rlhf_ray.models.loading import check_tokenizer_fits, read_model_facts
-from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.checks import Check
-from rlhf_ray.reward.core.loading import RewardEncoding, check_reward_model
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.core.texts import templated_tokenizer
+from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.judge.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward.judge.benchmarks.cases import Benchmark, BenchmarkResult
 from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
@@ -53,20 +49,6 @@ from rlhf_ray.runtime.learner_group import connected, role_group
 from rlhf_ray.tracking.tracker import Tracker, check_folder, open_folder
 
 
-@dataclass(frozen=True)
-class RewardText:
-    """How a reward model is given text: its tokenizer with its own template, and its encoding."""
-
-    tokenizer: Any
-    encoding: RewardEncoding
-    on_too_long: Literal["fail", "truncate"]
-
-    def tokens(self, text: str, templated: bool) -> tuple[int, ...] | None:
-        """Token ids of a whole text; None where it is too long to be scored as it is."""
-        token_ids, was_cut = self.encoding.encode(text, self.tokenizer, templated=templated)
-        return None if was_cut and self.on_too_long == "fail" else tuple(token_ids)
-
-
 def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
     """Everything `rlhf-ray eval-rm` does.
 
@@ -79,10 +61,10 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         Refused: with `gate`, after the report was written.
     """
     check_folder(config)
-    card = RewardModelCard.load(config.model, "model")
-    text = read_reward_text(config.model, "model", config.scorer, card)
-    used = read_pairs(config.pairs, "pairs.path", text.tokenizer, text.encoding, config.scorer.on_too_long, "scorer")
-    leakage = _leakage(config, used, text)
+    texts = read_texts(config.model, "model", config.scorer)
+    card = texts.card
+    used = read_pairs(config.pairs, "pairs.path", texts, config.scorer.on_too_long, "scorer")
+    leakage = _leakage(config, used, texts)
     benchmarks = [
         load_benchmark(settings.name, settings.path, f"benchmarks.{index}.path")
         for index, settings in enumerate(config.benchmarks)
@@ -90,8 +72,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
     samples = _read_samples(config.best_of_n)
     policy = read_policy(config.best_of_n) if config.best_of_n is not None and samples is None else None
     if config.best_of_n is not None and config.best_of_n.judge not in JUDGES_WITHOUT_MODEL:
-        judge_card = RewardModelCard.load(config.best_of_n.judge, "best_of_n.judge")
-        read_reward_text(config.best_of_n.judge, "best_of_n.judge", config.scorer, judge_card)
+        read_texts(config.best_of_n.judge, "best_of_n.judge", config.scorer)
     phases = [[scorer_request(config.scorer)]]
     if policy is not None:
         phases.append([RoleRequest("generator", "best_of_n.generator", policy.settings.generator)])
@@ -113,18 +94,21 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 build_scorers(scorers, config.model, config.scorer)
                 tracker.phase("scoring pairs")
                 scored, evaluation = judge_pairs(scorers, used, card, config.judgement, config.run.seed)
-                results = [_score_benchmark(scorers, benchmark, text, tracker) for benchmark in benchmarks]
+                results = []
+                for benchmark in benchmarks:
+                    tracker.phase(f"scoring {benchmark.name}")
+                    results.append(_score_benchmark(_text_scorer(scorers, config.scorer), benchmark, texts))
                 best_of_n = None
                 if samples is not None and config.best_of_n is not None:
                     tracker.phase("best of n")
-                    best_of_n = _best_of_n(config, samples, scorers, text)
+                    best_of_n = _best_of_n(config, samples, scorers, texts)
             checks: tuple[Check, ...] = ()
             verdict: Verdict | None = None
             if gate:
                 tracker.phase("checking the reward model's integrity")
-                texts = probe_texts(used, config.gate.probes)
+                probes = probe_texts(used, config.gate.probes)
                 checks = check_integrity(
-                    config.model, card, texts, config.scorer, config.gate, config.cluster, folder.logs
+                    config.model, card, probes, config.scorer, config.gate, config.cluster, folder.logs
                 )
                 figures = GateFigures.of(evaluation, len(used.pairs), leakage)
                 verdict = judge(figures, checks, config.gate)
@@ -153,24 +137,19 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         raise Refused(config.model, verdict.refusals)
 
 
-def read_reward_text(model: str, key: str, scorer: ScorerSettings, card: RewardModelCard | None) -> RewardText:
-    """See that a directory is a reward model, and how it is given text.
+def read_texts(model: str, key: str, scorer: ScorerSettings) -> RewardTexts:
+    """How a reward model is shown text.
 
     Raises:
         BadInput: it is none.
     """
-    facts = read_model_facts(model, key)
-    tokenizer = templated_tokenizer(model, card, key)
-    check_tokenizer_fits(tokenizer, facts, model, key)
-    check_reward_model(facts, card, model, key)
-    limit = scorer.max_length or (card.max_length if card else min(facts.context_tokens, tokenizer.model_max_length))
-    return RewardText(tokenizer, RewardEncoding.for_model(tokenizer, card, limit), scorer.on_too_long)
+    return RewardTexts.read(model, scorer.max_length, key, "scorer")
 
 
-def _leakage(config: RewardEvaluationConfig, used: UsedPairs, text: RewardText) -> Leakage | None:
+def _leakage(config: RewardEvaluationConfig, used: UsedPairs, texts: RewardTexts) -> Leakage | None:
     training = TrainingTexts.load(config.model, "model")
     if config.training_pairs is not None:
-        read = read_pairs(config.training_pairs, "training_pairs.path", text.tokenizer, text.encoding, "truncate")
+        read = read_pairs(config.training_pairs, "training_pairs.path", texts, "truncate")
         training = TrainingTexts.of(hash_pairs(read.pairs))
     return None if training is None else training.leakage(hash_pairs(used.pairs))
 
@@ -181,42 +160,36 @@ def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
     return load_samples(settings.path, "best_of_n.path", judged=settings.judge == "samples")
 
 
-def _score_benchmark(
-    scorers: ActorGroup[RewardScorer], benchmark: Benchmark, text: RewardText, tracker: Tracker
-) -> BenchmarkResult:
-    tracker.phase(f"scoring {benchmark.name}")
-    templated = text.tokenizer.chat_template is not None
-    tokens = [text.tokens(item_text(item, text.tokenizer), templated) for item in benchmark.items]
-    return score_benchmark(benchmark, _scores_of(scorers, tokens))
-
-
-def _scores_of(scorers: ActorGroup[RewardScorer], tokens: Sequence[tuple[int, ...] | None]) -> NDArray[np.float64]:
-    """`[n]`, NaN where there is no score; equal texts are scored once."""
-    unique = list(dict.fromkeys(ids for ids in tokens if ids is not None))
-    scores = score_all(scorers, unique).scores.tolist() if unique else []
-    score_of = dict(zip(unique, scores, strict=True))
-    return np.array([math.nan if ids is None else score_of[ids] for ids in tokens])
+def _score_benchmark(score: TextScorer, benchmark: Benchmark, texts: RewardTexts) -> BenchmarkResult:
+    templated = texts.tokenizer.chat_template is not None
+    encoded = [texts.encode(item_text(item, texts.tokenizer), templated=templated) for item in benchmark.items]
+    return score_benchmark(benchmark, score(encoded))
 
 
 def _best_of_n(
-    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup[RewardScorer], text: RewardText
+    config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup[RewardScorer], texts: RewardTexts
 ) -> BestOfNReport:
     """Ranked by the reward model, judged by the second judge (for which a reward model takes its place for a while)."""
-    settings = config.best_of_n
+    settings, score = config.best_of_n, _text_scorer(scorers, config.scorer)
     assert settings is not None, "called with the section only"
-    proxy = score_samples(samples, text.tokenizer, _text_scorer(scorers, text))
-    judge_text, judge_scorer = None, None
-    if settings.judge not in JUDGES_WITHOUT_MODEL:
-        card = RewardModelCard.load(settings.judge, "best_of_n.judge")
-        judge_text = read_reward_text(settings.judge, "best_of_n.judge", config.scorer, card)
+    proxy = score_samples(samples, texts, score)
+    if settings.judge in JUDGES_WITHOUT_MODEL:
+        gold = judge_samples(samples, settings.judge)
+    else:
         build_scorers(scorers, settings.judge, config.scorer)
-        judge_scorer = _text_scorer(scorers, judge_text)
-    gold = judge_samples(samples, settings.judge, judge_text.tokenizer if judge_text else None, judge_scorer)
+        gold = score_samples(samples, read_texts(settings.judge, "best_of_n.judge", config.scorer), score)
     return report_best_of_n(proxy, gold, settings.judge, truncated_share=samples.truncated_share)
 
 
-def _text_scorer(scorers: ActorGroup[RewardScorer], text: RewardText) -> TextScorer:
-    def score(texts: Sequence[str], templated: bool) -> NDArray[np.float64]:
-        return _scores_of(scorers, [text.tokens(each, templated) for each in texts])
+def _text_scorer(scorers: ActorGroup[RewardScorer], settings: ScorerSettings) -> TextScorer:
+    """Scores by whatever model the scorers have; NaN where a text is too long to be scored as it is."""
+
+    def score(encoded: Sequence[Encoded]) -> NDArray[np.float64]:
+        whole_only = settings.on_too_long == "fail"
+        tokens = [None if was_cut and whole_only else tuple(token_ids) for token_ids, was_cut in encoded]
+        unique = list(dict.fromkeys(ids for ids in tokens if ids is not None))
+        scores = score_all(scorers, unique).scores.tolist() if unique else []
+        score_of = dict(zip(unique, scores, strict=True))
+        return np.array([math.nan if ids is None else score_of[ids] for ids in tokens])
 
     return score

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,8 @@ from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_n
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import check_tokenizer_fits, check_top_layers, read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout
-from rlhf_ray.reward.core.loading import RewardEncoding, load_reward_tokenizer
+from rlhf_ray.reward.core.encoding import RewardEncoding
+from rlhf_ray.reward.core.loading import load_reward_tokenizer
 from rlhf_ray.reward.judge.data_report import LeftOut
 
 
@@ -62,8 +63,7 @@ class TrainingInputs:
     """Everything that was read.
 
     Attributes:
-        encoding: how texts become tokens.
-        chat_template: of the backbone's tokenizer.
+        encoding: how texts become tokens, with the backbone's tokenizer.
         attributes: heads, the preference first.
     """
 
@@ -71,7 +71,6 @@ class TrainingInputs:
     validation: UsedPairs | None
     held_out: UsedPairs | None
     encoding: RewardEncoding
-    chat_template: str | None
     attributes: tuple[str, ...]
 
 
@@ -90,10 +89,10 @@ def read_training_inputs(config: RewardModelConfig) -> TrainingInputs:
         raise BadInput(
             "training.max_length", f"{training.max_length} tokens", f"at most {facts.context_tokens}, the model's limit"
         )
-    encoding = RewardEncoding.for_tokenizer(tokenizer, training.max_length)
+    encoding = RewardEncoding.for_backbone(tokenizer, training.max_length)
 
     def read(settings: PreferenceSettings | None, key: str) -> UsedPairs | None:
-        return None if settings is None else read_pairs(settings, key, tokenizer, encoding, training.on_too_long)
+        return None if settings is None else read_pairs(settings, key, encoding, training.on_too_long)
 
     pairs = read(config.pairs, "pairs.path")
     assert pairs is not None, "pairs are a needed section"
@@ -102,7 +101,6 @@ def read_training_inputs(config: RewardModelConfig) -> TrainingInputs:
         validation=read(config.validation, "validation.path"),
         held_out=read(config.held_out, "held_out.path"),
         encoding=encoding,
-        chat_template=tokenizer.chat_template,
         attributes=(PREFERENCE, *_attributes(training, config.aggregation.attributes, pairs)),
     )
 
@@ -110,7 +108,6 @@ def read_training_inputs(config: RewardModelConfig) -> TrainingInputs:
 def read_pairs(
     settings: PreferenceSettings,
     key: str,
-    tokenizer: Any,
     encoding: RewardEncoding,
     on_too_long: Literal["fail", "truncate", "skip"],
     section: Literal["training", "scorer"] = "training",
@@ -123,7 +120,7 @@ def read_pairs(
     Raises:
         BadInput: unreadable or bad rows, or no pair is left.
     """
-    read = load_preferences(settings, tokenizer, key)
+    read = load_preferences(settings, encoding.tokenizer, key)
     used: list[PreferencePair] = []
     sides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     cut = too_long = small_gap = 0
@@ -132,7 +129,7 @@ def read_pairs(
             small_gap += 1
             continue
         (chosen, chosen_cut), (rejected, rejected_cut) = (
-            encoding.encode(pair.prompt + response, tokenizer, templated=pair.templated)
+            encoding.encode(pair.prompt + response, templated=pair.templated)
             for response in (pair.chosen, pair.rejected)
         )
         if chosen_cut or rejected_cut:

@@ -23,7 +23,8 @@ from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard
 from rlhf_ray.reward.core.checks import Check, largest_difference, probe_check, raw_scores_check
-from rlhf_ray.reward.core.loading import RewardEncoding, head_hash, head_of, padded_width
+from rlhf_ray.reward.core.encoding import RewardEncoding
+from rlhf_ray.reward.core.loading import head_hash, head_of, padded_width
 from rlhf_ray.reward.core.scorer import RewardScorer
 
 _CALL_SIZES = (1, 2, 7, 16, 64)
@@ -124,7 +125,7 @@ class RewardInspector:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Texts as the model is given them, by its card; those without a token are left out."""
-        encoded = (self._encoding.encode(text, self._tokenizer)[0] for text in texts)
+        encoded = (self._encoding.encode(text)[0] for text in texts)
         return [ids for ids in encoded if ids]
 
     @cached_property
@@ -134,7 +135,7 @@ class RewardInspector:
     @cached_property
     def _encoding(self) -> RewardEncoding:
         limit = self._card.max_length if self._card else self._longest_text()
-        return RewardEncoding.for_model(self._tokenizer, self._card, limit)
+        return RewardEncoding.of_model(self._tokenizer, self._card, limit)
 
     def _longest_text(self) -> int:
         from transformers import AutoConfig
@@ -229,7 +230,7 @@ class RewardInspector:
         """The card's rule fits tokenizer and positions, and is the one that the scorer follows."""
         faults, ending = [], "append_eos not recorded"
         if self._card is not None:
-            needed = RewardEncoding.for_tokenizer(self._tokenizer, self._encoding.max_length).append_eos
+            needed = RewardEncoding.for_backbone(self._tokenizer, self._encoding.max_length).append_eos
             ending = f"append_eos {needed}"
             if needed != self._encoding.append_eos:
                 faults.append(f"append_eos is {self._encoding.append_eos}, the tokenizer needs {needed}")
@@ -237,7 +238,7 @@ class RewardInspector:
         longest = min(longest, self._tokenizer.model_max_length)
         if self._encoding.max_length > longest:
             faults.append(f"max_length is {self._encoding.max_length}, the model takes {longest} tokens")
-        texts = [text for text in texts if self._encoding.encode(text, self._tokenizer)[0]]
+        texts = [text for text in texts if self._encoding.encode(text)[0]]
         by_text = self._invariant_scorer.score_texts(texts).heads
         by_tokens = self._invariant_scorer.score_tokens(self.token_ids(texts)).heads
         if not np.array_equal(by_text, by_tokens):

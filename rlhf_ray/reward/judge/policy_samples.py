@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from rlhf_ray.config.reward_model import BestOfNSettings
 from rlhf_ray.config.settings import ClusterSettings, WeightSettings
-from rlhf_ray.data.chat import parse_messages, render_turn
+from rlhf_ray.data.chat import parse_messages
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.data.rows import NoBadRows, Row, RowError, first_present, number_value, read_rows, text_value
 from rlhf_ray.failures import BadInput
@@ -32,6 +32,7 @@ from rlhf_ray.models.loading import (
     load_policy_tokenizer,
     read_model_facts,
 )
+from rlhf_ray.reward.core.encoding import Encoded, RewardEncoding
 from rlhf_ray.reward.core.evaluator import vader_judge
 from rlhf_ray.reward.core.scorer import Conversation
 from rlhf_ray.reward.judge.best_of_n import (
@@ -51,8 +52,8 @@ from rlhf_ray.runtime.learner_group import role_group
 SCORED_FLAT = 0.01
 """A prompt is scored flat where its scores lie within this share of the standard deviation of all scores."""
 
-TextScorer = Callable[[Sequence[str], bool], NDArray[np.float64]]
-"""Scores of whole texts, NaN for those without one; true where a chat template has written their special tokens."""
+TextScorer = Callable[[Sequence[Encoded]], NDArray[np.float64]]
+"""Scores of whole texts, NaN for those without one; equal texts have equal scores, to the bit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,41 +280,29 @@ def plan_samples(prompts: PromptSet, settings: BestOfNSettings, seed: int) -> li
     )
 
 
-def score_samples(samples: PolicySamples, tokenizer: Any, score: TextScorer) -> NDArray[np.float64]:
+def score_samples(samples: PolicySamples, encoding: RewardEncoding, score: TextScorer) -> NDArray[np.float64]:
     """`[P, N]` scores of a reward model, NaN where there is none.
 
-    A text that occurs several times is scored once: equal samples have equal scores, to the bit.
-
     Args:
-        tokenizer: of the reward model; renders chat messages as it does in training.
-        score: the reward model.
+        encoding, score: of the reward model.
 
     Raises:
         BadInput: the chat template refuses messages.
     """
-    texts = [
-        _whole_text(prompt, response, place, tokenizer)
-        for prompt, responses, place in zip(samples.prompts, samples.responses, samples.places, strict=True)
-        for response in responses
-    ]
-    known: dict[tuple[str, bool], float] = {}
-    for templated in (False, True):
-        unique = list(dict.fromkeys(text for text, is_templated in texts if is_templated == templated))
-        if unique:
-            scores = score(unique, templated)
-            known |= {(text, templated): float(own) for text, own in zip(unique, scores, strict=True)}
-    return np.array([known[text] for text in texts]).reshape(len(samples.prompts), -1)
+    encoded: list[Encoded] = []
+    for prompt, responses, place in zip(samples.prompts, samples.responses, samples.places, strict=True):
+        try:
+            encoded += [encoding.encode_turn(prompt.messages or prompt.text, response) for response in responses]
+        except RowError as problem:
+            raise BadInput(place, problem.found, problem.allowed) from None
+    return score(encoded).reshape(len(samples.prompts), -1)
 
 
-def judge_samples(
-    samples: PolicySamples, judge: str, tokenizer: Any = None, score: TextScorer | None = None
-) -> NDArray[np.float64]:
-    """`[P, N]` scores of the second judge.
+def judge_samples(samples: PolicySamples, judge: str) -> NDArray[np.float64]:
+    """`[P, N]` scores of a second judge that is no reward model.
 
     Args:
-        judge: `samples` for those that came with the samples, `vader` for a lexicon's of the response alone, or the
-            directory of a reward model.
-        tokenizer, score: of that reward model, as for `score_samples`.
+        judge: `samples` for those that came with the samples, `vader` for a lexicon's of the response alone.
     """
     if judge == "samples":
         if samples.judge is None:
@@ -322,9 +311,7 @@ def judge_samples(
     if judge == "vader":
         compound = vader_judge()
         return np.array([[compound(response) for response in responses] for responses in samples.responses])
-    if score is None:
-        raise ValueError(f"the judge '{judge}' is a reward model; its tokenizer and scores are needed")
-    return score_samples(samples, tokenizer, score)
+    raise ValueError(f"the judge '{judge}' is a reward model: see `score_samples`")
 
 
 def report_best_of_n(
@@ -447,14 +434,3 @@ def _decoded(rollout: Rollout, tokenizer: Any) -> list[str]:
         tokenizer.decode(rollout.tokens[start + prompt : end], skip_special_tokens=True)
         for start, prompt, end in zip(starts[:-1], rollout.prompt_lengths, starts[1:], strict=True)
     ]
-
-
-def _whole_text(prompt: Conversation, response: str, place: str, tokenizer: Any) -> tuple[str, bool]:
-    """What a reward model scores, and whether a chat template wrote it."""
-    if prompt.messages is None:
-        return prompt.text + response, False
-    try:
-        before, answer = render_turn(tokenizer, prompt.messages, [{"role": "assistant", "content": response}])
-    except RowError as problem:
-        raise BadInput(place, problem.found, problem.allowed) from None
-    return before + answer, True

@@ -10,8 +10,9 @@ from pathlib import Path
 from rlhf_ray.data.chat import parse_messages
 from rlhf_ray.data.rows import NoBadRows, RowError, first_present, read_rows, text_value
 from rlhf_ray.failures import BadInput
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.core.texts import Encoded, RewardTexts
+from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.audit import Head, LoggedScore, text_hash, verified_records
 
 _SCORED_TOGETHER = 256

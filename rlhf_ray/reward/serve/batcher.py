@@ -22,8 +22,8 @@ import numpy as np
 
 from rlhf_ray.config.serving import BatchingSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
-from rlhf_ray.reward.core.texts import Encoded
 from rlhf_ray.reward.serve.model_table import LoadedModel
 
 _LIVE_BATCHES_A_SHADOW_BATCH = 8

@@ -15,8 +15,9 @@ from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedSc
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
-from rlhf_ray.reward.core.texts import Encoded, RewardTexts
+from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.batcher import MicroBatcher, gather_rows
 from rlhf_ray.reward.serve.context import REQUEST
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput, Timings

@@ -15,10 +15,9 @@ from typing import Literal
 
 from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings
 from rlhf_ray.failures import BadInput, Refused
-from rlhf_ray.models.loading import read_model_facts, resolve_dtype
+from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.core.card import RewardModelCard, weights_version
-from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
 from rlhf_ray.reward.core.reference_scores import ReferenceScores
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.exchange import ModelInfo
@@ -179,20 +178,18 @@ def check_models(models: Sequence[ServedModelSettings], scorer: ServedScorerSett
         check_model(model, scorer, f"models.{model.name}.path")
 
 
-def check_model(model: ServedModelSettings, scorer: ServedScorerSettings, key: str) -> None:
-    """See that one directory holds a reward model that may be served.
+def check_model(model: ServedModelSettings, scorer: ServedScorerSettings, key: str) -> RewardTexts:
+    """See that one directory holds a reward model that may be served; gives its card and tokenizer.
 
     Raises:
         BadInput: it does not.
         Refused: the release gate refused it.
     """
-    facts = read_model_facts(model.path, key)
-    card = RewardModelCard.load(model.path, key)
-    check_reward_model(facts, card, model.path, key)
-    load_reward_tokenizer(model.path, key)
+    texts = RewardTexts.read(model.path, scorer.max_length, key, "scorer")
     ReferenceScores.load(model.path, key)
-    if card is not None and card.released is False and scorer.require_release:
-        raise Refused(model.path, card.refusals)
+    if texts.card is not None and texts.card.released is False and scorer.require_release:
+        raise Refused(model.path, texts.card.refusals)
+    return texts
 
 
 def read_table(models: Sequence[ServedModelSettings], scorer: ServedScorerSettings, current: ModelTable) -> ModelTable:
@@ -219,14 +216,12 @@ def _read(
             if (each.info.name, each.info.role, each.info.share) == (model.name, role, share):
                 return each
             return replace(each, info=replace(each.info, name=model.name, role=role, share=share))
-    check_model(model, settings, key)
+    texts = check_model(model, settings, key)
     weights = Weights.read(model.path, key)
-    card = RewardModelCard.load(model.path, key)
-    texts = RewardTexts(model.path, settings.max_length, key)
     info = ModelInfo(
         name=model.name,
         version=weights.version,
-        temperature=card.temperature if card else 1.0,
+        temperature=texts.card.temperature if texts.card else 1.0,
         attributes=texts.layout.attributes,
         num_members=texts.layout.num_members,
         max_length=texts.max_length,

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from rlhf_ray.config.serving import CandidateSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
-from rlhf_ray.reward.core.texts import Encoded
 from rlhf_ray.reward.serve.audit import AuditRecord
 from rlhf_ray.reward.serve.batcher import BatchRecord
 from rlhf_ray.reward.serve.context import RequestContext

@@ -29,8 +29,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from rlhf_ray.config.serving import ServedScorerSettings
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.core.texts import Encoded
 from rlhf_ray.reward.serve.batcher import ProcessDied, ScoredBatch
 from rlhf_ray.reward.serve.model_table import Weights
 from rlhf_ray.runtime.actor_group import environment

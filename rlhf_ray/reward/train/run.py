@@ -127,7 +127,7 @@ def _finish(
         base_model=config.model,
         max_length=inputs.encoding.max_length,
         append_eos=inputs.encoding.append_eos,
-        chat_template=inputs.chat_template,
+        chat_template=inputs.encoding.tokenizer.chat_template,
         training_data=inputs.training.digest(),
         layout=layout,
         aggregation=ScoreAggregation(
