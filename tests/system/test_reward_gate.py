@@ -99,7 +99,7 @@ def test_flipped_labels_are_refused(tiny: Path, tmp_path: Path):
     folder = train_reward_model(tiny / "reward_model", tmp_path / "model", training, seed=0)
     refusals = verdict(folder, training, HELD_OUT).refusals
     assert refusals[0].startswith("accuracy: ")
-    assert "the labels are flipped" in refusals[0]
+    assert "The labels are flipped" in refusals[0]
 
 
 def test_length_biased_labels_are_refused(tiny: Path, tmp_path: Path):
@@ -114,12 +114,12 @@ def test_length_biased_labels_are_refused_even_where_the_held_out_labels_share_t
     training, held_out = plant_length_in_labels(TRAINING), plant_length_in_labels(HELD_OUT)
     folder = train_reward_model(tiny / "reward_model", tmp_path / "model", training, seed=0)
     refusals = verdict(folder, training, held_out).refusals
-    assert any("nothing here tells length from quality" in line for line in refusals), refusals
+    assert any("Nothing here tells length from quality" in line for line in refusals), refusals
 
 
 def test_leaked_pairs_are_refused(sound: Path):
     [refusal] = verdict(sound, TRAINING, plant_leak(HELD_OUT, TRAINING, 4)).refusals
-    assert refusal.startswith("leakage: 1.0% of the pairs")
+    assert refusal.startswith("leakage: 1.0 % of the pairs")
 
 
 @pytest.fixture(scope="module")

@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 
 from rlhf_ray.reward.judge.accuracy import StratumAccuracy
-from rlhf_ray.reward.judge.advice import Advice, advise, interval_text
+from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.bias import FormatArtefact, LengthBias, Overpayment
 from rlhf_ray.reward.judge.calibration import Calibration, SamplingFloor, TemperatureFit
 from rlhf_ray.reward.judge.disagreement import DisagreementReport
 from rlhf_ray.reward.judge.evaluation import AttributeAccuracy, Histogram, PairEvaluation
+from rlhf_ray.reward.judge.findings import Finding, interval_text
+from rlhf_ray.reward.judge.gate import GateFigures
 from rlhf_ray.reward.judge.groups import UNKNOWN, Estimate, Proportion
 from rlhf_ray.reward.judge.label_noise import RaterCeiling
-from rlhf_ray.reward.judge.leakage import Finding, Leakage
+from rlhf_ray.reward.judge.leakage import Leakage, Matches
 from rlhf_ray.reward.judge.policy_samples import report_best_of_n
 
-NONE = Finding(0, 0.0, ())
+NONE = Matches(0, 0.0, ())
 
 
 def share(value: float, half: float = 0.01, count: int = 3000) -> Proportion:
@@ -60,16 +62,18 @@ SOUND = PairEvaluation(
 )
 
 
-def found(evaluation: PairEvaluation = SOUND, **others) -> tuple[Advice, ...]:
-    return advise(evaluation, **({"leakage": None, "data": None, "best_of_n": None} | others))
+def found(evaluation: PairEvaluation = SOUND, asked_pairs: int | None = None, **others) -> tuple[Finding, ...]:
+    """Without the gate."""
+    figures = GateFigures.of(evaluation, asked_pairs or evaluation.pairs, others.get("leakage"))
+    return find(evaluation, figures, **others)
 
 
-def only(evaluation: PairEvaluation = SOUND, **others) -> Advice:
-    (advice,) = found(evaluation, **others)
-    return advice
+def only(evaluation: PairEvaluation = SOUND, **others) -> Finding:
+    (finding,) = found(evaluation, **others)
+    return finding
 
 
-def test_a_sound_model_gets_no_advice():
+def test_nothing_is_found_in_a_sound_model():
     assert found(leakage=Leakage(NONE, NONE, NONE, NONE)) == ()
 
 
@@ -106,9 +110,9 @@ def test_a_sound_model_gets_no_advice():
     ],
 )
 def test_each_finding_has_its_severity_and_lever(changes, severity, lever):
-    advice = only(replace(SOUND, **changes))
-    assert advice.severity == severity
-    assert lever in advice.lever
+    finding = only(replace(SOUND, **changes))
+    assert finding.severity == severity
+    assert lever in finding.lever
 
 
 def test_what_sampling_explains_is_no_finding():
@@ -140,12 +144,18 @@ def test_what_is_paid_too_little_is_no_finding():
     assert found(changed) == ()
 
 
-def test_leakage_comes_before_everything_else_and_texts_before_prompts():
-    some = Finding(30, 0.1, ("pairs.jsonl:1",))
+def test_what_casts_doubt_on_every_other_number_comes_first():
+    some = Matches(30, 0.1, ("pairs.jsonl:1",))
     bad = replace(SOUND, accuracy=share(0.45), position=share(0.7))
-    advice = found(bad, leakage=Leakage(NONE, some, some, some), failed_texts=2, cut_pairs=300)
-    assert "30 pairs (10.0 %)" in advice[0].finding
-    assert [each.severity for each in advice] == ["high", "high", "medium", "medium", "low"]
+    several = found(bad, asked_pairs=3002, leakage=Leakage(NONE, some, some, some), cut_pairs=300)
+    assert [(each.name, each.severity) for each in several] == [
+        ("accuracy", "high"),
+        ("leakage", "high"),
+        ("failures", "medium"),
+        ("cut texts", "medium"),
+        ("labels", "low"),
+    ]
+    assert several[1].found.startswith("10.0 % of the pairs")
     assert only(leakage=Leakage(NONE, NONE, NONE, some)).lever.startswith("Split by prompt")
 
 
@@ -157,18 +167,18 @@ def samples(gold_of_reward, *, prompts: int = 80, spread: float = 1.0):
 
 def test_a_peak_inside_the_range_says_where_to_stop_and_how():
     report = samples(lambda reward: reward - 0.8 * np.maximum(reward - 0.8, 0) ** 2)
-    advice = only(replace(SOUND, disagreement=None), best_of_n=report)
+    finding = only(replace(SOUND, disagreement=None), best_of_n=report)
     peak = report.curve.peak_sqrt_kl
-    assert f"(√KL {peak:.2f})" in advice.finding
-    assert f"algorithm.kl.stop_above near {peak**2:.1f} nats" in advice.lever
-    assert "ensemble.members" in advice.lever
+    assert f"(√KL {peak:.2f})" in finding.found
+    assert f"algorithm.kl.stop_above near {peak**2:.1f} nats" in finding.lever
+    assert "ensemble.members" in finding.lever
     assert "ensemble.members" not in only(best_of_n=report).lever
 
 
-def test_a_reward_that_keeps_paying_gets_no_advice_and_one_that_never_pays_does():
+def test_a_reward_that_keeps_paying_is_no_finding_and_one_that_never_pays_is():
     assert found(best_of_n=samples(lambda reward: reward)) == ()
     never = found(best_of_n=samples(lambda reward: -reward))
-    assert ["worse than a random sample" in never[0].finding, "rank correlation" in never[1].finding] == [True, True]
+    assert ["worse than a random sample" in never[0].found, "rank correlation" in never[1].found] == [True, True]
     assert {each.severity for each in never} == {"high"}
 
 
@@ -181,9 +191,9 @@ def test_a_fall_that_chance_explains_is_no_over_optimisation():
 def test_a_flat_objective_under_the_policy():
     flat = samples(lambda reward: reward)
     nearly = only(best_of_n=replace(flat, spread=replace(flat.spread, flat_prompts=0.2)))
-    assert "20.0 % of the prompts" in nearly.finding
+    assert "20.0 % of the prompts" in nearly.found
     between = only(best_of_n=samples(lambda reward: reward, spread=0.1))
-    assert "lies between prompts" in between.finding
+    assert "lies between prompts" in between.found
 
 
 def test_intervals_in_words():

@@ -11,7 +11,7 @@ from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, Votes, load_preferences
 from rlhf_ray.data.rows import BadRows, RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.reward.judge.data_report import AttributeReport, GapReport, LeftOut, lines, report_data, warnings
+from rlhf_ray.reward.judge.data_report import AttributeReport, GapReport, LeftOut, data_findings, lines, report_data
 from rlhf_ray.reward.judge.groups import Groups
 from rlhf_ray.reward.judge.leakage import TRAINING_TEXTS_NAME, TrainingTexts, hash_pairs, normalised
 from tests.conftest import REPOSITORY
@@ -206,6 +206,10 @@ def test_unreadable_hashes_are_bad_input(tmp_path, damage):
         TrainingTexts.load(str(tmp_path), "model")
 
 
+def told_of(report):
+    return tuple(finding.line for finding in data_findings(report))
+
+
 def healthy(count=100, start=0):
     """Pairs in which the longer response is preferred every other time."""
     return [
@@ -213,9 +217,9 @@ def healthy(count=100, start=0):
     ]
 
 
-def test_healthy_pairs_give_no_warnings():
+def test_nothing_is_found_in_healthy_pairs():
     report = report_data(pair_set(*healthy()), pair_set(*healthy(start=100)))
-    assert warnings(report) == ()
+    assert told_of(report) == ()
     assert len(lines(report)) == 8
 
 
@@ -229,24 +233,24 @@ def many(**values):
         ([*healthy(), pair("P1", "no 1", "yes1!")], "1 pairs (1.0 %) are contradicted"),
         ([*healthy(), *healthy(2)], "(the first: train.jsonl:101 repeats train.jsonl:1)"),
         ([*healthy(), pair("P", "yes", "YES")], "differ only in case"),
-        ([pair(f"P{n}", "long" * n, "short") for n in range(1, 40)], "the longer response is preferred in 97.4 %"),
-        ([pair(f"P{n}", "short", "long" * n) for n in range(2, 40)], "the shorter response is preferred in 100.0 %"),
-        (many(chosen_probability=0.2), "in 100 of 100 pairs the label prefers the rejected response"),
-        (many(chosen_probability=0.7), "the best possible accuracy is 70.0 %"),
-        (many(attributes={"safe": -1.0}), "attribute 'safe' points against the overall preference in 100.0 %"),
+        ([pair(f"P{n}", "long" * n, "short") for n in range(1, 40)], "The longer response is preferred in 97.4 %"),
+        ([pair(f"P{n}", "short", "long" * n) for n in range(2, 40)], "The shorter response is preferred in 100.0 %"),
+        (many(chosen_probability=0.2), "In 100 of 100 pairs the label prefers the rejected response"),
+        (many(chosen_probability=0.7), "no model can match more than 70.0 %"),
+        (many(attributes={"safe": -1.0}), "The attribute 'safe' points against the overall preference in 100.0 %"),
     ],
 )
-def test_warnings_say_what_is_wrong(pairs, told):
-    found = warnings(report_data(pair_set(*pairs)))
+def test_findings_say_what_is_wrong(pairs, told):
+    found = told_of(report_data(pair_set(*pairs)))
     assert len(found) == 1
     assert told in found[0]
 
 
 def test_a_handful_of_pairs_says_nothing_about_length():
-    assert warnings(report_data(pair_set(*(pair(f"P{n}", "long", "s") for n in range(3))))) == ()
+    assert told_of(report_data(pair_set(*(pair(f"P{n}", "long", "s") for n in range(3))))) == ()
 
 
-def test_warnings_of_left_out_and_cut_pairs():
+def test_left_out_and_cut_pairs_are_told():
     preferences = pair_set(*healthy(90))
     bad_rows = BadRows("skip", "pairs.on_bad_row")
     bad_rows.add("train.jsonl:91", RowError("found", "allowed"))
@@ -257,7 +261,7 @@ def test_warnings_of_left_out_and_cut_pairs():
         "training: 90 pairs of 97 rows, 90 prompts, 1 bad rows left out, 1 left out for their gap, "
         "5 left out as too long, 10 cut"
     )
-    lost, cut = warnings(report)
+    lost, cut = told_of(report)
     assert "6 of 97 rows (6.2 %)" in lost
     assert "10 pairs (11.1 %) are cut" in cut
 
@@ -265,13 +269,13 @@ def test_warnings_of_left_out_and_cut_pairs():
 @pytest.mark.parametrize(
     ("held_out", "told"),
     [
-        ([pair("P1", "yes1!", "no 1")], ["have a text that is also in training, 1 of them both", "a prompt"]),
+        ([pair("P1", "yes1!", "no 1")], ["have a text that is also in training, 1 of them both"]),
         ([pair("P1", "new", "old")], ["have a prompt that is also in training"]),
         ([pair("Q", "new", "yes1!")], ["have a response that is also in training"]),
     ],
 )
-def test_warnings_of_leakage(held_out, told):
-    found = warnings(report_data(pair_set(*healthy()), pair_set(*held_out, name="test.jsonl")))
+def test_leaks_are_told(held_out, told):
+    found = told_of(report_data(pair_set(*healthy()), pair_set(*held_out, name="test.jsonl")))
     assert len(found) == len(told)
     assert all(part in line and "test.jsonl:1" in line for part, line in zip(told, found, strict=True))
 
@@ -281,13 +285,12 @@ def test_a_held_out_pair_that_helped_to_choose_the_model_is_a_leak():
         pair_set(*healthy(start=start), name=name)
         for start, name in ((0, "train.jsonl"), (100, "validation.jsonl"), (200, "test.jsonl"))
     )
-    assert warnings(report_data(training, held_out, validation)) == ()
+    assert told_of(report_data(training, held_out, validation)) == ()
     assert report_data(training, held_out, validation).leakage.texts.count == 0
     report = report_data(training, validation, validation)
     assert report.leakage.pairs.count == 100
-    [texts, prompts] = warnings(report)
+    [texts] = told_of(report)
     assert "100 pairs (100.0 %) of the held-out set have a text that is also in training or validation" in texts
-    assert "a prompt that is also in training or validation" in prompts
     assert lines(report)[-2].startswith("held-out pairs also in training or validation: whole pair 100 (100.0 %)")
 
 
@@ -296,10 +299,9 @@ def test_a_validation_pair_that_was_trained_on_is_told():
     report = report_data(pairs, None, pair_set(*healthy()[:3], *healthy(97, start=100), name="validation.jsonl"))
     assert report.leakage is None
     assert report.validation_leakage.texts.count == 3
-    texts, prompts = warnings(report)
+    [texts] = told_of(report)
     assert "3 pairs (3.0 %) of the validation set have a text that is also in training" in texts
     assert "validation.jsonl:1" in texts
-    assert "the validation set have a prompt" in prompts
     assert lines(report)[-1].startswith("validation pairs also in training: whole pair 3 (3.0 %), a text 3")
 
 

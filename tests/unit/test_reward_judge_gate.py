@@ -57,35 +57,38 @@ def test_figures_on_their_limits_are_released():
     [
         (
             {"accuracy": Proportion(1.0, 0.6, 1.0, 6)},
-            "^evidence: 6 held-out pairs .*, gate.min_pairs is 300",
+            "^evidence: There are 6 held-out pairs .*gate.min_pairs is 300",
         ),
-        ({"prompts": 9}, "^evidence: 400 held-out pairs .* 9 prompts, .*gate.min_prompts 10"),
+        ({"prompts": 9}, "^evidence: There are 400 held-out pairs .* 9 prompts; .*gate.min_prompts 10"),
         (
             {"accuracy": Proportion(0.6, 0.5, 0.7, 400)},
-            r"^accuracy: 0\.600 \[0\.500, 0\.700\].*gate\.min_accuracy",
+            r"^accuracy: Accuracy is 60\.0 % \(50\.0–70\.0 %\) on 400 pairs; .*gate\.min_accuracy",
         ),
-        ({"accuracy": Proportion(0.2, 0.15, 0.25, 400)}, "^accuracy: .* below chance: the labels are flipped"),
-        ({"accuracy": Proportion(1.0, None, None, 400)}, r"^accuracy: 1\.000 \[\?, \?\] on 400 pairs"),
+        ({"accuracy": Proportion(0.2, 0.15, 0.25, 400)}, "^accuracy: .* below chance. The labels are flipped"),
+        ({"accuracy": Proportion(1.0, None, None, 400)}, r"^accuracy: Accuracy is 100\.0 % on 400 pairs"),
         ({"accuracy": Proportion(math.nan, math.nan, math.nan, 400)}, "^accuracy: "),
         (
             {"calibration_excess": Estimate(0.03, 0.0, 0.051)},
-            r"^calibration: .* 0\.030 \[0\.000, 0\.051\].*gate\.max_calibration_excess 0\.05",
+            r"^calibration: .* 0\.030 \(0\.000 to 0\.051\).*gate\.max_calibration_excess 0\.05",
         ),
         ({"calibration_excess": UNKNOWN}, "^calibration: "),
         ({"calibration_excess": Estimate(math.nan, math.nan, math.nan)}, "^calibration: "),
-        ({"length": overpaid(0.31)}, r"^length: 0\.310 \[0\.210, 0\.410\] .*gate\.max_overpaid_length 0\.4; .*longer"),
+        (
+            {"length": overpaid(0.31)},
+            r"^length: Of .* 0\.310 \(0\.210 to 0\.410\) .*gate\.max_overpaid_length 0\.4\. .*longer",
+        ),
         ({"length": overpaid(math.nan)}, "^length: "),
         (
             {"length": length(Overpayment(Estimate(0.4, -0.1, 0.9), UNKNOWN, None))},
-            r"^length: between responses of the same length .* 0\.400 \[-0\.100, 0\.900\]",
+            r"^length: Between responses of the same length .* 0\.400 \(-0\.100 to 0\.900\)",
         ),
         (
             {"length": length(NOTHING_TO_PAY_FOR, Proportion(0.97, 0.91, 0.99, 390))},
-            r"^length: people prefer the longer response in 0\.970 \[0\.910, 0\.990\] on 390 pairs",
+            r"^length: People prefer the longer response in 97\.0 % \(91\.0–99\.0 %\) on 390 pairs",
         ),
-        ({"leaked_share": 0.02}, r"^leakage: 2\.0% of the pairs.*gate\.max_leaked_share is 0\.0%"),
+        ({"leaked_share": 0.02}, r"^leakage: 2\.0 % of the pairs.*gate\.max_leaked_share is 0\.0 %"),
         ({"leaked_share": math.nan}, "^leakage: "),
-        ({"failed_share": 0.005}, r"^failures: 0\.5% of the pairs.*gate\.max_failed_share"),
+        ({"failed_share": 0.005}, r"^failures: 0\.5 % of the pairs.*gate\.max_failed_share"),
         ({"failed_share": math.nan}, "^failures: "),
     ],
 )
@@ -95,7 +98,7 @@ def test_one_figure_beyond_its_limit_is_one_refusal_that_names_it(changed: dict[
     [line] = verdict.refusals
     assert re.search(refusal, line), line
     assert "\n" not in line
-    assert "; " in line, "what it means is missing"
+    assert ". " in line, "what it means is missing"
 
 
 def test_what_was_not_asked_refuses_nothing():
@@ -112,6 +115,6 @@ def test_nothing_counted_is_no_evidence():
 def test_every_failed_check_is_listed_before_the_figures():
     failed, absent = replace(CHECK, passed=False, found="off by 3"), replace(CHECK, passed=None)
     verdict = judge(replace(SOUND, failed_share=0.5), [CHECK, failed, absent, failed], GateSettings())
-    assert verdict.refusals[:2] == ("probe: off by 3; what was judged is not what was saved",) * 2
+    assert verdict.refusals[:2] == ("probe: Off by 3. What was judged is not what was saved.",) * 2
     assert verdict.refusals[2].startswith("failures: ")
     assert len(verdict.refusals) == 3

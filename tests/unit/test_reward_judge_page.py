@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from rlhf_ray.config.reward_model import JudgementSettings
+from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, Votes
 from rlhf_ray.data.rows import BadRows
 from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.checks import Check
-from rlhf_ray.reward.judge.advice import advise
+from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.benchmarks.cases import BenchmarkResult, Section
 from rlhf_ray.reward.judge.calibration import TemperatureFit
 from rlhf_ray.reward.judge.data_report import report_data
 from rlhf_ray.reward.judge.evaluation import PairScores, evaluate_pairs
-from rlhf_ray.reward.judge.gate import Verdict
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict
 from rlhf_ray.reward.judge.page import write_page
 from rlhf_ray.reward.judge.policy_samples import report_best_of_n
 from rlhf_ray.reward.judge.report import EvaluationReport, headline, report_json
@@ -82,7 +82,21 @@ def made_report(*, members: int = 4, count: int = 400) -> EvaluationReport:
     gold = 0.6 * reward - 0.35 * np.maximum(reward - 0.8, 0) ** 2 * 3 + generator.normal(0, 0.5, (60, 32))
     best_of_n = report_best_of_n(reward, gold, "vader")
     sections = (Section("Chat", 0.9, 100, 100), Section("Safety", None, 50, 100))
-    advice = advise(evaluation, leakage=both.leakage, data=data, best_of_n=best_of_n, failed_texts=3, cut_pairs=40)
+    checks = (
+        Check("special_tokens", True, "pad 0, eos 2", "scores are read at the wrong token"),
+        Check("probe", None, "the card holds no probes", "whether the model scores as in training is not known"),
+        Check("head_saved", False, "the head is made up", "rewards would be noise"),
+    )
+    findings = find(
+        evaluation,
+        GateFigures.of(evaluation, count + 3, both.leakage),
+        gate=GateSettings(),
+        checks=checks,
+        leakage=both.leakage,
+        data=data,
+        best_of_n=best_of_n,
+        cut_pairs=40,
+    )
     return EvaluationReport(
         name="demo <1>",
         model="runs/demo/reward_model",
@@ -95,13 +109,9 @@ def made_report(*, members: int = 4, count: int = 400) -> EvaluationReport:
         data=data,
         benchmarks=(BenchmarkResult("reward-bench", None, sections, (), ("refusals-dangerous",), 2, 1),),
         best_of_n=best_of_n,
-        checks=(
-            Check("special_tokens", True, "pad 0, eos 2", "scores are read at the wrong token"),
-            Check("probe", None, "the card holds no probes", "whether the model scores as in training is not known"),
-            Check("head_saved", False, "the head is made up", "rewards would be noise"),
-        ),
-        advice=advice,
-        verdict=Verdict(False, ("head_saved: the head is made up; rewards would be noise",)),
+        checks=checks,
+        findings=findings,
+        verdict=Verdict.of(findings),
         wall_s=12.0,
     )
 
@@ -166,10 +176,13 @@ def test_the_page_goes_from_the_verdict_over_what_to_change_to_the_figures(page,
         "Integrity",
         "Data",
     ]
-    places = [page.index(text) for text in ("Refused", report.verdict.refusals[0], "What to change first", "<svg")]
+    first = report.findings[0]
+    assert (first.name, first.severity) == ("head_saved", "refusal")
+    places = [page.index(text) for text in ("Refused", "head_saved", "What to change first", first.found, "<svg")]
     assert places == sorted(places)
-    for each in report.advice:
-        assert each.lever in elements.text
+    for each in report.findings:
+        assert {each.found, each.meaning} <= set(elements.text)
+        assert not each.lever or each.lever in elements.text
     assert f"{100 * report.pairs.accuracy.value:.1f} %" in elements.text
     assert page.count("<svg") == 11
 
@@ -197,7 +210,7 @@ def test_what_was_not_looked_at_has_no_section(tmp_path):
         benchmarks=(),
         best_of_n=None,
         checks=(),
-        advice=(),
+        findings=(),
     )
     write_page(tmp_path / "page.html", replace(bare, verdict=None))
     page = (tmp_path / "page.html").read_text()
@@ -226,7 +239,7 @@ def test_pairs_that_allow_no_figure_still_have_a_page(tmp_path):
         (),
         None,
         (),
-        advise(evaluation, leakage=None, data=None, best_of_n=None),
+        find(evaluation, GateFigures.of(evaluation, 3, None)),
         None,
         1.0,
     )
@@ -238,7 +251,7 @@ def test_json_holds_everything_and_no_number_that_is_not_finite(report):
     read = json.loads(report_json(report))
     assert read["pairs"]["accuracy"]["value"] == report.pairs.accuracy.value
     assert read["best_of_n"]["curve"]["peak_n"] == report.best_of_n.curve.peak_n
-    assert [each["finding"] for each in read["advice"]] == [each.finding for each in report.advice]
+    assert [each["found"] for each in read["findings"]] == [each.found for each in report.findings]
     with pytest.raises(ValueError, match="JSON"):
         report_json(replace(report, wall_s=float("nan")))
 

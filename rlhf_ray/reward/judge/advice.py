@@ -3,40 +3,42 @@
 Every rule compares a number with a threshold and, where a number is an estimate, with its interval: what sampling
 alone explains is no finding. The findings are ordered by severity; among equals come first those that cast doubt on
 every other number, then those that a policy exploits first, then those that cost a little everywhere. That order is a
-rule of thumb, the thresholds are too; both are here to be argued with.
+rule of thumb, the thresholds are too; both are here to be argued with. The figures that may refuse a model have their
+rules in `gate.py`, those of the data in `data_report.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
+from rlhf_ray.config.reward_model import GateSettings
+from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.judge.accuracy import StratumAccuracy
-from rlhf_ray.reward.judge.bias import FormatArtefact, LengthBias
-from rlhf_ray.reward.judge.calibration import Calibration
-from rlhf_ray.reward.judge.data_report import LOW_CEILING, NOTICEABLE_SHARE, DataReport
+from rlhf_ray.reward.judge.bias import FormatArtefact
+from rlhf_ray.reward.judge.data_report import NOTICEABLE_SHARE, DataReport, data_findings, leaks_found, low_ceiling
 from rlhf_ray.reward.judge.disagreement import DisagreementReport
 from rlhf_ray.reward.judge.evaluation import Histogram, PairEvaluation
-from rlhf_ray.reward.judge.gate import CHANCE
-from rlhf_ray.reward.judge.groups import Estimate, Proportion
+from rlhf_ray.reward.judge.findings import Finding, by_severity, interval_text, percent, surely
+from rlhf_ray.reward.judge.gate import (
+    CALIBRATION_EXCESS,
+    CHANCE,
+    FEW_PAIRS,
+    OVERPAYMENT,
+    GateFigures,
+    gate_findings,
+)
+from rlhf_ray.reward.judge.groups import Proportion
 from rlhf_ray.reward.judge.leakage import Leakage
 
 if TYPE_CHECKING:
-    # Whoever reads advice needs none of the engines that sampled.
+    # Whoever reads findings needs none of the engines that sampled.
     from rlhf_ray.reward.judge.policy_samples import BestOfNReport, RewardSpread
 
-Severity = Literal["high", "medium", "low"]
-
-LEAKED_PROMPTS = 0.05  # A few prompts return in any collection; from here on accuracy is not that on new prompts.
 ROOM_TO_CEILING = 0.05  # Nearer to the ceiling, its own error (few votes a pair) is as large as the room.
 MUCH_ROOM_TO_CEILING = 0.15  # Every seventh pair: no longer a matter of fine tuning.
 WIDE_INTERVAL = 0.06  # Most changes move accuracy by one to three points, which such an interval hides.
 WEAK_STRATUM = 0.05  # Behind the whole by as much as a new backbone typically brings.
-FEW_PAIRS = 30  # Fewer pairs of a kind have an interval that says nothing about the kind.
-CALIBRATION_EXCESS = 0.02  # Two points of probability above the floor: visible in the reliability diagram.
-OVERPAYMENT = 0.2  # 4 % of the scores' variance; optimisation needs less than a sampler to find it.
-HIGH_OVERPAYMENT = 0.4  # 16 %, where the release gate stands by default.
 USEFUL_AUROC = 0.6  # Below, setting aside the pairs that members differ on removes hardly more errors than chance.
 LOST_GAIN = 0.1  # A tenth of the gain at the peak; smaller drops are within the noise of a few hundred prompts.
 FLAT_PROMPTS = 0.05  # Prompts without a difference in reward have no gradient; PPO pays for sampling them.
@@ -46,121 +48,63 @@ OFF_CENTRE_STDS = 2.0  # All scores then have one sign, and clipping or a critic
 POSITION_BIAS = 0.05  # Raters who take the first response in 55 % of the pairs or more.
 
 
-@dataclass(frozen=True)
-class Advice:
-    """One finding.
-
-    Attributes:
-        finding: the number, and what it is compared with.
-        meaning: for a policy trained with this reward model, or for what can be concluded.
-        lever: the nearest thing to change, with its settings key.
-        severity: how much it matters.
-    """
-
-    finding: str
-    meaning: str
-    lever: str
-    severity: Severity
-
-
-def advise(
+def find(
     evaluation: PairEvaluation,
+    figures: GateFigures,
     *,
-    leakage: Leakage | None,
-    data: DataReport | None,
-    best_of_n: BestOfNReport | None,
-    failed_texts: int = 0,
+    gate: GateSettings | None = None,
+    checks: Sequence[Check] = (),
+    leakage: Leakage | None = None,
+    data: DataReport | None = None,
+    best_of_n: BestOfNReport | None = None,
     cut_pairs: int = 0,
-) -> tuple[Advice, ...]:
+) -> tuple[Finding, ...]:
     """Everything worth changing, the most important first.
 
     Args:
-        failed_texts: texts without a score.
+        figures: of the evaluation, as the gate looks at them.
+        gate: None where it is not asked.
         cut_pairs: pairs of which a text was cut.
     """
-    found = [
-        *_leakage(leakage),
-        *_accuracy(evaluation),
-        *_policy(best_of_n, single_judge=evaluation.disagreement is None),
-        *_length(evaluation.length),
-        *_sources(evaluation),
-        *_attributes(evaluation),
-        *_labels(evaluation, data),
-        *_gaps(evaluation.by_gap),
-        *_calibration(evaluation),
-        *_formats(evaluation.formats),
-        *_disagreement(evaluation.disagreement),
-        *_coverage(evaluation.pairs, failed_texts, cut_pairs),
-        *_scale(evaluation.scores),
-    ]
-    return tuple(sorted(found, key=lambda advice: get_args(Severity).index(advice.severity)))
+    return by_severity(
+        [
+            *gate_findings(figures, checks, gate),
+            *leaks_found("held-out", "training", leakage, texts=False),
+            *_room(evaluation),
+            *_policy(best_of_n, single_judge=evaluation.disagreement is None),
+            *_sources(evaluation),
+            *_attributes(evaluation),
+            *_labels(evaluation, seen_before=data is not None and data.held_out is not None),
+            *(data_findings(data, held_out_leaks=False) if data is not None else ()),
+            *_gaps(evaluation.by_gap),
+            *_scale_of_differences(evaluation),
+            *_formats(evaluation.formats),
+            *_disagreement(evaluation.disagreement),
+            *_cut(evaluation.pairs, cut_pairs),
+            *_scale(evaluation.scores),
+        ]
+    )
 
 
-def percent(share: float) -> str:
-    """`87.5 %`."""
-    return f"{100 * share:.1f} %"
-
-
-def interval_text(share: Estimate) -> str:
-    """`87.5 % (85.1–89.7 %)`, or without an interval where there is none."""
-    if share.value is None:
-        return "–"
-    if share.low is None or share.high is None:
-        return percent(share.value)
-    return f"{percent(share.value)} ({100 * share.low:.1f}–{100 * share.high:.1f} %)"
-
-
-def _leakage(leakage: Leakage | None) -> Iterator[Advice]:
-    if leakage is None:
-        return
-    if leakage.texts.count:
-        yield Advice(
-            f"{leakage.texts.count:,} pairs ({percent(leakage.texts.share)}) hold a text that was trained on.",
-            "Accuracy on them is memory. A policy writes new texts, on which the model is worse than this report says.",
-            "Split by text before training and evaluate again; leave everything else as it is until then.",
-            "high",
-        )
-    elif leakage.prompts.share > LEAKED_PROMPTS:
-        yield Advice(
-            f"{percent(leakage.prompts.share)} of the pairs have a prompt that training had too.",
-            "The accuracy is for new responses to known prompts; on new prompts it is lower by an unknown amount.",
-            "Split by prompt if the policy will meet new ones.",
-            "medium",
-        )
-
-
-def _accuracy(evaluation: PairEvaluation) -> Iterator[Advice]:
+def _room(evaluation: PairEvaluation) -> Iterator[Finding]:
     accuracy, ceiling, votes = evaluation.accuracy, evaluation.ceiling.accuracy, evaluation.vote_accuracy
     if accuracy.value is None or accuracy.low is None or accuracy.high is None:
         return
-    told = f"Accuracy is {interval_text(accuracy)}"
-    if accuracy.high < CHANCE:
-        yield Advice(
-            f"{told}, below chance.",
-            "The model prefers what people reject, or the labels here are turned: a policy would be made worse.",
-            "See which column is the preferred one, in training and here; do not train with it before.",
-            "high",
-        )
-    elif accuracy.low <= CHANCE:
-        yield Advice(
-            f"{told}, which may be chance.",
-            "A policy would be trained on noise.",
-            "More training pairs or a larger learner.learning_rate, and more pairs to judge by.",
-            "high",
-        )
-    elif ceiling is not None and votes is not None and votes < ceiling - ROOM_TO_CEILING:
-        room = ceiling - votes
-        yield Advice(
-            f"{told}. It agrees with {percent(votes)} of single votes; raters agree enough for {percent(ceiling)}.",
+    if accuracy.low > CHANCE and ceiling is not None and votes is not None and votes < ceiling - ROOM_TO_CEILING:
+        yield Finding(
+            "accuracy",
+            f"Accuracy is {interval_text(accuracy)}. It agrees with {percent(votes)} of single votes; raters agree "
+            f"enough for {percent(ceiling)}.",
             "Where people are clear and the model is wrong, a policy learns the mistake.",
             "More training pairs like these, a larger backbone (model), more of it trained "
             "(learner.trainable_top_layers, training.lora) or more training.epochs with training.patience.",
-            "high" if room > MUCH_ROOM_TO_CEILING else "medium",
+            "high" if ceiling - votes > MUCH_ROOM_TO_CEILING else "medium",
         )
     width = accuracy.high - accuracy.low
     if width > WIDE_INTERVAL:
         needed = round(evaluation.pairs * (width / WIDE_INTERVAL) ** 2, -2)
-        yield Advice(
+        yield Finding(
+            "evidence",
             f"The accuracy is known to ± {100 * width / 2:.1f} points only.",
             "A change that helps cannot be told from one that does harm, and weak spots stay unseen.",
             f"About {needed:,.0f} held-out pairs, on as many more prompts, would do for ± {50 * WIDE_INTERVAL:.0f}.",
@@ -168,14 +112,15 @@ def _accuracy(evaluation: PairEvaluation) -> Iterator[Advice]:
         )
 
 
-def _policy(report: BestOfNReport | None, single_judge: bool) -> Iterator[Advice]:
+def _policy(report: BestOfNReport | None, single_judge: bool) -> Iterator[Finding]:
     if report is None:
         return
     yield from _peak(report, single_judge)
     yield from _spread(report.spread)
     agreement = report.agreement
     if agreement.correlation is not None and agreement.high is not None and agreement.high < WEAK_RANKING:
-        yield Advice(
+        yield Finding(
+            "policy",
             f"Among the policy's samples for one prompt, reward and {report.judge} have a rank correlation of "
             f"{agreement.correlation:+.2f}.",
             "The model tells apart what people compared, and not what this policy writes: its reward leads nowhere.",
@@ -184,14 +129,15 @@ def _policy(report: BestOfNReport | None, single_judge: bool) -> Iterator[Advice
         )
 
 
-def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Advice]:
+def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Finding]:
     curve = report.curve
     first, last = curve.points[0], curve.points[-1]
     peak = next(point for point in curve.points if point.n == curve.peak_n)
     if curve.drop.low is None or curve.drop.low <= 0:
         return
     if peak.n == first.n:
-        yield Advice(
+        yield Finding(
+            "over-optimisation",
             f"By {report.judge}, what is picked by reward among {last.n} is worse than a random sample.",
             "What the model rewards in this policy's samples is not what the judge values: training would move the "
             "policy and not improve it.",
@@ -201,7 +147,8 @@ def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Advice]:
     elif peak.gold - last.gold > LOST_GAIN * (peak.gold - first.gold):
         nats = curve.peak_sqrt_kl**2
         ensemble = " ensemble.members with aggregation.members: minimum or mean_minus_variance moves the peak outwards."
-        yield Advice(
+        yield Finding(
+            "over-optimisation",
             f"The gain by {report.judge} peaks at best of {peak.n} (√KL {curve.peak_sqrt_kl:.2f}) and is smaller at "
             f"best of {last.n}, while the reward goes on rising.",
             "Over-optimisation: beyond that pressure a policy is selected for the model's mistakes.",
@@ -212,16 +159,18 @@ def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Advice]:
         )
 
 
-def _spread(spread: RewardSpread) -> Iterator[Advice]:
+def _spread(spread: RewardSpread) -> Iterator[Finding]:
     if spread.flat_prompts > FLAT_PROMPTS:
-        yield Advice(
+        yield Finding(
+            "spread",
             f"For {percent(spread.flat_prompts)} of the prompts all samples of the policy have the same reward.",
             "There is no gradient from such prompts, however accurate the model is on pairs.",
             "More diverse samples (sampling.temperature), other prompts, or training pairs as alike as these samples.",
             "medium",
         )
     elif spread.between_prompt_share is not None and spread.between_prompt_share > BETWEEN_PROMPTS:
-        yield Advice(
+        yield Finding(
+            "spread",
             f"{percent(spread.between_prompt_share)} of the variance of the reward lies between prompts.",
             "A policy can change only the rest: the objective is flat, and learning slow.",
             "A baseline for each prompt (algorithm.advantage: rloo or grpo), and pairs that share their prompt.",
@@ -229,34 +178,13 @@ def _spread(spread: RewardSpread) -> Iterator[Advice]:
         )
 
 
-def _length(length: LengthBias) -> Iterator[Advice]:
-    paid = length.overpayment
-    if paid.score.low is not None and paid.score.low <= 0 and length.longer_preferred.count >= FEW_PAIRS:
-        yield Advice(
-            f"Between responses of the same length the score may say nothing; accuracy is "
-            f"{interval_text(length.accuracy_shorter_preferred)} where the shorter response is the better one, "
-            f"{interval_text(length.accuracy_longer_preferred)} where the longer one is.",
-            "The model may take length for quality; length is the first thing that a policy finds.",
-            "Pairs balanced in length, for training and to judge by.",
-            "high",
-        )
-    elif _surely(paid.share, OVERPAYMENT):
-        yield Advice(
-            f"Of a typical score difference {interval_text(paid.share)} is paid for length beyond what people prefer "
-            "it for.",
-            "A policy is paid for longer responses, better or not; length is the first thing that it finds.",
-            "aggregation.length_penalty: fitted takes it out of the score; pairs balanced in length take it out of the "
-            "model.",
-            "high" if (paid.share.value or 0.0) > HIGH_OVERPAYMENT else "medium",
-        )
-
-
-def _sources(evaluation: PairEvaluation) -> Iterator[Advice]:
+def _sources(evaluation: PairEvaluation) -> Iterator[Finding]:
     weak = _weak(evaluation.by_source, evaluation.accuracy)
     if not weak:
         return
     below = any(each.accuracy.high is not None and each.accuracy.high < CHANCE for each in weak)
-    yield Advice(
+    yield Finding(
+        "sources",
         f"Accuracy is lower on {_listed(weak)}, against {interval_text(evaluation.accuracy)} on all pairs.",
         "On prompts of this kind the policy learns the wrong thing, and the mean does not show it."
         + (" Below chance, the labels themselves may be turned." if below else ""),
@@ -265,14 +193,15 @@ def _sources(evaluation: PairEvaluation) -> Iterator[Advice]:
     )
 
 
-def _attributes(evaluation: PairEvaluation) -> Iterator[Advice]:
+def _attributes(evaluation: PairEvaluation) -> Iterator[Finding]:
     unsure = [
         each.name
         for each in evaluation.by_attribute[1:]
         if each.accuracy.low is not None and each.accuracy.low <= CHANCE and each.accuracy.count >= FEW_PAIRS
     ]
     if unsure:
-        yield Advice(
+        yield Finding(
+            "attributes",
             f"The heads for {', '.join(unsure)} may be at chance.",
             "With a weight in the score they add noise to the reward.",
             "A weight of 0 in aggregation.attributes, or more pairs that have these attributes.",
@@ -280,48 +209,27 @@ def _attributes(evaluation: PairEvaluation) -> Iterator[Advice]:
         )
 
 
-def _labels(evaluation: PairEvaluation, data: DataReport | None) -> Iterator[Advice]:
-    ceiling = evaluation.ceiling
-    if ceiling.accuracy is not None and ceiling.accuracy < LOW_CEILING:
-        yield Advice(
-            f"Raters agree so little that no model can match more than {percent(ceiling.accuracy)} of single votes.",
-            "The labels limit the reward model, and noisy ones bring over-optimisation nearer.",
-            "More raters a pair, clearer instructions, or pairs.min_gap to train on the clear ones.",
-            "medium",
-        )
+def _labels(evaluation: PairEvaluation, seen_before: bool) -> Iterator[Finding]:
+    if not seen_before:
+        yield from low_ceiling("labels", evaluation.ceiling)
     if evaluation.position is not None and _off(evaluation.position, CHANCE, POSITION_BIAS):
-        yield Advice(
+        yield Finding(
+            "labels",
             f"The response shown first is preferred in {interval_text(evaluation.position)} of the pairs.",
             "Part of the labels is about places, not texts.",
             "Show responses to raters in random order; ask twice, once each way.",
             "low",
         )
-    if data is None:
-        return
-    contradictions, duplicates = data.training.contradictions, data.training.duplicates
-    if contradictions.share > NOTICEABLE_SHARE:
-        yield Advice(
-            f"{contradictions.count:,} training pairs ({percent(contradictions.share)}) are contradicted by others.",
-            "Any model is wrong on them, and learns to be unsure of everything alike.",
-            "One row with `votes` for each comparison, in place of a row for each rater.",
-            "medium",
-        )
-    if duplicates.share > NOTICEABLE_SHARE:
-        yield Advice(
-            f"{duplicates.count:,} training pairs ({percent(duplicates.share)}) repeat others.",
-            "They weigh more than the rest, by accident.",
-            "Keep one of each, with a `weight` if it is to count for more.",
-            "low",
-        )
 
 
-def _gaps(by_gap: Sequence[StratumAccuracy]) -> Iterator[Advice]:
+def _gaps(by_gap: Sequence[StratumAccuracy]) -> Iterator[Finding]:
     if len(by_gap) < 2:
         return
     smallest, largest = by_gap[0], by_gap[-1]
     if smallest.accuracy.low is None or smallest.accuracy.low > CHANCE or smallest.accuracy.count < FEW_PAIRS:
         return
-    yield Advice(
+    yield Finding(
+        "gaps",
         f"Where raters are nearly undecided (gap {smallest.name}) accuracy may be chance: "
         f"{interval_text(smallest.accuracy)}, against {interval_text(largest.accuracy)} at {largest.name}.",
         "As a policy improves its samples grow alike, and what is left to tell apart is of this kind.",
@@ -330,20 +238,14 @@ def _gaps(by_gap: Sequence[StratumAccuracy]) -> Iterator[Advice]:
     )
 
 
-def _calibration(evaluation: PairEvaluation) -> Iterator[Advice]:
+def _scale_of_differences(evaluation: PairEvaluation) -> Iterator[Finding]:
     plain, temperature = evaluation.calibration, evaluation.temperature.temperature
-    if _miscalibrated(evaluation.scaled):
-        yield Advice(
-            f"The calibration error is {evaluation.scaled.ece:.3f} even with a fitted temperature; its sampling floor "
-            f"is {evaluation.scaled.floor.mean:.3f}.",
-            "Equal differences in score mean different odds in different places: a policy chases large rewards that "
-            "are no large gains.",
-            "Soft labels from votes, training.label_smoothing, fewer training.epochs, or ensemble.members.",
-            "medium",
-        )
-    elif _miscalibrated(plain) and not evaluation.temperature.at_bound:
+    if surely(evaluation.scaled.excess, CALIBRATION_EXCESS) or evaluation.temperature.at_bound:
+        return
+    if surely(plain.excess, CALIBRATION_EXCESS):
         direction = "too sure" if temperature > 1 else "not sure enough"
-        yield Advice(
+        yield Finding(
+            "scale",
             f"The calibration error is {plain.ece:.3f} (floor {plain.floor.mean:.3f}) "
             f"as it is, and {evaluation.scaled.ece:.3f} with temperature {temperature:.2f}.",
             f"Score differences are {direction}. Their order, and so the accuracy, is right; rewards are too "
@@ -354,13 +256,14 @@ def _calibration(evaluation: PairEvaluation) -> Iterator[Advice]:
         )
 
 
-def _formats(formats: Sequence[FormatArtefact]) -> Iterator[Advice]:
+def _formats(formats: Sequence[FormatArtefact]) -> Iterator[Finding]:
     found = [
-        each for each in formats if each.pairs_that_differ >= FEW_PAIRS and _surely(each.overpayment.share, OVERPAYMENT)
+        each for each in formats if each.pairs_that_differ >= FEW_PAIRS and surely(each.overpayment.share, OVERPAYMENT)
     ]
     if found:
         told = "; ".join(f"{each.name}: {interval_text(each.overpayment.share)}" for each in found)
-        yield Advice(
+        yield Finding(
+            "format",
             f"Of a typical score difference this is paid for format beyond what people prefer it for: {told}.",
             "A policy takes up the format, for it is easier to produce than quality.",
             "Pairs with equal content in different formats, labelled as ties; or formatting stripped from training.",
@@ -368,12 +271,13 @@ def _formats(formats: Sequence[FormatArtefact]) -> Iterator[Advice]:
         )
 
 
-def _disagreement(report: DisagreementReport | None) -> Iterator[Advice]:
+def _disagreement(report: DisagreementReport | None) -> Iterator[Finding]:
     if report is None or report.auroc.low is None or report.auroc.high is None:
         return
     told = f"{report.auroc.value:.2f} ({report.auroc.low:.2f}–{report.auroc.high:.2f})"
     if report.auroc.high < USEFUL_AUROC or report.auroc.low <= CHANCE:
-        yield Advice(
+        yield Finding(
+            "ensemble",
             f"Disagreement of the members hardly foretells errors: area under the ROC curve {told}, chance is 0.5.",
             "Minimum or variance penalty then protect from nothing and add noise.",
             "More independent members: ensemble.kind: independent, ensemble.bootstrap: true, more ensemble.members; "
@@ -382,16 +286,10 @@ def _disagreement(report: DisagreementReport | None) -> Iterator[Advice]:
         )
 
 
-def _coverage(pairs: int, failed_texts: int, cut_pairs: int) -> Iterator[Advice]:
-    if failed_texts:
-        yield Advice(
-            f"{failed_texts:,} texts could not be scored; their pairs are in no figure here.",
-            "A policy learns nothing from responses without a score, and may be led to or away from them.",
-            "Their causes are below; for long ones scorer.max_length, up to what the model was trained with.",
-            "medium",
-        )
+def _cut(pairs: int, cut_pairs: int) -> Iterator[Finding]:
     if cut_pairs > NOTICEABLE_SHARE * pairs:
-        yield Advice(
+        yield Finding(
+            "cut texts",
             f"{cut_pairs:,} pairs ({percent(cut_pairs / pairs)}) were cut at the front and judged without their "
             "beginning.",
             "Where the question is cut off, the model judges an answer to nothing.",
@@ -400,24 +298,16 @@ def _coverage(pairs: int, failed_texts: int, cut_pairs: int) -> Iterator[Advice]
         )
 
 
-def _scale(scores: Histogram) -> Iterator[Advice]:
+def _scale(scores: Histogram) -> Iterator[Finding]:
     if scores.std > 0 and abs(scores.mean) > OFF_CENTRE_STDS * scores.std:
-        yield Advice(
+        yield Finding(
+            "scores",
             f"Scores lie around {scores.mean:+.2f} with a standard deviation of {scores.std:.2f}, far from 0.",
             "Nearly all rewards have one sign; a critic that starts at 0 spends its first steps on the offset, and "
             "algorithm.score_clip cuts one side.",
             "A larger training.centering, or algorithm.reward_whiten in PPO.",
             "low",
         )
-
-
-def _miscalibrated(calibration: Calibration) -> bool:
-    return _surely(calibration.excess, CALIBRATION_EXCESS)
-
-
-def _surely(estimate: Estimate, distance: float) -> bool:
-    """Further above 0, and not by chance."""
-    return estimate.value is not None and estimate.value > distance and estimate.low is not None and estimate.low > 0
 
 
 def _clearly_below(one: Proportion, other: Proportion, distance: float) -> bool:

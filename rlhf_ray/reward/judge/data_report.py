@@ -13,15 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_names
+from rlhf_ray.reward.judge.findings import Finding, Severity, percent
 from rlhf_ray.reward.judge.groups import Groups, Proportion
 from rlhf_ray.reward.judge.label_noise import RaterCeiling, rater_ceiling
-from rlhf_ray.reward.judge.leakage import NUM_EXAMPLES, Finding, Leakage, PairHashes, TrainingTexts, find, hash_pairs
+from rlhf_ray.reward.judge.leakage import NUM_EXAMPLES, Leakage, Matches, PairHashes, TrainingTexts, find, hash_pairs
 
-# From these on, `warnings` speaks.
+# From these on, there is a finding.
 LONGER_PREFERRED_SHARE = 0.6
 NOTICEABLE_SHARE = 0.01
 LEFT_OUT_SHARE = 0.05
 LOW_CEILING = 0.75
+LEAKED_PROMPTS = 0.05  # A few prompts return in any collection.
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,9 @@ class SetReport:
     ties: int
     soft_labels: int
     rejected_preferred: int
-    alike: Finding
-    duplicates: Finding
-    contradictions: Finding
+    alike: Matches
+    duplicates: Matches
+    contradictions: Matches
     characters: LengthReport
     tokens: LengthReport | None
     raters: RaterCeiling
@@ -215,7 +217,7 @@ def lines(report: DataReport) -> list[str]:
         told += _set_lines("held out", report.held_out)[:3]
     for name, seen, leakage in _leaks(report):
         found = ", ".join(
-            f"{what} {finding.count:,} ({_percent(finding.share)})"
+            f"{what} {finding.count:,} ({percent(finding.share)})"
             for what, finding in (
                 ("whole pair", leakage.pairs),
                 ("a text", leakage.texts),
@@ -227,31 +229,70 @@ def lines(report: DataReport) -> list[str]:
     return told
 
 
-def warnings(report: DataReport) -> tuple[str, ...]:
-    """What looks wrong, and what it means for training; empty when nothing does."""
-    found = _set_warnings("training", report.training)
+def data_findings(report: DataReport, *, held_out_leaks: bool = True) -> Iterator[Finding]:
+    """What looks wrong, and what it means for training; nothing where nothing does.
+
+    Args:
+        held_out_leaks: false where the held-out pairs are looked at elsewhere.
+    """
+    yield from _set_findings("training", report.training)
     if report.held_out is not None:
-        found += _set_warnings("held out", report.held_out)
+        yield from _set_findings("held-out", report.held_out)
     for name, seen, leakage in _leaks(report):
-        if leakage.texts.count:
-            found.append(
-                f"leakage: {_told(leakage.texts)} of the {name} set have a text that is also in {seen}, "
-                f"{leakage.pairs.count:,} of them both; accuracy on them is memory, not judgement: split by text"
-                + _first(leakage.texts)
+        if held_out_leaks or name != "held-out":
+            yield from leaks_found(name, seen, leakage)
+
+
+def leaks_found(name: str, seen: str, leakage: Leakage | None, *, texts: bool = True) -> Iterator[Finding]:
+    """What a set of pairs has in common with what it must be new to.
+
+    Args:
+        name, seen: of the two.
+        texts: also whole texts.
+    """
+    if leakage is None:
+        return
+    if leakage.texts.count:
+        if texts:
+            yield Finding(
+                "leakage",
+                f"{_told(leakage.texts)} of the {name} set have a text that is also in {seen}, "
+                f"{leakage.pairs.count:,} of them both{_first(leakage.texts)}.",
+                "Accuracy on them is memory, not judgement.",
+                "Split by text.",
+                "high",
             )
-        if leakage.prompts.share >= NOTICEABLE_SHARE:
-            found.append(
-                f"leakage: {_told(leakage.prompts)} of the {name} set have a prompt that is also in {seen}; accuracy "
-                "on them is for new responses, not for new prompts: split by prompt to know the latter"
-                + _first(leakage.prompts)
-            )
-        if leakage.responses.share - leakage.texts.share >= NOTICEABLE_SHARE:
-            found.append(
-                f"leakage: {_told(leakage.responses)} of the {name} set have a response that is also in {seen}, some "
-                "under other prompts; a score that ignores the prompt would look right on them"
-                + _first(leakage.responses)
-            )
-    return tuple(found)
+    elif leakage.prompts.share > LEAKED_PROMPTS:
+        yield Finding(
+            "leakage",
+            f"{_told(leakage.prompts)} of the {name} set have a prompt that is also in {seen}"
+            f"{_first(leakage.prompts)}.",
+            "Accuracy is that on new responses to known prompts; on new prompts it is lower by an unknown amount.",
+            "Split by prompt if the policy will meet new ones.",
+            "medium",
+        )
+    if leakage.responses.share - leakage.texts.share >= NOTICEABLE_SHARE:
+        yield Finding(
+            "leakage",
+            f"{_told(leakage.responses)} of the {name} set have a response that is also in {seen}, some under other "
+            f"prompts{_first(leakage.responses)}.",
+            "A score that ignores the prompt would look right on them.",
+            "Split by response, or draw the rejected ones anew.",
+            "low",
+        )
+
+
+def low_ceiling(name: str, ceiling: RaterCeiling) -> Iterator[Finding]:
+    """Raters of a set who agree too little."""
+    if ceiling.accuracy is not None and ceiling.accuracy < LOW_CEILING:
+        yield Finding(
+            name,
+            f"Raters agree so little that no model can match more than {percent(ceiling.accuracy)} of single votes.",
+            "The labels limit the reward model, and noisy ones bring over-optimisation nearer.",
+            "More raters a pair, clearer instructions, or pairs.min_gap to train on the clear ones; they say more than "
+            "a larger model.",
+            "medium",
+        )
 
 
 def _leaks(report: DataReport) -> Iterator[tuple[str, str, Leakage]]:
@@ -298,7 +339,7 @@ def _report_set(
     )
 
 
-def _repeats(hashes: PairHashes, direction: NDArray[np.float64]) -> tuple[Finding, Finding]:
+def _repeats(hashes: PairHashes, direction: NDArray[np.float64]) -> tuple[Matches, Matches]:
     """Duplicates and contradictions, each example with the place that it repeats or contradicts."""
     # The preference as seen from the text with the smaller hash: the same for a pair and its turned copy.
     sides = np.where(hashes.chosen == hashes.rejected, 0, np.where(hashes.chosen < hashes.rejected, 1, -1) * direction)
@@ -314,7 +355,7 @@ def _repeats(hashes: PairHashes, direction: NDArray[np.float64]) -> tuple[Findin
             larger, smaller = sorted((group[1], group[-1]), key=len, reverse=True)
             contradictions += [f"{place} contradicts {larger[0]}" for place in smaller]
     repeats, contradicted = (
-        Finding(len(found), len(found) / len(hashes.places), tuple(found[:NUM_EXAMPLES]))
+        Matches(len(found), len(found) / len(hashes.places), tuple(found[:NUM_EXAMPLES]))
         for found in (duplicates, contradictions)
     )
     return repeats, contradicted
@@ -376,9 +417,9 @@ def _set_lines(name: str, data: SetReport) -> list[str]:
     told = [f"{name}: {data.pairs:,} pairs of {data.rows:,} rows, {data.prompts:,} prompts{rest}"]
     labels = f"  labels: {data.ties:,} ties, {data.soft_labels:,} soft, {data.rejected_preferred:,} below one half"
     if data.votes is not None:
-        labels += f"; two raters agree on {_percent(data.votes.agreement)}"
+        labels += f"; two raters agree on {percent(data.votes.agreement)}"
     if data.raters.accuracy is not None:
-        labels += f"; no model can match more than {_percent(data.raters.accuracy)} of single votes"
+        labels += f"; no model can match more than {percent(data.raters.accuracy)} of single votes"
     told.append(labels)
     told.append("  length: " + ", ".join(_length_parts(data)))
     told.append(
@@ -395,8 +436,8 @@ def _set_lines(name: str, data: SetReport) -> list[str]:
         told.append("  sources: " + _some([f"{each.name or '(none)'} {each.pairs:,}" for each in data.sources]))
     if data.attributes:
         parts = [
-            f"{each.name} in {_percent(each.share)}"
-            + ("" if each.agreement is None else f" (with the preference {_percent(each.agreement)})")
+            f"{each.name} in {percent(each.share)}"
+            + ("" if each.agreement is None else f" (with the preference {percent(each.agreement)})")
             for each in data.attributes
         ]
         told.append("  attributes: " + _some(parts))
@@ -407,7 +448,7 @@ def _length_parts(data: SetReport) -> list[str]:
     parts = []
     lengths = data.tokens or data.characters
     if lengths.longer_preferred.value is not None:
-        parts.append(f"the longer is preferred in {_percent(lengths.longer_preferred.value)}")
+        parts.append(f"the longer is preferred in {percent(lengths.longer_preferred.value)}")
     for unit, each in (("tokens", data.tokens), ("characters", data.characters)):
         if each is not None and each.gap_mean is not None:
             parts.append(f"by {each.gap_mean:+.1f} {unit} on average")
@@ -415,83 +456,93 @@ def _length_parts(data: SetReport) -> list[str]:
     return parts
 
 
-def _set_warnings(name: str, data: SetReport) -> list[str]:
-    found = []
+def _set_findings(name: str, data: SetReport) -> Iterator[Finding]:
+    def finding(found: str, meaning: str, lever: str, severity: Severity) -> Finding:
+        return Finding(f"{name} pairs", found, meaning, lever, severity)
+
     lost = data.bad_rows + data.left_out.too_long
     if lost / data.rows >= LEFT_OUT_SHARE:
-        found.append(
-            f"{name}: {lost:,} of {data.rows:,} rows ({_percent(lost / data.rows)}) are bad or too long and left out; "
-            "what remains may not be like the whole"
+        yield finding(
+            f"{lost:,} of {data.rows:,} rows ({percent(lost / data.rows)}) are bad or too long and left out.",
+            "What remains may not be like the whole.",
+            "Mend the rows; for long ones a larger training.max_length.",
+            "medium",
         )
     if data.left_out.cut / data.pairs >= LEFT_OUT_SHARE:
-        found.append(
-            f"{name}: {data.left_out.cut:,} pairs ({_percent(data.left_out.cut / data.pairs)}) are cut at the front "
-            "and judged without their beginning: raise training.max_length"
+        yield finding(
+            f"{data.left_out.cut:,} pairs ({percent(data.left_out.cut / data.pairs)}) are cut at the front and judged "
+            "without their beginning.",
+            "Where the question is cut off, the model judges an answer to nothing.",
+            "A larger training.max_length.",
+            "medium",
         )
     if data.rejected_preferred > data.pairs / 2:
-        found.append(
-            f"{name}: in {data.rejected_preferred:,} of {data.pairs:,} pairs the label prefers the rejected response; "
-            "the columns or the labels are probably the wrong way round"
+        yield finding(
+            f"In {data.rejected_preferred:,} of {data.pairs:,} pairs the label prefers the rejected response.",
+            "The columns or the labels are probably the wrong way round.",
+            "See which column is the preferred one.",
+            "high",
         )
     if data.contradictions.count:
-        found.append(
-            f"{name}: {_told(data.contradictions)} are contradicted by others with the same texts, and any reward "
-            "model is wrong on them; if they are opinions of several raters, make them one row with `votes`"
-            + _first(data.contradictions)
+        yield finding(
+            f"{_told(data.contradictions)} are contradicted by others with the same texts"
+            f"{_first(data.contradictions)}.",
+            "Any reward model is wrong on them, and learns to be unsure of everything alike.",
+            "If they are opinions of several raters, one row with `votes` for each comparison.",
+            "medium" if data.contradictions.share > NOTICEABLE_SHARE else "low",
         )
     if data.duplicates.share >= NOTICEABLE_SHARE:
-        found.append(
-            f"{name}: {_told(data.duplicates)} repeat others; each repeat weighs as much as a new pair and makes "
-            "intervals look narrower than they are: keep one, with a `weight` if it is to count for more"
-            + _first(data.duplicates)
+        yield finding(
+            f"{_told(data.duplicates)} repeat others{_first(data.duplicates)}.",
+            "Each repeat weighs as much as a new pair, and is no new evidence.",
+            "Keep one of each, with a `weight` if it is to count for more.",
+            "low",
         )
     if data.alike.count:
-        found.append(
-            f"{name}: {_told(data.alike)} prefer one of two responses that differ only in case, Unicode form or "
-            "white space; what is learned there is format" + _first(data.alike)
+        yield finding(
+            f"{_told(data.alike)} prefer one of two responses that differ only in case, Unicode form or white space"
+            f"{_first(data.alike)}.",
+            "What is learnt there is format.",
+            "Leave them out, or label them as ties.",
+            "low",
         )
-    found += _length_warnings(name, data)
-    if data.raters.accuracy is not None and data.raters.accuracy < LOW_CEILING:
-        found.append(
-            f"{name}: raters agree so little that the best possible accuracy is {_percent(data.raters.accuracy)}; "
-            "more raters a pair, or pairs with a larger gap, say more than a larger model"
-        )
-    found += [
-        f"{name}: attribute '{each.name}' points against the overall preference in {_percent(1 - each.agreement)} of "
-        "the pairs that have both; is its sign turned?"
-        for each in data.attributes
-        if each.agreement is not None and each.agreement < 0.5
-    ]
-    return found
+    yield from _length_findings(name, data)
+    yield from low_ceiling(f"{name} pairs", data.raters)
+    for each in data.attributes:
+        if each.agreement is not None and each.agreement < 0.5:
+            yield finding(
+                f"The attribute '{each.name}' points against the overall preference in {percent(1 - each.agreement)} "
+                "of the pairs that have both.",
+                "Its head learns the opposite of what it is named after, if its sign is turned.",
+                "Larger numbers must be better.",
+                "medium",
+            )
 
 
-def _length_warnings(name: str, data: SetReport) -> list[str]:
+def _length_findings(name: str, data: SetReport) -> Iterator[Finding]:
     """Of the two measures of length the one that the model sees, if it is known; never for a handful of pairs."""
-    lengths = data.tokens or data.characters
-    longer = lengths.longer_preferred
+    longer = (data.tokens or data.characters).longer_preferred
     share, low, high = longer.value, longer.low, longer.high
     if share is None or low is None or high is None or low <= 0.5 <= high:
-        return []
+        return
     if share <= LONGER_PREFERRED_SHARE and 1 - share <= LONGER_PREFERRED_SHARE:
-        return []
+        return
     which, often = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
-    return [
-        f"{name}: the {which} response is preferred in {_percent(often)} of the pairs; a reward model can reach that "
-        "by length alone, and a policy trained against it drifts in length: balance the pairs, or keep length out of "
-        "the score"
-    ]
+    yield Finding(
+        f"{name} pairs",
+        f"The {which} response is preferred in {percent(often)} of the pairs.",
+        "A reward model can reach that by length alone, and a policy trained against it drifts in length.",
+        "Balance the pairs, or keep length out of the score (aggregation.length_penalty: fitted).",
+        "medium",
+    )
 
 
-def _told(finding: Finding) -> str:
-    return f"{finding.count:,} pairs ({_percent(finding.share)})"
+def _told(matches: Matches) -> str:
+    return f"{matches.count:,} pairs ({percent(matches.share)})"
 
 
-def _first(finding: Finding) -> str:
-    return f" (the first: {finding.examples[0]})"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _first(matches: Matches) -> str:
+    return f" (the first: {matches.examples[0]})"
 
 
 def _some(parts: Sequence[str], limit: int = 6) -> str:

@@ -16,9 +16,10 @@ from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.core.texts import RewardTexts
+from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward.judge.benchmarks.cases import Benchmark, BenchmarkResult
-from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict
 from rlhf_ray.reward.judge.inputs import UsedPairs, read_pairs
 from rlhf_ray.reward.judge.judging import (
     build_scorers,
@@ -103,18 +104,25 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                     tracker.phase("best of n")
                     best_of_n = _best_of_n(config, samples, scorers, texts)
             checks: tuple[Check, ...] = ()
-            verdict: Verdict | None = None
             if gate:
                 tracker.phase("checking the reward model's integrity")
                 probes = probe_texts(used, config.gate.probes)
                 checks = check_integrity(
                     config.model, card, probes, config.scorer, config.gate, config.cluster, folder.logs
                 )
-                figures = GateFigures.of(evaluation, len(used.pairs), leakage)
-                verdict = judge(figures, checks, config.gate)
-                if card is not None and config.gate.record:
-                    update = {"released": verdict.released, "refusals": verdict.refusals}
-                    card.model_copy(update=update).save(Path(config.model))
+            findings = find(
+                evaluation,
+                GateFigures.of(evaluation, len(used.pairs), leakage),
+                gate=config.gate if gate else None,
+                checks=checks,
+                leakage=leakage,
+                best_of_n=best_of_n,
+                cut_pairs=used.left_out.cut,
+            )
+            verdict = Verdict.of(findings) if gate else None
+            if verdict is not None and card is not None and config.gate.record:
+                update = {"released": verdict.released, "refusals": verdict.refusals}
+                card.model_copy(update=update).save(Path(config.model))
             write_report(
                 folder,
                 config.run.name,
@@ -127,6 +135,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 benchmarks=tuple(results),
                 best_of_n=best_of_n,
                 checks=checks,
+                findings=findings,
                 verdict=verdict,
                 wall_s=tracker.wall_s,
             )

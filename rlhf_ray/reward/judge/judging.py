@@ -20,10 +20,10 @@ from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.checks import Check, vllm_check
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.judge.advice import advise
 from rlhf_ray.reward.judge.benchmarks.cases import BenchmarkResult
 from rlhf_ray.reward.judge.data_report import DataReport
 from rlhf_ray.reward.judge.evaluation import PairEvaluation, evaluate_pairs
+from rlhf_ray.reward.judge.findings import Finding
 from rlhf_ray.reward.judge.gate import Verdict
 from rlhf_ray.reward.judge.inputs import UsedPairs
 from rlhf_ray.reward.judge.inspector import RewardInspector
@@ -150,26 +150,19 @@ def write_report(
     *,
     leakage: Leakage | None,
     checks: tuple[Check, ...],
+    findings: tuple[Finding, ...],
     verdict: Verdict | None,
     wall_s: float,
     data: DataReport | None = None,
     benchmarks: tuple[BenchmarkResult, ...] = (),
     best_of_n: BestOfNReport | None = None,
 ) -> EvaluationReport:
-    """All that was found, with what to change, as `evaluation.json` and `evaluation.html`.
+    """All that was found, as `evaluation.json` and `evaluation.html`.
 
     Args:
         name: of the run.
         data: of the training data, where they were read.
     """
-    advice = advise(
-        evaluation,
-        leakage=leakage,
-        data=data,
-        best_of_n=best_of_n,
-        failed_texts=scored.failed_texts,
-        cut_pairs=used.left_out.cut,
-    )
     report = EvaluationReport(
         name=name,
         model=model,
@@ -183,7 +176,7 @@ def write_report(
         benchmarks=benchmarks,
         best_of_n=best_of_n,
         checks=checks,
-        advice=advice,
+        findings=findings,
         verdict=verdict,
         wall_s=wall_s,
     )

@@ -24,7 +24,7 @@ NUM_EXAMPLES = 5
 
 
 @dataclass(frozen=True)
-class Finding:
+class Matches:
     """Pairs of which something is true.
 
     Attributes:
@@ -49,10 +49,10 @@ class Leakage:
         prompts: the prompt was.
     """
 
-    pairs: Finding
-    texts: Finding
-    responses: Finding
-    prompts: Finding
+    pairs: Matches
+    texts: Matches
+    responses: Matches
+    prompts: Matches
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,10 +156,10 @@ def hash_pairs(pairs: Sequence[PreferencePair]) -> PairHashes:
     )
 
 
-def find(places: Sequence[str], found: NDArray[np.bool_]) -> Finding:
+def find(places: Sequence[str], found: NDArray[np.bool_]) -> Matches:
     """The pairs that a mask `[P]` picks out."""
     count = int(found.sum())
-    return Finding(count, count / len(places), tuple(places[index] for index in np.flatnonzero(found)[:NUM_EXAMPLES]))
+    return Matches(count, count / len(places), tuple(places[index] for index in np.flatnonzero(found)[:NUM_EXAMPLES]))
 
 
 def normalised(text: str) -> str:

@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from rlhf_ray.reward.judge import plots
 from rlhf_ray.reward.judge.accuracy import StratumAccuracy
-from rlhf_ray.reward.judge.advice import CALIBRATION_EXCESS, HIGH_OVERPAYMENT, interval_text, percent
 from rlhf_ray.reward.judge.benchmarks.cases import BenchmarkResult
-from rlhf_ray.reward.judge.data_report import DataReport, LengthReport, SetReport, warnings
+from rlhf_ray.reward.judge.data_report import DataReport, LengthReport, SetReport
 from rlhf_ray.reward.judge.evaluation import PairEvaluation
+from rlhf_ray.reward.judge.findings import interval_text, percent
 from rlhf_ray.reward.judge.gate import CHANCE, Verdict
-from rlhf_ray.reward.judge.leakage import Finding, Leakage
+from rlhf_ray.reward.judge.leakage import Leakage, Matches
 from rlhf_ray.reward.judge.plots import LabelledEstimate, Reference
 from rlhf_ray.reward.judge.report import EvaluationReport
 from rlhf_ray.tracking.report import Headline, render_page
@@ -68,7 +68,6 @@ class Banner:
 
     title: str
     text: str
-    reasons: tuple[str, ...]
     tone: str
 
 
@@ -96,7 +95,7 @@ def write_page(path: Path, report: EvaluationReport) -> None:
         about=_about(report),
         verdict=_banner(report.verdict),
         headlines=_headlines(report),
-        advice=report.advice,
+        findings=report.findings,
         sections=[section for section in sections if section is not None],
     )
     write_atomic(path, page)
@@ -115,23 +114,30 @@ def _about(report: EvaluationReport) -> str:
 
 def _banner(verdict: Verdict | None) -> Banner:
     if verdict is None:
-        return Banner("Not judged", "The release gate was not asked; --gate asks it.", (), "open")
+        return Banner("Not judged", "The release gate was not asked; --gate asks it.", "open")
     if verdict.released:
-        return Banner("Released", "Every threshold of the gate holds and every integrity check passed.", (), "good")
+        return Banner("Released", "Every threshold of the gate holds and every integrity check passed.", "good")
+    names = ", ".join(dict.fromkeys(line.partition(":")[0] for line in verdict.refusals))
     count = len(verdict.refusals)
-    text = f"{'One reason' if count == 1 else f'{count} reasons'} not to train a policy with this reward model:"
-    return Banner("Refused", text, verdict.refusals, "bad")
+    text = (
+        f"{'One reason' if count == 1 else f'{count} reasons'} not to train a policy with this reward model: {names}."
+    )
+    return Banner("Refused", f"{text} What was found, and what to change, comes first below.", "bad")
 
 
 def _headlines(report: EvaluationReport) -> list[Headline]:
     pairs, ceiling, votes = report.pairs, report.pairs.ceiling.accuracy, report.pairs.vote_accuracy
     accuracy, overpaid = pairs.accuracy, pairs.length.overpayment.share
+    grave = {finding.name for finding in report.findings if finding.severity in ("refusal", "high")}
+
+    def tone(name: str) -> str:
+        return "bad" if name in grave else ""
+
     range_text = (
         "no interval"
         if accuracy.low is None or accuracy.high is None
         else f"{100 * accuracy.low:.1f}–{100 * accuracy.high:.1f} %"
     )
-    chance = accuracy.low is None or accuracy.low <= CHANCE
     found = [
         Headline(
             "Accuracy",
@@ -142,14 +148,14 @@ def _headlines(report: EvaluationReport) -> list[Headline]:
                 if ceiling is None or votes is None
                 else f"{percent(votes)} of single votes, where the raters' ceiling is {percent(ceiling)}"
             ),
-            "bad" if chance else "",
+            tone("accuracy"),
         ),
         Headline(
             "Calibration error",
             f"{pairs.scaled.ece:.3f}",
             f"scaled by T = {pairs.temperature.temperature:.2f}; floor {pairs.scaled.floor.mean:.3f}; "
             f"{pairs.calibration.ece:.3f} as it is",
-            "bad" if (pairs.scaled.excess.value or 0.0) > CALIBRATION_EXCESS else "",
+            tone("calibration"),
         ),
     ]
     if overpaid.value is not None:
@@ -158,7 +164,7 @@ def _headlines(report: EvaluationReport) -> list[Headline]:
                 "Overpaid for length",
                 percent(overpaid.value),
                 f"{interval_text(overpaid)} of a typical score difference",
-                "bad" if overpaid.value > HIGH_OVERPAYMENT else "",
+                tone("length"),
             )
         )
     if report.leakage is not None:
@@ -168,7 +174,7 @@ def _headlines(report: EvaluationReport) -> list[Headline]:
                 "Leaked pairs",
                 f"{texts.count:,}",
                 f"{percent(texts.share)} hold a text from training",
-                "bad" if texts.count else "",
+                tone("leakage"),
             )
         )
     if report.best_of_n is not None:
@@ -400,26 +406,26 @@ def _integrity(report: EvaluationReport) -> Section | None:
 
 
 def _data(report: EvaluationReport) -> Section | None:
-    tables, notes = [], []
+    tables = []
     if report.failures:
         rows = tuple(Row((f"{count:,}", cause)) for cause, count in report.failures.items())
         tables.append(Table(f"{report.failed_texts:,} texts without a score", ("texts", "cause"), rows))
     if report.data is not None:
-        notes = list(warnings(report.data))
         tables.append(_sets(report.data))
     leakage = report.leakage or (None if report.data is None else report.data.leakage)
     if leakage is not None:
         tables.append(_leakage(leakage))
-    if report.cut_pairs:
-        notes.append(f"{report.cut_pairs:,} of the pairs here were cut at the front.")
-    if not tables and not notes:
+    if not tables:
         return None
-    return Section("Data", "What the model was trained on and judged by.", (), tuple(tables), tuple(notes))
+    about = "What the model was trained on and judged by."
+    if report.cut_pairs:
+        about += f" {report.cut_pairs:,} of the pairs here were cut at the front."
+    return Section("Data", about, (), tuple(tables))
 
 
 def _leakage(leakage: Leakage) -> Table:
-    def row(name: str, finding: Finding) -> Row:
-        return Row((name, f"{finding.count:,}", percent(finding.share), "; ".join(finding.examples) or "–"))
+    def row(name: str, found: Matches) -> Row:
+        return Row((name, f"{found.count:,}", percent(found.share), "; ".join(found.examples) or "–"))
 
     rows = (
         row("the whole pair", leakage.pairs),
@@ -433,7 +439,7 @@ def _leakage(leakage: Leakage) -> Table:
 def _sets(data: DataReport) -> Table:
     sets = [data.training] if data.held_out is None else [data.training, data.held_out]
 
-    def finding(found: Finding) -> str:
+    def matches(found: Matches) -> str:
         return f"{found.count:,} ({percent(found.share)})" if found.count else "0"
 
     def length(found: LengthReport | None) -> str:
@@ -451,8 +457,8 @@ def _sets(data: DataReport) -> Table:
         ("left out: gap, too long", [f"{each.left_out.small_gap:,}, {each.left_out.too_long:,}" for each in sets]),
         ("cut", [f"{each.left_out.cut:,}" for each in sets]),
         ("ties, soft labels", [f"{each.ties:,}, {each.soft_labels:,}" for each in sets]),
-        ("duplicates", [finding(each.duplicates) for each in sets]),
-        ("contradictions", [finding(each.contradictions) for each in sets]),
+        ("duplicates", [matches(each.duplicates) for each in sets]),
+        ("contradictions", [matches(each.contradictions) for each in sets]),
         ("preferred and other: tokens", [length(each.tokens) for each in sets]),
         ("preferred and other: characters", [length(each.characters) for each in sets]),
         ("longer one preferred", [interval_text((each.tokens or each.characters).longer_preferred) for each in sets]),

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from rlhf_ray.reward.core.checks import Check
-from rlhf_ray.reward.judge.advice import Advice
 from rlhf_ray.reward.judge.benchmarks.cases import BenchmarkResult
 from rlhf_ray.reward.judge.data_report import DataReport
 from rlhf_ray.reward.judge.evaluation import PairEvaluation
+from rlhf_ray.reward.judge.findings import Finding
 from rlhf_ray.reward.judge.gate import Verdict
 from rlhf_ray.reward.judge.leakage import Leakage
 
@@ -36,7 +36,7 @@ class EvaluationReport:
         benchmarks: published ones.
         best_of_n: the reward model under a policy.
         checks: of its integrity.
-        advice: what to change, the most important first.
+        findings: what to change, the most important first.
         verdict: of the release gate; None where it was not asked.
         wall_s: duration of the run, with the training where there was one.
     """
@@ -53,7 +53,7 @@ class EvaluationReport:
     benchmarks: tuple[BenchmarkResult, ...]
     best_of_n: BestOfNReport | None
     checks: tuple[Check, ...]
-    advice: tuple[Advice, ...]
+    findings: tuple[Finding, ...]
     verdict: Verdict | None
     wall_s: float
 

@@ -15,9 +15,10 @@ from rlhf_ray.reward.core.ensemble import fit_member_scale
 from rlhf_ray.reward.core.reference_scores import ReferenceScores
 from rlhf_ray.reward.core.scorer import RewardScorer, ScoredTexts
 from rlhf_ray.reward.judge import data_report
+from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.bias import overpayment
 from rlhf_ray.reward.judge.evaluation import PairEvaluation
-from rlhf_ray.reward.judge.gate import GateFigures, Verdict, judge
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict
 from rlhf_ray.reward.judge.groups import Groups
 from rlhf_ray.reward.judge.inputs import TrainingInputs, UsedPairs, layout_of, read_training_inputs
 from rlhf_ray.reward.judge.judging import (
@@ -103,8 +104,8 @@ def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracke
             tracker.display.message(f"left out: {message}")
         if read.num_skipped > len(read.bad_rows.messages):
             tracker.display.message(f"left out: {read.num_skipped} rows of {name} in all")
-    for warning in data_report.warnings(report):
-        tracker.display.message(f"look: {warning}")
+    for finding in data_report.data_findings(report):
+        tracker.display.message(f"look: {finding.line} → {finding.lever}")
     return report
 
 
@@ -186,13 +187,21 @@ def _judge(
     model = str(folder.reward_model)
     card = _write(with_figures(card, evaluation), folder)
     checks: tuple[Check, ...] = ()
-    verdict: Verdict | None = None
     if config.gate.enabled:
         tracker.phase("checking the reward model's integrity")
         texts = probe_texts(held_out, config.gate.probes)
         checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, folder.logs)
-        figures = GateFigures.of(evaluation, len(held_out.pairs), data.leakage)
-        verdict = judge(figures, checks, config.gate)
+    findings = find(
+        evaluation,
+        GateFigures.of(evaluation, len(held_out.pairs), data.leakage),
+        gate=config.gate if config.gate.enabled else None,
+        checks=checks,
+        leakage=data.leakage,
+        data=data,
+        cut_pairs=held_out.left_out.cut,
+    )
+    verdict = Verdict.of(findings) if config.gate.enabled else None
+    if verdict is not None:
         card = _write(card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}), folder)
         tracker.events.write("judged", released=verdict.released, refusals=list(verdict.refusals))
     report = write_report(
@@ -206,6 +215,7 @@ def _judge(
         leakage=data.leakage,
         data=data,
         checks=checks,
+        findings=findings,
         verdict=verdict,
         wall_s=tracker.wall_s,
     )
