@@ -390,8 +390,12 @@ PREFERENCE = {
     "probability": 0.25,
     "score_a": 1,
     "score_b": 2,
+    "attributes_a": {},
+    "attributes_b": {},
     "disagreement_a": 0,
     "disagreement_b": 0.5,
+    "num_tokens_a": 3,
+    "num_tokens_b": 4,
     "truncated": False,
 }
 LISTED = {

@@ -9,7 +9,7 @@ from scipy.stats import ks_2samp
 from rlhf_ray.config.serving import DriftSettings
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.reward.core.reference_scores import Distribution, ReferenceScores
-from rlhf_ray.reward.serve.drift import DriftWatch, compare, psi, psi_limit
+from rlhf_ray.reward.serve.drift import DriftWatch, compare
 
 Texts = tuple[np.ndarray, np.ndarray]
 
@@ -27,20 +27,17 @@ def reference_of(count: int = 2000, key: int = 0) -> ReferenceScores:
 def test_false_alarms_are_as_rare_as_they_may_be():
     # Each reference is drawn too, as in training; 4,000 windows. 3.1 standard errors are allowed above the rate.
     rate, windows = 0.02, 4000
-    alarms, passed = np.zeros(2), np.zeros(2)
+    alarms = np.zeros(2)
     for number in range(windows // 10):
         reference = reference_of(1000, number)
         watch = DriftWatch(reference, DriftSettings(window_texts=500, false_alarm_rate=rate))
         for found in watch.add(*draw(keyed_generator(0, "live", number), 5000)):
             alarms += [found.score.alarm, found.length.alarm]
-            passed += [found.score.psi > found.score.psi_limit, found.length.psi > found.length.psi_limit]
         assert watch.windows == 10
     allowed = rate / 2 * windows + 3.1 * (rate / 2 * windows) ** 0.5
     assert alarms.sum() <= rate * windows + 3.1 * (rate * windows) ** 0.5
     assert (alarms <= allowed).all()
     assert alarms.min() > 0
-    assert (passed <= allowed).all()
-    assert (passed >= rate / 4 * windows).all()
 
 
 @pytest.mark.parametrize(("quantity", "change"), [("score", {"shift": 0.39}), ("length", {"scale": 1.2})])
@@ -67,7 +64,7 @@ def test_the_distance_is_that_of_two_samples_without_ties_but_for_the_points_lef
 @pytest.mark.parametrize("live", [3.0, 5.0])
 def test_a_reference_of_one_value_knows_other_values(live: float):
     found = compare(np.full(500, live), Distribution.of(np.full(500, 4.0)), 500, 0.01)
-    assert (found.ks, found.alarm, found.psi, found.psi_limit) == (1.0, True, 0.0, 0.0)
+    assert (found.ks, found.alarm) == (1.0, True)
     assert not compare(np.full(500, 4.0), Distribution.of(np.full(500, 4.0)), 500, 0.01).alarm
 
 
@@ -77,15 +74,7 @@ def test_texts_cut_where_others_ended_just_before_are_told_apart():
     live = np.where(reference == 512, 505.0, reference)
     found = compare(live, Distribution.of(reference), 1000, 0.001)
     assert found.ks == pytest.approx(np.mean(reference == 512))
-    assert found.psi > found.psi_limit
-
-
-def test_psi_in_closed_form():
-    assert psi([0.5, 0.5], [50, 50]) == 0.0
-    assert psi([0.5, 0.5], [75, 25]) == pytest.approx(0.25 * np.log(1.5) + 0.25 * np.log(2))
-    assert psi([0.5, 0.5], [100, 0]) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(0.5 / 0.005))
-    # The median of χ² with two degrees of freedom is 2 ln 2.
-    assert psi_limit(3, 100, 300, 0.5) == pytest.approx(2 * np.log(2) * (1 / 100 + 1 / 300))
+    assert found.alarm
 
 
 def test_windows_are_disjoint_however_the_texts_arrive():

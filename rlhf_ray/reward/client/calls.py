@@ -11,9 +11,9 @@ import uuid
 from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from rlhf_ray.reward.client.errors import (
     InvalidAnswer,
@@ -22,6 +22,18 @@ from rlhf_ray.reward.client.errors import (
     TooLarge,
     Unscorable,
     VersionChanged,
+)
+from rlhf_ray.reward.client.schema import (
+    Answer,
+    AnsweringModel,
+    Item,
+    ModelList,
+    Preference,
+    PreferenceAnswer,
+    Received,
+    Reward,
+    RewardAnswer,
+    ServedModel,
 )
 
 OnTooLong = Literal["default", "fail", "truncate"]
@@ -74,87 +86,7 @@ class ResponsePair:
 RewardItem = PromptResponse | Messages | Text | TokenIds
 
 
-class _Received(BaseModel):
-    """A part of an answer: exactly typed, finite, and free to have more fields than are known here."""
-
-    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
-
-
-class AnsweringModel(_Received):
-    """The model behind an answer.
-
-    Attributes:
-        version: of its weights and everything else that a score depends on.
-        temperature: σ(Δ/T) of a difference of scores is the calibrated preference probability.
-        attributes: names of what it scores.
-    """
-
-    name: str
-    version: str
-    temperature: float
-    attributes: tuple[str, ...]
-
-
-class Reward(_Received):
-    """What the model says of one text.
-
-    Attributes:
-        score: on the model's raw scale (logits).
-        attributes: score of each attribute, on the raw scale.
-        disagreement: standard deviation over the members of an ensemble, in the unit of the score; 0 for one member.
-        num_tokens: as scored.
-        truncated: whether the text was cut.
-    """
-
-    score: float
-    attributes: dict[str, float]
-    disagreement: float
-    num_tokens: int
-    truncated: bool
-
-
-class Preference(_Received):
-    """What the model says of two responses.
-
-    Attributes:
-        probability: calibrated probability that people prefer response a.
-        score_a, score_b: on the model's raw scale.
-        disagreement_a, disagreement_b: as in `Reward`.
-        truncated: whether one of the texts was cut.
-    """
-
-    probability: Annotated[float, Field(ge=0, le=1)]
-    score_a: float
-    score_b: float
-    disagreement_a: float
-    disagreement_b: float
-    truncated: bool
-
-
-class ServedModel(_Received):
-    """A model of the service; `rlhf_ray.reward.serve.exchange.ModelInfo` as clients see it."""
-
-    id: str
-    version: str
-    role: Literal["live", "shadow"]
-    share: float
-    temperature: float
-    attributes: tuple[str, ...]
-    num_members: int
-    max_length: int
-
-
-Item = TypeVar("Item", Reward, Preference)
 Result = TypeVar("Result")
-
-
-class _Answer(_Received, Generic[Item]):
-    model: AnsweringModel
-    items: tuple[Item, ...]
-
-
-class _ModelList(_Received):
-    data: tuple[ServedModel, ...]
 
 
 @dataclass(frozen=True)
@@ -210,7 +142,7 @@ Flow = Generator[Call, bytes, Result]
 def ask_models() -> Flow[tuple[ServedModel, ...]]:
     """The models of the service."""
     call = _get("/v1/models")
-    return _parsed(_ModelList, (yield call), call.request_id).data
+    return _parsed(ModelList, (yield call), call.request_id).data
 
 
 def ask_health() -> Flow[None]:
@@ -222,7 +154,7 @@ def ask_rewards(
     items: Sequence[RewardItem], model: str | None, on_too_long: OnTooLong, max_items: int
 ) -> Flow[Rewards]:
     """A reward for every item, or the failure of the first that has none."""
-    flow = _scored(_Answer[Reward], "/v1/reward", items, model, {"on_too_long": on_too_long}, max_items, keep=False)
+    flow = _scored(RewardAnswer, "/v1/reward", items, model, {"on_too_long": on_too_long}, max_items, keep=False)
     served, outcomes = yield from flow
     assert served is not None, "what cannot be scored was to be raised"
     return Rewards(served, tuple(reward for reward in outcomes if isinstance(reward, Reward)))
@@ -232,21 +164,21 @@ def ask_each_reward(
     items: Sequence[RewardItem], model: str | None, on_too_long: OnTooLong, max_items: int
 ) -> Flow[EachReward]:
     """For every item a reward or its failure."""
-    flow = _scored(_Answer[Reward], "/v1/reward", items, model, {"on_too_long": on_too_long}, max_items, keep=True)
+    flow = _scored(RewardAnswer, "/v1/reward", items, model, {"on_too_long": on_too_long}, max_items, keep=True)
     return EachReward(*(yield from flow))
 
 
 def ask_preferences(pairs: Sequence[ResponsePair], model: str | None, max_items: int) -> Flow[Preferences]:
     """The preference of every pair."""
     # A pair is two texts.
-    flow = _scored(_Answer[Preference], "/v1/preference", pairs, model, {}, max(1, max_items // 2), keep=False)
+    flow = _scored(PreferenceAnswer, "/v1/preference", pairs, model, {}, max(1, max_items // 2), keep=False)
     served, outcomes = yield from flow
     assert served is not None, "what cannot be scored was to be raised"
     return Preferences(served, tuple(pair for pair in outcomes if isinstance(pair, Preference)))
 
 
 def _scored(
-    answer_type: type[_Answer[Item]],
+    answer_type: type[Answer[Item]],
     path: str,
     items: Sequence[RewardItem] | Sequence[ResponsePair],
     model: str | None,
@@ -268,7 +200,7 @@ def _scored(
 
 
 def _scored_by_one(
-    answer_type: type[_Answer[Item]],
+    answer_type: type[Answer[Item]],
     path: str,
     items: Sequence[RewardItem] | Sequence[ResponsePair],
     model: str | None,
@@ -322,7 +254,7 @@ def _scored_by_one(
     return served, tuple(outcomes[row] for row in range(len(items)))
 
 
-Part = TypeVar("Part", bound=_Received)
+Part = TypeVar("Part", bound=Received)
 
 
 def _parsed(part: type[Part], content: bytes, request_id: str) -> Part:

@@ -17,9 +17,9 @@ import numpy as np
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.reward.client.calls import ServedModel
 from rlhf_ray.reward.client.clients import PromptResponse, RewardClient
 from rlhf_ray.reward.client.errors import RewardServiceError, Unauthorized
+from rlhf_ray.reward.client.schema import ServedModel
 from rlhf_ray.reward.core.scorer import Conversation
 from rlhf_ray.reward.core.texts import ResponseReader
 from rlhf_ray.rollout import RewardColumn, Rollout

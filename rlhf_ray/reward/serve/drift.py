@@ -1,9 +1,7 @@
 """Whether live traffic still looks like what a reward model was judged on.
 
 A window of live texts is compared with the reference in two quantities, the score and the length. For each the
-Kolmogorov–Smirnov test decides; with α the false-alarm rate of a comparison, it alarms at p < α/2 (Bonferroni). The
-population stability index is what dashboards show; its limit beside it is passed just as rarely where nothing has
-changed.
+Kolmogorov–Smirnov test decides; with α the false-alarm rate of a comparison, it alarms at p < α/2 (Bonferroni).
 
 The rate is what it says under three conditions, and they shape this module. Windows are disjoint: a rolling window
 looked at each second would be thousands of looks at the same texts. A text counts once in a window: 64 clients that
@@ -19,14 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import kolmogorov
-from scipy.stats import chi2
 
 from rlhf_ray.config.serving import DriftSettings
 from rlhf_ray.reward.core.reference_scores import Distribution, ReferenceScores
 
 _QUANTITIES = 2
-_BINS = 10
-_SMALLEST_BIN = 0.5 / _BINS
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,6 @@ class Comparison:
         mean, reference_mean, reference_std: in the unit of the quantity.
         ks: largest distance of the cumulative distributions at the reference's points, in [0, 1].
         p_value: of such a distance, or a larger one, where nothing has changed.
-        psi: population stability index, in nats.
-        psi_limit: what the index passes as rarely as the alarm is raised where nothing has changed; 0 where the
-            reference is a single value, which the index says nothing of.
         alarm: the distance is larger than chance allows.
     """
 
@@ -50,8 +42,6 @@ class Comparison:
     reference_std: float
     ks: float
     p_value: float
-    psi: float
-    psi_limit: float
     alarm: bool
 
 
@@ -65,31 +55,6 @@ class Drift:
     @property
     def alarm(self) -> bool:
         return self.score.alarm or self.length.alarm
-
-
-def psi(reference_fractions: ArrayLike, live_counts: ArrayLike) -> float:
-    """Population stability index Σ (p − q) ln(p / q) of live shares p and reference shares q, in nats.
-
-    An empty live bin counts as half a text: the logarithm stays finite.
-
-    Args:
-        reference_fractions: `[B]`, all above 0, adding up to 1.
-        live_counts: `[B]` texts.
-    """
-    reference, counts = np.asarray(reference_fractions, np.float64), np.asarray(live_counts, np.float64)
-    live = counts / counts.sum()
-    share = np.maximum(counts, 0.5) / counts.sum()
-    return float(((live - reference) * np.log(share / reference)).sum())
-
-
-def psi_limit(num_bins: int, live_texts: int, reference_texts: int, false_alarm_rate: float) -> float:
-    """What the index passes at a given rate where both samples come from one distribution.
-
-    PSI ≈ χ²(B − 1) · (1/n + 1/m), Yurdakul (2018), "Statistical properties of population stability index".
-    """
-    if num_bins < 2:
-        return 0.0
-    return float(chi2.isf(false_alarm_rate, num_bins - 1) * (1 / live_texts + 1 / reference_texts))
 
 
 def compare(
@@ -111,8 +76,6 @@ def compare(
     live_shares = np.searchsorted(np.sort(values), points, side="right") / count
     distance = float(np.abs(live_shares - shares).max())
     p_value = float(kolmogorov(np.sqrt(count * reference_texts / (count + reference_texts)) * distance))
-    edges = _bin_edges(shares)
-    fractions, live_fractions = (np.diff(each[edges], prepend=0.0, append=1.0) for each in (shares, live_shares))
     return Comparison(
         texts=count,
         mean=float(values.mean()),
@@ -120,26 +83,8 @@ def compare(
         reference_std=reference.std,
         ks=distance,
         p_value=p_value,
-        psi=psi(fractions, np.rint(live_fractions * count)),
-        psi_limit=psi_limit(len(fractions), count, reference_texts, false_alarm_rate),
         alarm=p_value < false_alarm_rate,
     )
-
-
-def _bin_edges(shares: NDArray[np.float64]) -> list[int]:
-    """Upper ends of all bins but the last, as indices of the reference's points.
-
-    Bins hold a tenth of the reference; less, but half of that, at the end and before a value that is as frequent.
-    """
-    steps = np.diff(shares, append=1.0)
-    edges: list[int] = []
-    below = 0.0
-    for index, (share, step) in enumerate(zip(shares, steps, strict=True)):
-        wanted = _SMALLEST_BIN if step >= _SMALLEST_BIN else 1 / _BINS
-        if share - below >= wanted - 1e-9 and 1 - share >= _SMALLEST_BIN - 1e-9:
-            edges.append(index)
-            below = float(share)
-    return edges
 
 
 @dataclass(frozen=True, eq=False)

@@ -299,7 +299,6 @@ class ServiceMonitor:
                     "version": model.version,
                     "quantity": quantity,
                     "texts": now.texts if now else 0,
-                    "psi": now.psi if now else None,
                     "ks": now.ks if now else None,
                     "p_value": now.p_value if now else None,
                     "alarm": bool(watch.latest and getattr(watch.latest, quantity).alarm),

@@ -57,13 +57,12 @@ def _candidates(status: dict[str, Any]) -> Table:
 
 
 def _drift(status: dict[str, Any]) -> Table:
-    table = Table("model", "quantity", "texts", "PSI", "KS", "p", "windows", "alarms", "", title="drift from training")
+    table = Table("model", "quantity", "texts", "KS", "p", "windows", "alarms", "", title="drift from training")
     for row in status["drift"]:
         table.add_row(
             row["model"],
             row["quantity"],
             f"{row['texts']:,}",
-            _figure(row["psi"], ".3f"),
             _figure(row["ks"], ".3f"),
             _figure(row["p_value"], ".2g"),
             str(row["windows"]),

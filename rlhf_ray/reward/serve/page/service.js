@@ -94,7 +94,7 @@ function showHeadline({ replicas, series, drift }) {
 function driftInWords(drift, alarms) {
   if (alarms.length) return [`${alarms.length} alarm${alarms.length > 1 ? "s" : ""}`, alarms.map((row) => `${row.quantity} of ${row.model}`).join(", ")];
   if (!drift.length) return ["–", "no reference to compare with"];
-  if (drift.some((row) => row.psi === null)) return ["–", "too few texts yet"];
+  if (drift.some((row) => row.ks === null)) return ["–", "too few texts yet"];
   return ["none", "like the training data"];
 }
 
@@ -129,11 +129,11 @@ function showDrift(drift) {
   $("drift-part").hidden = !drift.length;
   $("drift").replaceChildren(...drift.map((row) => {
     const facts = [
-      ["PSI", short(row.psi)], ["KS", short(row.ks)], ["p-value", short(row.p_value, 2)], ["Texts compared", count(row.texts)],
+      ["KS", short(row.ks)], ["p-value", short(row.p_value, 2)], ["Texts compared", count(row.texts)],
       ["Windows so far", count(row.windows)], ["Alarms so far", count(row.alarms)],
     ];
     const entries = facts.map(([name, value]) => html("div", { children: [html("dt", { text: name }), html("dd", { text: value })] }));
-    const verdict = row.alarm ? badge("alarm", "bad") : row.psi === null ? badge("too few texts yet", "warn") : badge("as in training", "good");
+    const verdict = row.alarm ? badge("alarm", "bad") : row.ks === null ? badge("too few texts yet", "warn") : badge("as in training", "good");
     const title = html("h4", { children: [`${row.quantity === "score" ? "Score" : "Length"} of ${row.model}`, version(row.version), verdict] });
     const words = html("div", { children: [title, html("dl", { children: entries })] });
     const bars = row.histogram ? [histogram(row.histogram, row.quantity)] : [];

@@ -6,8 +6,8 @@ from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import StrictBool, StrictInt
-from typing_extensions import TypedDict
 
+from rlhf_ray.reward.client.schema import AnsweringModel, Preference, PreferenceAnswer, Reward, RewardAnswer
 from rlhf_ray.reward.client.service_errors import ApiError
 from rlhf_ray.reward.serve.exchange import ModelInfo, ScoreInput, Service
 from rlhf_ray.reward.serve.wire.bodies import Several, Strict, read_body, scored, sigmoid
@@ -70,54 +70,6 @@ class PreferenceRequest(Strict):
     on_too_long: OnTooLong = "default"
 
 
-class AnsweringModel(TypedDict):
-    """The model that scored all items; σ(Δ / `temperature`) of two scores is a calibrated probability."""
-
-    name: str
-    version: str
-    temperature: float
-    attributes: list[str]
-
-
-class RewardRow(TypedDict):
-    """What the model says of an item (`Score`)."""
-
-    score: float
-    attributes: dict[str, float]
-    disagreement: float
-    num_tokens: int
-    truncated: bool
-
-
-class RewardAnswer(TypedDict):
-    """Scores in the order of the items."""
-
-    model: AnsweringModel
-    items: list[RewardRow]
-
-
-class PreferenceRow(TypedDict):
-    """`probability` that people prefer response a, and what the model says of both."""
-
-    probability: float
-    score_a: float
-    score_b: float
-    attributes_a: dict[str, float]
-    attributes_b: dict[str, float]
-    disagreement_a: float
-    disagreement_b: float
-    num_tokens_a: int
-    num_tokens_b: int
-    truncated: bool
-
-
-class PreferenceAnswer(TypedDict):
-    """Preferences in the order of the items."""
-
-    model: AnsweringModel
-    items: list[PreferenceRow]
-
-
 def routes(service: Service) -> APIRouter:
     """`/v1/reward` and `/v1/preference`."""
     router = APIRouter(tags=["rlhf_ray"])
@@ -130,17 +82,8 @@ def routes(service: Service) -> APIRouter:
         first = body.items[0] if body.items else None
         sticky = sticky_key(first.prompt) if isinstance(first, Turn) else None
         answer = await service.score(inputs, model=body.model, sticky=sticky)
-        items = [
-            RewardRow(
-                score=score.score,
-                attributes=score.attributes,
-                disagreement=score.disagreement,
-                num_tokens=score.num_tokens,
-                truncated=score.truncated,
-            )
-            for score in answer.scores
-        ]
-        return scored(RewardAnswer(model=_model(answer.model), items=items), answer)
+        rewards = tuple(Reward.model_construct(**vars(score)) for score in answer.scores)
+        return scored(RewardAnswer(model=_model(answer.model), items=rewards), answer)
 
     @router.post("/v1/preference", response_model=PreferenceAnswer)
     async def preference(request: Request) -> Response:
@@ -158,8 +101,8 @@ def routes(service: Service) -> APIRouter:
             # The service counts texts, and an item has two.
             index = None if error.index is None else error.index // 2
             raise ApiError(error.type, error.message, index=index, retry_after_s=error.retry_after_s) from None
-        items = [
-            PreferenceRow(
+        preferences = tuple(
+            Preference.model_construct(
                 probability=sigmoid((a.score - b.score) / answer.model.temperature),
                 score_a=a.score,
                 score_b=b.score,
@@ -172,8 +115,8 @@ def routes(service: Service) -> APIRouter:
                 truncated=a.truncated or b.truncated,
             )
             for a, b in zip(answer.scores[::2], answer.scores[1::2], strict=True)
-        ]
-        return scored(PreferenceAnswer(model=_model(answer.model), items=items), answer)
+        )
+        return scored(PreferenceAnswer(model=_model(answer.model), items=preferences), answer)
 
     return router
 
@@ -194,5 +137,5 @@ def _with(given: ScoreInput, on_too_long: OnTooLong) -> ScoreInput:
 
 def _model(model: ModelInfo) -> AnsweringModel:
     return AnsweringModel(
-        name=model.name, version=model.version, temperature=model.temperature, attributes=list(model.attributes)
+        name=model.name, version=model.version, temperature=model.temperature, attributes=model.attributes
     )
