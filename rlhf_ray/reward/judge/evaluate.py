@@ -24,6 +24,7 @@ from rlhf_ray.reward.judge.inputs import UsedPairs, read_pairs
 from rlhf_ray.reward.judge.judging import (
     build_scorers,
     check_integrity,
+    check_vllm,
     integrity_requests,
     judge_pairs,
     probe_texts,
@@ -62,6 +63,8 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         Refused: with `gate`, after the report was written.
     """
     check_folder(config)
+    if gate:
+        check_vllm(config.gate)
     texts = read_texts(config.model, "model", config.scorer)
     card = texts.card
     used = read_pairs(config.pairs, "pairs.path", texts, config.scorer.on_too_long, "scorer")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
 from rlhf_ray.config.settings import ClusterSettings, RewardSettings, ScorerSettings
-from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.checks import Check, vllm_check
@@ -50,6 +51,16 @@ def integrity_requests(settings: ScorerSettings, gate: GateSettings) -> list[Rol
     one = settings.model_copy(update={"replicas": 1})
     roles = ["inspector", "pooling-engine"] if gate.vllm else ["inspector"]
     return [RoleRequest(role, "scorer", one) for role in roles]
+
+
+def check_vllm(gate: GateSettings) -> None:
+    """See that vLLM is there where the gate asks for its opinion.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if gate.vllm and find_spec("vllm") is None:
+        raise BadInput("gate.vllm", "true, and vLLM is not installed", "vLLM (the extra `cpu` or `gpu`), or false")
 
 
 def reward_settings(model: str, settings: ScorerSettings) -> RewardSettings:

@@ -24,6 +24,7 @@ from rlhf_ray.reward.judge.inputs import TrainingInputs, UsedPairs, layout_of, r
 from rlhf_ray.reward.judge.judging import (
     build_scorers,
     check_integrity,
+    check_vllm,
     integrity_requests,
     judge_pairs,
     probe_texts,
@@ -64,6 +65,8 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
         Refused: the model is written, and the release gate refused it.
     """
     check_folder(config, resume)
+    if config.gate.enabled and config.held_out is not None:
+        check_vllm(config.gate)
     inputs = read_training_inputs(config)
     layout = layout_of(inputs.attributes, config.ensemble)
     steps = steps_per_member(config, len(inputs.training.pairs)) * len(layout.folders)
