@@ -1,4 +1,4 @@
-"""What each extra promises works where nothing else is installed: the client, a reward model, the judge, the service."""
+"""What each extra promises works where nothing else is installed: client, reward model, judgement, service."""
 
 import os
 import subprocess
