@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from rlhf_ray.reward.client.calls import Messages, PromptResponse, ResponsePair, Text, TokenIds
 from rlhf_ray.reward.client.clients import AsyncRewardClient, RewardClient
+from rlhf_ray.reward.client.schema import Messages, PromptResponse, ResponsePair, Text, TokenIds
 
 __all__ = [
     "AsyncRewardClient",

@@ -1,10 +1,63 @@
-"""What the reward service answers on its own routes: written by the service, read by the client."""
+"""What a client asks of the reward service, and what it is answered: written by the service, read by the client."""
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, Literal, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from rlhf_ray.reward.client.errors import RewardServiceError
+
+OnTooLong = Literal["default", "fail", "truncate"]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptResponse:
+    """A prompt (text, or chat messages that the model's own template renders) and a response to it."""
+
+    prompt: str | Sequence[Message]
+    response: str
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A conversation that ends with the response."""
+
+    messages: Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prompt and response as one text.
+
+    Attributes:
+        templated: a chat template has written the special tokens already.
+    """
+
+    text: str
+    templated: bool = False
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """A text as the model is to be given it, special tokens included."""
+
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ResponsePair:
+    """Two responses to one prompt."""
+
+    prompt: str | Sequence[Message]
+    response_a: str
+    response_b: str
+
+
+RewardItem = PromptResponse | Messages | Text | TokenIds
 
 
 class Received(BaseModel):
@@ -103,3 +156,31 @@ class ModelList(Received):
     """What `/v1/models` answers."""
 
     data: tuple[ServedModel, ...]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards in the order of the items, all of one version of one model."""
+
+    model: AnsweringModel
+    items: tuple[Reward, ...]
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preferences in the order of the pairs, all of one version of one model."""
+
+    model: AnsweringModel
+    items: tuple[Preference, ...]
+
+
+@dataclass(frozen=True)
+class EachReward:
+    """For each item its reward, or why it has none.
+
+    Attributes:
+        model: None where not one item was scored.
+    """
+
+    model: AnsweringModel | None
+    outcomes: tuple[Reward | RewardServiceError, ...]

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.reward.client.clients import PromptResponse, RewardClient
+from rlhf_ray.reward.client import PromptResponse, RewardClient
 from rlhf_ray.reward.client.errors import RewardServiceError, Unauthorized
 from rlhf_ray.reward.client.schema import ServedModel
 from rlhf_ray.reward.core.scorer import Conversation
