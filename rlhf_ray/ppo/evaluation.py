@@ -128,7 +128,7 @@ def before_file(config: PPOConfig, inputs: Inputs) -> str:
         "max_response_tokens": config.sampling.max_response_tokens,
         "judge": config.evaluation.judge,
         "reward": config.reward.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s"}),
-        "reward_version": inputs.reward_card and inputs.reward_card.version,
+        "reward_version": inputs.reward.card and inputs.reward.card.version,
     }
     key = hashlib.blake2b(json.dumps(follows_from, sort_keys=True).encode(), digest_size=6).hexdigest()
     return f"held_out_before-{key}.jsonl"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlhf_ray.config.settings import PPOConfig, PromptSettings, RewardSettings
+from rlhf_ray.config.settings import PPOConfig, PromptSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
-from rlhf_ray.data.rows import RowError
-from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
     check_language_model,
     check_packed_rows,
@@ -17,9 +14,7 @@ from rlhf_ray.models.loading import (
     load_policy_tokenizer,
     read_model_facts,
 )
-from rlhf_ray.reward.core.card import RewardModelCard
-from rlhf_ray.reward.core.remote_scorer import check_reward_service
-from rlhf_ray.reward.core.texts import RewardTexts
+from rlhf_ray.reward.core.source import RewardSource
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Inputs:
         context_tokens: longest prompt and response together.
         prompts: to train on.
         held_out: to judge on, or None.
-        reward_card: of the reward model, or None; a service keeps its own.
+        reward: where the rewards come from.
         trunk_sharers: see `trunk_sharers`.
     """
 
@@ -39,7 +34,7 @@ class Inputs:
     context_tokens: int
     prompts: PromptSet
     held_out: PromptSet | None
-    reward_card: RewardModelCard | None
+    reward: RewardSource
     trunk_sharers: frozenset[str] = frozenset()
 
 
@@ -67,7 +62,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
             check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
-    reward = _read_reward_model(config.reward)
+    reward = RewardSource.read(config.reward)
     wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
 
     def prompts(settings: PromptSettings, key: str) -> PromptSet:
@@ -87,11 +82,12 @@ def read_inputs(config: PPOConfig) -> Inputs:
         context_tokens=min(facts.context_tokens, wanted),
         prompts=prompts(config.prompts, "prompts.path"),
         held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
-        reward_card=reward and reward.card,
+        reward=reward,
         trunk_sharers=trunk_sharers(config, facts.num_layers),
     )
-    if reward is not None:
-        _check_chat_template(reward, (inputs.prompts, inputs.held_out), config.reward.model)
+    for chosen in (inputs.prompts, inputs.held_out):
+        first_chat = [prompt.messages for prompt in chosen or () if prompt.messages is not None][:1]
+        reward.check_prompts(first_chat)
     return inputs
 
 
@@ -114,34 +110,3 @@ def trunk_sharers(config: PPOConfig, num_layers: int) -> frozenset[str]:
         return frozenset({"policy"})
     same = (critic.model or policy.model, critic.learner.dtype, critic.learner.gpus > 0) == wanted
     return frozenset({"policy", "critic"}) if same else frozenset({"policy"})
-
-
-def _check_chat_template(reward: RewardTexts, prompt_sets: Iterable[PromptSet | None], model: str) -> None:
-    """See that the reward model can be shown chat messages, by the first ones of each set."""
-    for prompts in prompt_sets:
-        chat = next((prompt.messages for prompt in prompts or () if prompt.messages is not None), None)
-        if chat is None:
-            continue
-        try:
-            reward.encode_turn(chat, "Yes.")
-        except RowError as problem:
-            raise BadInput(
-                "reward.model",
-                f"'{model}' cannot be shown the prompts, which are chat messages: {problem.found}",
-                problem.allowed,
-            ) from None
-
-
-def _read_reward_model(settings: RewardSettings) -> RewardTexts | None:
-    """The model that scores here; None where a service does, which has been asked whether it is there."""
-    if settings.url is not None:
-        check_reward_service(settings)
-        return None
-    texts = RewardTexts.read(settings.model, settings.max_length)
-    if texts.card is not None and texts.card.released is False and settings.require_release:
-        raise BadInput(
-            "reward.model",
-            f"'{settings.model}' was refused by the release gate ({texts.card.refusals[0]})",
-            "a released reward model, or reward.require_release: false",
-        )
-    return texts

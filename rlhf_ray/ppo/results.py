@@ -44,8 +44,8 @@ def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, sna
         "steps": rows[-1]["step"],
         "samples": rows[-1]["samples"],
     }
-    if inputs.reward_card is not None:
-        summary["reward_model"] = inputs.reward_card.evaluation
+    if inputs.reward.card is not None:
+        summary["reward_model"] = inputs.reward.card.evaluation
     pairs = []
     if inputs.held_out is not None:
         tracker.phase("judging the policy after training")

@@ -5,34 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
 from rlhf_ray.config.settings import ActorSettings, PPOConfig
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.reward.core.evaluator import Evaluator
-from rlhf_ray.reward.core.remote_scorer import RemoteScorer, service_token
-from rlhf_ray.reward.core.scorer import Conversation, RewardScorer
+from rlhf_ray.reward.core.protocol import Scorer
 from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.rollout import RewardColumn, Rollout
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
 from rlhf_ray.runtime.learner_group import ranks
 
 _EVALUATOR = ActorSettings(cpus=0.05)
-
-
-class Scorer(Protocol):
-    """What the loop knows of a reward model."""
-
-    def score(self, rollout: Rollout, prompts: dict[int, Conversation]) -> RewardColumn:
-        """A score, or the cause why there is none, for every sample of a shard."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -119,12 +109,7 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
     answers = roles.generators.build(
         partial(Generator, policy.model, config.generator, inputs.context_tokens, inputs.eos_token_id, config.weights)
     )
-    if config.reward.url is not None:
-        # The token is read here: the processes of the cluster may have neither the file nor the variable.
-        token = service_token(config.reward.token_file)
-        answers += roles.scorers.build(partial(RemoteScorer, config.reward, policy.model, token))
-    else:
-        answers += roles.scorers.build(partial(RewardScorer, config.reward, policy.model))
+    answers += roles.scorers.build(inputs.reward.constructor(policy.model))
     answers += roles.policy.build(
         *(
             partial(

@@ -15,8 +15,8 @@ from rlhf_ray.config.settings import SamplingSettings
 from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.metrics import StepClock, StepHeaders
-from rlhf_ray.ppo.roles import Roles, Scorer
-from rlhf_ray.reward.core.scorer import Conversation
+from rlhf_ray.ppo.roles import Roles
+from rlhf_ray.reward.core.protocol import Conversation, Scorer
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport

@@ -16,6 +16,7 @@ from rlhf_ray.ppo.evaluation import before_file
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import conversations
+from rlhf_ray.reward.core.source import RewardSource
 from rlhf_ray.runtime.run import write_state
 from rlhf_ray.tracking.run_folder import RunFolder
 from tests.conftest import REPOSITORY
@@ -31,7 +32,8 @@ def prompt(index: int, text: str = "I think", **more: Any) -> Prompt:
 
 def inputs_of(*prompts: Prompt) -> Inputs:
     held_out = PromptSet(prompts or [prompt(0)], BadRows("fail", "evaluation.prompts.on_bad_row"))
-    return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, reward_card=None)
+    reward = RewardSource(config_of().reward, texts=None)
+    return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, reward=reward)
 
 
 @pytest.fixture

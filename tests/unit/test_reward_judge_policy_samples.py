@@ -18,7 +18,7 @@ from rlhf_ray.data.prompts import load_prompts
 from rlhf_ray.failures import BadInput
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.reward.core.encoding import Encoded, RewardEncoding
-from rlhf_ray.reward.core.scorer import Conversation
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.judge.policy_samples import (
     BestOfNReport,
     PolicySamples,

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.failures import BadInput, FailureKind, classify
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.remote_scorer import RemoteScorer, check_reward_service
-from rlhf_ray.reward.core.scorer import Conversation, RewardScorer
+from rlhf_ray.reward.core.scorer import RewardScorer
 from tests.loopback import serving
 from tests.making import SCORE_ROUNDING, rollout_of
 

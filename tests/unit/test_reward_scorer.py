@@ -14,7 +14,8 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation
-from rlhf_ray.reward.core.scorer import Conversation, RewardScorer
+from rlhf_ray.reward.core.protocol import Conversation
+from rlhf_ray.reward.core.scorer import RewardScorer
 from tests.making import HIDDEN_SIZE, SCORE_ROUNDING, rollout_of, rounding
 from tests.planting import copied, write_encoder
 

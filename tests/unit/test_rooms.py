@@ -58,3 +58,9 @@ def test_a_room_imports_only_from_those_below_it(room: str):
         if room_of(module) not in MAY_IMPORT[room] | {room}
     }
     assert not strangers
+
+
+def test_the_loop_knows_of_the_reward_only_where_it_comes_from_and_how_it_is_asked():
+    known = {f"rlhf_ray.reward.core.{name}" for name in ("protocol", "source", "evaluator")}
+    used = {module for file in (PACKAGE / "ppo").rglob("*.py") for module in imports(file) if ".reward." in module}
+    assert used <= known

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.reward.core.scorer import Conversation
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn
 
 Judge = Literal["none", "vader"]

@@ -20,7 +20,7 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.client import PromptResponse, RewardClient
 from rlhf_ray.reward.client.errors import RewardServiceError, Unauthorized
 from rlhf_ray.reward.client.schema import ServedModel
-from rlhf_ray.reward.core.scorer import Conversation
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.texts import ResponseReader
 from rlhf_ray.rollout import RewardColumn, Rollout
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +17,12 @@ from rlhf_ray.reward.core.card import ScoreAggregation
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.loading import load_reward_network, padded_width
 from rlhf_ray.reward.core.network import RewardNetwork, takes_packed_rows
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.texts import ResponseReader, RewardTexts, SharedIds
 from rlhf_ray.rollout import RewardColumn, Rollout
 
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
 """Of a forward pass, where the settings do not say: on a CPU more are no faster and take more memory."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A prompt as its row had it: text, or chat messages.
-
-    Attributes:
-        text: of the prompt; chat messages as the policy's template renders them.
-        messages: the chat messages, or None for a text.
-        label: the row's `label`, such as the right answer, or None. For scorers that check responses; a reward model
-            has no use for it.
-    """
-
-    text: str
-    messages: tuple[dict[str, Any], ...] | None = None
-    label: object | None = None
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from rlhf_ray.models.loading import (
 )
 from rlhf_ray.reward.core.encoding import Encoded, RewardEncoding
 from rlhf_ray.reward.core.evaluator import vader_judge
-from rlhf_ray.reward.core.scorer import Conversation
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.judge.best_of_n import (
     BestOfNCurve,
     OverOptimisation,
