@@ -50,7 +50,7 @@ class RewardSource:
     @property
     def card(self) -> RewardModelCard | None:
         """Of the model; None where there is none, or a service keeps its own."""
-        return self.texts and self.texts.card
+        return None if self.texts is None else self.texts.card
 
     def check_prompts(self, conversations: Iterable[Sequence[dict[str, Any]]]) -> None:
         """See that the model can be shown chat messages; a service has its own ways.
