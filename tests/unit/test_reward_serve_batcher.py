@@ -14,8 +14,8 @@ import pytest
 
 from rlhf_ray.config.serving import BatchingSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
-from rlhf_ray.reward.core.texts import Encoded
 from rlhf_ray.reward.serve.batcher import BatchRecord, MicroBatcher, ScoredBatch, gather_rows
 from rlhf_ray.reward.serve.exchange import ModelInfo
 from rlhf_ray.reward.serve.model_table import LoadedModel, Weights

@@ -22,8 +22,8 @@ from rlhf_ray.config.serving import (
 )
 from rlhf_ray.data.presets import prepare
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
-from rlhf_ray.reward.core.texts import Encoded
 from rlhf_ray.reward.serve.audit import AuditRecord
 from rlhf_ray.reward.serve.batcher import MicroBatcher, ScoredBatch
 from rlhf_ray.reward.serve.context import REQUEST, RequestContext
