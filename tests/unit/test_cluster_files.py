@@ -84,7 +84,7 @@ def test_pods_share_storage_and_have_a_token_and_whole_nodes(document):
 
 @BY_KIND
 def test_ray_version_is_the_one_that_the_package_depends_on(document):
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["full"]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["judge"]
     [found] = [match for line in dependencies if (match := re.match(r"ray\[.*\]>=([\d.]+),<([\d.]+)$", line))]
     low, high = (tuple(map(int, bound.split("."))) for bound in found.groups())
     assert low <= tuple(map(int, ray_spec(document)["rayVersion"].split("."))) < high

@@ -40,7 +40,7 @@ def test_sound_models_are_released(model: Model, votes: int):
     ("model", "reason"),
     [
         (flipped, "accuracy: "),
-        (length_only, "length: between responses of the same length"),
+        (length_only, "length: Between responses of the same length"),
         (paying_for("lengths", 0.6), "length: "),
         (uneven(4.0), "calibration: "),
     ],

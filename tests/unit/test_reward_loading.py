@@ -130,6 +130,8 @@ def with_template(tiny: Path, folder: Path, template: str | None, eos_token: str
     tokenizer.chat_template = template
     if eos_token is not None:
         tokenizer.add_special_tokens({"eos_token": eos_token})
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"vocab_size": len(tokenizer)}))
     tokenizer.save_pretrained(model)
     return model
 

@@ -174,7 +174,8 @@ def test_a_pause_is_waited_out_and_a_longer_one_is_the_fleets(
     service.plan.extend([error(503, "unavailable", "it is starting")] * 2)
     assert scorer.score(sampled(policy_tokenizer), TEXTS).ok.all()
     service.plan.extend([error(503, "unavailable", "it is starting")] * 1000)
-    with pytest.raises(ConnectionError) as caught:
+    # The last attempt is cut off by the deadline, or refused just before it.
+    with pytest.raises((ConnectionError, TimeoutError)) as caught:
         scorer.score(sampled(policy_tokenizer), TEXTS)
     assert classify(caught.value) is FailureKind.INFRASTRUCTURE
 
