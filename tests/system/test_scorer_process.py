@@ -12,8 +12,8 @@ from ray.exceptions import RayTaskError
 
 from rlhf_ray.config.serving import BatchingSettings, ServedModelSettings, ServedScorerSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
-from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.core.encoding import Encoded
+from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.serve.batcher import MicroBatcher, ScoredBatch
 from rlhf_ray.reward.serve.model_table import LoadedModel, ModelTable, Weights, read_table
 from rlhf_ray.reward.serve.scorer_process import ScorerHost, ScorerProcess, reward_settings
