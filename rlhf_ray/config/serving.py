@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from rlhf_ray.config.settings import (
     Fraction,
@@ -18,6 +18,18 @@ from rlhf_ray.config.settings import (
 )
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+CallerName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+SHORTEST_TOKEN = 16
+
+
+def _token(token: str) -> str:
+    if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
+        # Said without the token: it ends up on terminals and in logs.
+        raise ValueError(f"a token of {len(token)} characters, or with others than printable ASCII")
+    return token
+
+
+Token = Annotated[str, AfterValidator(_token)]
 
 
 class ModelSettings(Settings):
@@ -60,6 +72,19 @@ class ServedScorerSettings(ScorerSettings):
         return self
 
 
+class CallerSettings(Settings):
+    """One caller of the service; its key in `endpoint.token_file` is its name."""
+
+    tokens: Annotated[tuple[Token, ...], Field(min_length=1)] = Field(
+        description="Its bearer tokens; each is good. `serve-rm` itself uses the first one of the first caller."
+    )
+    max_texts: PositiveInt | None = Field(
+        None,
+        description="Texts that it may have under way in a replica; what goes beyond is refused with 429 and "
+        "`Retry-After`. A request counts as one text until it is read. Empty: no limit of its own.",
+    )
+
+
 class EndpointSettings(Settings):
     """Where the service listens, and who may ask it."""
 
@@ -69,8 +94,10 @@ class EndpointSettings(Settings):
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port to listen at.")
     token_file: str | None = Field(
         None,
-        description="File with the bearer token. Without it the token is read from the environment variable "
-        "`RLHF_RAY_TOKEN`. Requests bring it as `Authorization: Bearer`, or as the password in the URL.",
+        description="File with the bearer token on one line, or YAML or JSON with the tokens and the limit of each "
+        "caller by name (see serving.md); read again when it changes. Without it the token is read from the "
+        "environment variable `RLHF_RAY_TOKEN`. Requests bring it as `Authorization: Bearer`, or as the password in "
+        "the URL.",
     )
     start_timeout_s: PositiveFloat = Field(300.0, description="How long the service may take until it scores.")
     drain_timeout_s: PositiveFloat = Field(

@@ -86,12 +86,16 @@ def test_a_process_takes_only_the_weights_that_were_read_and_a_model_that_is_los
         assert again.rows[0][0].scores == before.rows[0][0].scores
         with pytest.raises(RayTaskError, match="holds version"):
             await process.load(Weights(other.path, "a-version-of-before", ()))
+        process.check([model.key, "another"])
         with pytest.raises(ApiError):
             await batcher.score(model, [([DEADLY], False)])
+        with pytest.raises(ApiError, match="other weights"):
+            process.check([model.key])
         with pytest.raises(ApiError) as caught:
             await batcher.score(model, [([11, 12], False)])
         assert caught.value.type is ErrorType.UNAVAILABLE
         await process.load(other)
+        process.check([other.key])
         scored = (await process.score(other.key, [([11, 12], False)])).scored
         assert scored.version == other.version
         assert scored.scores[0] == pytest.approx(2 * before.rows[0][0].scores[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -31,12 +32,14 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.presets import prepare
 from rlhf_ray.reward.client import RewardClient, Text
 from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.serve.audit import verified_records
 from rlhf_ray.reward.serve.deploy import write_serve_config
+from rlhf_ray.reward.serve.front import OPEN_PATHS
 from tests.planting import copied, edit_weights
 from tests.system.chromium import Browser
 from tests.system.commands import Command, run, start, wait_until
 
-TOKEN = "a-token-of-24-characters"
+TOKEN, OTHER_TOKEN = "a-token-of-24-characters", "another-of-24-characters"
 TEXTS = [
     f"The {kind} film was {what} in part {number}."
     for number in range(4)
@@ -74,7 +77,7 @@ class Running:
     def again(self, *overrides: str, status: int = 0, name: str = "again") -> Command:
         """The same command once more, with other settings."""
         arguments = ["serve-rm", str(self.config), *overrides]
-        command = run(arguments, self.folder / f"{name}.out", CHANGE_S, RLHF_RAY_TOKEN=TOKEN)
+        command = run(arguments, self.folder / f"{name}.out", CHANGE_S)
         assert command.process.returncode == status, command.stderr
         return command
 
@@ -99,14 +102,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "run": {"name": "tiny-service"},
         "paths": {"runs": str(folder / "runs")},
         "models": {"main": {"path": str(models["first"])}},
-        "endpoint": {"port": port},
+        "endpoint": {"port": port, "token_file": str(folder / "tokens.yaml")},
         "limits": {"max_queued_requests": 48, "max_texts": 64, "max_body_bytes": 200000},
         "candidates": {"min_texts": 100},
         "audit": {"enabled": True, "texts": "full"},
         "cluster": {"object_store_gib": 0.2, "num_cpus": 2},
     }
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command = start(["serve-rm", str(config)], folder / "service.out", RLHF_RAY_TOKEN=TOKEN)
+    callers = {"tests": {"tokens": [TOKEN]}, "other": {"tokens": [OTHER_TOKEN], "max_texts": 64}}
+    (folder / "tokens.yaml").write_text(yaml.safe_dump(callers, sort_keys=False), encoding="utf-8")
+    command = start(["serve-rm", str(config)], folder / "service.out")
     running = Running(f"http://127.0.0.1:{port}", port, config, models, command, folder)
 
     def is_up() -> bool:
@@ -170,7 +175,7 @@ def test_nobody_gets_in_without_the_token_and_the_id_is_echoed(service: Running)
     with httpx.Client(base_url=service.url) as client:
         for path, operations in paths.items():
             for method in operations:
-                wanted = 200 if path.startswith("/health") else 401
+                wanted = 200 if path in OPEN_PATHS else 401
                 assert client.request(method, path, json={}).status_code == wanted, path
         answer = client.get("/v1/models", headers={"X-Request-Id": "mine", "Authorization": f"Bearer {TOKEN}"})
     assert answer.headers.get_list("X-Request-Id") == ["mine"]
@@ -376,10 +381,20 @@ def test_the_page_compares_two_responses(service: Running):
         assert not browser.problems
 
 
-def test_the_audit_log_is_replayed_to_the_bit(service: Running):
+def test_the_audit_log_names_callers_and_is_replayed_to_the_bit(service: Running):
     texts = [f"{text} Once more." for text in TEXTS]
-    httpx.post(f"{service.with_token}/get_reward", json={"query": texts}, timeout=30).raise_for_status()
+    for token, share in ((TOKEN, texts[:-3]), (OTHER_TOKEN, texts[-3:])):
+        headers = {"Authorization": f"Bearer {token}", "X-Request-Id": f"once-more-{len(share)}"}
+        answer = httpx.post(f"{service.url}/get_reward", json={"query": share}, headers=headers, timeout=30)
+        answer.raise_for_status()
+    counted = re.findall(r'rlhf_ray_caller_texts_total\{caller="(\w+)",replica="[^"]*"\} ([0-9.]+)', _metrics(service))
+    assert {name: float(count) >= 3 for name, count in counted} == {"tests": True, "other": True}
     folder, heads = service.folder / "runs" / "tiny-service" / "audit", service.folder / "heads.json"
+
+    def logged() -> bool:
+        return sum(path.read_bytes().count(b'"once-more-') for path in folder.glob("*.jsonl")) == len(texts)
+
+    wait_until(logged, 10, "the records")
 
     def noted() -> bool:
         heads.write_text(json.dumps(service.get("/v1/service")))
@@ -387,6 +402,12 @@ def test_the_audit_log_is_replayed_to_the_bit(service: Running):
 
     wait_until(noted, 10, "the log's heads")
     copy = shutil.copytree(folder, service.folder / "audit-copy")
+    callers = Counter(
+        (record.request_id, record.caller)
+        for _, record in verified_records(copy)
+        if record.request_id.startswith("once-more-")
+    )
+    assert callers == {(f"once-more-{len(texts) - 3}", "tests"): len(texts) - 3, ("once-more-3", "other"): 3}
     models = [f"models.{name}={{path: {path}, shadow: true}}" for name, path in service.models.items()]
     replayed = service.again(*models, "--replay", str(copy), "--heads", str(heads), name="replay")
     number, _, rest = replayed.stdout.strip().partition(" ")
@@ -408,7 +429,7 @@ def test_the_serve_config_is_one_that_serve_takes(service: Running, tmp_path: Pa
 def test_a_port_in_use_and_an_open_address_are_refused_before_anything_starts(service: Running, tmp_path: Path):
     for overrides, cause in (
         (["run.name=other"], "endpoint.port"),
-        (["run.name=other", "endpoint.host=0.0.0.0"], "endpoint.host"),
+        (["run.name=other", "endpoint.host=0.0.0.0", "endpoint.token_file=null"], "endpoint.host"),
     ):
         environment = {name: value for name, value in os.environ.items() if name != "RLHF_RAY_TOKEN"}
         command = [os.sys.executable, "-m", "rlhf_ray", "serve-rm", str(service.config), *overrides]

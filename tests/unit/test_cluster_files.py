@@ -26,13 +26,20 @@ def documents() -> Iterator[dict[str, Any]]:
         yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
 
 
+KINDS = ("RayCluster", "RayJob", "RayService")
+
+
 def ray_spec(document: dict[str, Any]) -> dict[str, Any]:
     spec = document["spec"]
-    return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
-RAY_DOCUMENTS = [document for document in documents() if document["kind"] in ("RayCluster", "RayJob")]
-BY_KIND = pytest.mark.parametrize("document", RAY_DOCUMENTS, ids=lambda document: document["kind"])
+def by_kind(*kinds: str) -> pytest.MarkDecorator:
+    found = [document for document in RAY_DOCUMENTS if document["kind"] in kinds]
+    return pytest.mark.parametrize("document", found, ids=lambda document: document["kind"])
+
+
+RAY_DOCUMENTS = [document for document in documents() if document["kind"] in KINDS]
 
 
 def closed(schema: Any) -> Any:
@@ -47,11 +54,11 @@ def closed(schema: Any) -> Any:
     return result
 
 
-def test_kuberay_has_a_cluster_and_a_job():
-    assert sorted(document["kind"] for document in RAY_DOCUMENTS) == ["RayCluster", "RayJob"]
+def test_kuberay_has_a_cluster_a_job_and_a_service():
+    assert sorted(document["kind"] for document in RAY_DOCUMENTS) == sorted(KINDS)
 
 
-@BY_KIND
+@by_kind(*KINDS)
 def test_manifest_is_valid_against_the_custom_resource_definition(document):
     path = CRDS / f"ray.io_{document['kind'].lower()}s.yaml"
     if not path.exists():
@@ -61,7 +68,7 @@ def test_manifest_is_valid_against_the_custom_resource_definition(document):
     jsonschema.Draft7Validator(closed(version["schema"]["openAPIV3Schema"])).validate(document)
 
 
-@BY_KIND
+@by_kind("RayCluster", "RayJob")
 def test_pods_share_storage_and_have_a_token_and_whole_nodes(document):
     claims = [each["metadata"]["name"] for each in documents() if each["kind"] == "PersistentVolumeClaim"]
     spec = ray_spec(document)
@@ -82,7 +89,7 @@ def test_pods_share_storage_and_have_a_token_and_whole_nodes(document):
     assert workers["replicas"] == workers["minReplicas"] == workers["maxReplicas"]
 
 
-@BY_KIND
+@by_kind(*KINDS)
 def test_ray_version_is_the_one_that_the_package_depends_on(document):
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["judge"]
     [found] = [match for line in dependencies if (match := re.match(r"ray\[.*\]>=([\d.]+),<([\d.]+)$", line))]

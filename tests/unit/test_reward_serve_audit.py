@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.serve import application
 from rlhf_ray.reward.serve.application import AuditQueue
-from rlhf_ray.reward.serve.audit import AuditLog, AuditRecord, Head, text_hash, verified_records, verify
+from rlhf_ray.reward.serve.audit import AuditLog, AuditRecord, Head, LoggedScore, text_hash, verified_records, verify
 from rlhf_ray.reward.serve.audit_replay import replay
 
 SCORES = [0.1, -1e-300, 1 / 3, 5e-324, -0.0, 123456789.123456789]
@@ -55,6 +56,22 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path):
     assert found[1].text_hash == hmac.digest(b"", struct.pack("<3I", 1, 7, 2**31), "sha256").hex()
     [path] = files(tmp_path)
     assert [place for place, _ in verified_records(tmp_path)] == [f"{path}:{line}" for line in range(2, 8)]
+
+
+def test_the_caller_is_in_the_chain_and_a_line_without_one_is_of_an_earlier_log(tmp_path: Path):
+    record = replace(records(1)[0], caller="trainer")
+    with AuditLog(tmp_path, AuditSettings(), "replica") as log:
+        log.append([record, replace(record, caller=None)])
+    assert [found.caller for _, found in verified_records(tmp_path)] == ["trainer", None]
+    [path] = files(tmp_path)
+    assert b'"caller":"trainer",' in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b'"trainer"', b'"another"'))
+    with pytest.raises(BadInput, match="the hash is wrong"):
+        verify(tmp_path)
+    _, body, _ = path.read_bytes().splitlines()
+    values = json.loads(body)
+    del values["caller"], values["hash"]
+    assert LoggedScore.model_validate_json(json.dumps(values)).caller is None
 
 
 def test_token_ids_are_kept_only_when_asked_for(tmp_path: Path):
@@ -418,13 +435,14 @@ def test_a_score_that_differs_in_the_last_bit_is_reported(scorer: RewardScorer, 
     score = float(scorer.score_tokens([token_ids]).scores[0])
     other = float(np.nextafter(score, np.inf))
     with AuditLog(tmp_path, AuditSettings(texts="full"), "replica") as log:
-        log.append([AuditRecord("r0", "main", scorer.version, token_ids, False, other, True)])
-        log.append([AuditRecord("r1", "main", "gone", token_ids, False, score, True)])
+        log.append([AuditRecord("r0", "main", scorer.version, token_ids, False, other, True, "trainer")])
+        log.append([AuditRecord("r1", "main", "gone", token_ids, False, score, True, "reporter")])
         log.append([AuditRecord("r2", "main", scorer.version, token_ids, False, score, False)])
     report = replay(tmp_path, {scorer.version: scorer})
     [difference] = report.differences
     assert (difference.logged, difference.replayed, difference.request_id) == (other, score, "r0")
     assert difference.place.endswith(".jsonl:2")
+    assert (difference.caller, *(each.caller for each in report.not_replayed)) == ("trainer", "reporter", None)
     gone, other_mode = (each.cause for each in report.not_replayed)
     assert gone == "no model of version gone"
     assert "batch_invariant false" in other_mode

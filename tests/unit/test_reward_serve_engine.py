@@ -4,14 +4,22 @@ tokenizer and limits are those of the tiny reward model."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from ray.serve._private import tracing_utils
+from ray.serve.schema import TracingConfig
 
 from rlhf_ray.config.serving import (
     BatchingSettings,
@@ -26,11 +34,17 @@ from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.serve.audit import AuditRecord
 from rlhf_ray.reward.serve.batcher import MicroBatcher, ScoredBatch
-from rlhf_ray.reward.serve.context import REQUEST, RequestContext
+from rlhf_ray.reward.serve.context import REQUEST, Caller, RequestContext
 from rlhf_ray.reward.serve.engine import RewardEngine
 from rlhf_ray.reward.serve.exchange import ScoreInput
-from rlhf_ray.reward.serve.model_table import Weights
+from rlhf_ray.reward.serve.front import Front, Fronted
+from rlhf_ray.reward.serve.model_table import ModelTable, Weights
 from rlhf_ray.reward.serve.observations import Observer
+from rlhf_ray.reward.serve.probes import probe_routes
+from rlhf_ray.reward.serve.traces import record_parts
+from rlhf_ray.reward.serve.wire import add_routes
+
+TOKEN = "a-token-of-24-characters"
 
 
 class StubProcess:
@@ -41,6 +55,8 @@ class StubProcess:
         self.open.set()
         self.loaded: list[str] = []
         self.broken: set[str] = set()
+        self.lost = False
+        self.forward_passes = 0
 
     async def load(self, weights: Weights) -> None:
         if weights.key not in self.loaded:
@@ -49,7 +65,12 @@ class StubProcess:
     async def keep_only(self, keys: Sequence[str]) -> None:
         self.loaded = [key for key in self.loaded if key in keys]
 
+    def check(self, keys: Iterable[str]) -> None:
+        if self.lost or not set(keys) & set(self.loaded):
+            raise ApiError(ErrorType.UNAVAILABLE, "the model is lost")
+
     async def score(self, key: str, texts: Sequence[Encoded]) -> ScoredBatch:
+        self.forward_passes += 1
         await self.open.wait()
         sums = np.array([float(sum(token_ids)) for token_ids, _ in texts])
         if any(name in key for name in self.broken):
@@ -112,6 +133,40 @@ def test_limits_are_refused_with_their_type(tiny):
         assert len((await engine.score(texts("a", "b", "c"))).scores) == 3
 
     run(tiny, test, max_texts=3, max_tokens=31)
+
+
+def test_a_caller_has_so_many_texts_under_way_and_is_named_in_the_audit(tiny):
+    audited: list[AuditRecord] = []
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        observer.audit = audited.extend
+        caller = Caller("one", max_texts=4)
+
+        async def ask(*values: str) -> int:
+            REQUEST.set(RequestContext("request", "own", caller))
+            with caller.holding(1, 1):  # as `Front` does
+                return len((await engine.score(texts(*values))).scores)
+
+        def asked(*values: str) -> asyncio.Task[int]:
+            return asyncio.create_task(ask(*values))
+
+        error = await refused(asked("a", "b", "c", "d", "e"))
+        assert (error.type, error.message) == (ErrorType.TOO_LARGE, "5 texts in one request; at most 4 are taken")
+        process.open.clear()
+        waiting = asked("a", "b", "c")
+        await asyncio.sleep(0)
+        error = await refused(asked("d", "e"))
+        assert (error.type, error.retry_after_s) == (ErrorType.OVER_LIMIT, 9)
+        others = asyncio.create_task(engine.score(texts("f", "g")))
+        last = asked("h")
+        process.open.set()
+        assert (await waiting, await last, len((await others).scores)) == (3, 1, 2)
+        assert await asked("a", "b", "c", "d") == 4
+        assert caller.texts == 0
+        assert observer.metrics.counters["caller_texts"].labels("one")._value.get() == 8
+        assert sorted(str(record.caller) for record in audited) == ["None"] * 2 + ["one"] * 8
+
+    run(tiny, test, retry_after_s=9)
 
 
 def test_a_long_text_is_cut_and_said_or_refused(tiny):
@@ -214,6 +269,44 @@ def test_a_model_that_has_just_scored_needs_no_probe(tiny):
     run(tiny, test)
 
 
+def test_probes_tell_whether_texts_are_scored_and_score_none(tiny):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        limits = LimitSettings(max_queued_requests=2)
+        app = FastAPI()
+        add_routes(app, engine, engine.tokenizing, limits, BatchingSettings())
+        app.include_router(probe_routes(engine.check_ready))
+        transport = httpx.ASGITransport(Fronted(app, Front(observer, TOKEN, limits)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=5) as client:
+
+            async def readiness() -> tuple[int, str | None]:
+                # A replica that is not ready is alive all the same, and no probe needs the token.
+                assert (await client.get("/livez")).json() == {"status": "ok"}
+                answer = await client.get("/readyz")
+                return answer.status_code, answer.json().get("error", {}).get("message")
+
+            process.open.clear()
+            before = process.forward_passes
+            assert await readiness() == (200, None)
+            assert process.forward_passes == before
+            post = functools.partial(client.post, "/get_reward", json={"query": ["a"]}, auth=("x", TOKEN))
+            waiting = [asyncio.ensure_future(post()) for _ in range(2)]
+            while engine.queued_requests < 2:
+                await asyncio.sleep(0)
+            assert (await post()).status_code == 503
+            assert await readiness() == (200, None), "a full queue passes"
+            process.lost = True
+            assert await readiness() == (503, "the model is lost")
+            process.lost = False
+            await engine._batcher.close()
+            assert await readiness() == (503, "the replica is stopping")
+            assert [each.status_code for each in await asyncio.gather(*waiting)] == [503, 503]
+            engine._table = ModelTable(())
+            assert await readiness() == (503, "no model is loaded yet")
+            assert (await client.get("/v1/models")).status_code == 401
+
+    run(tiny, test)
+
+
 def test_a_score_that_is_no_number_is_an_error_and_counted(tiny):
     async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
         process.broken.add("reward_model")
@@ -237,6 +330,49 @@ def test_a_model_that_does_not_score_does_not_replace_one_that_does(tiny, tmp_pa
         process.broken.clear()
         await engine.load([ServedModelSettings(name="main", path=str(other))])
         assert [key.partition("@")[0] for key in process.loaded] == [str(other)]
+
+    run(tiny, test)
+
+
+SPANS = InMemorySpanExporter()
+PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+def spans_in_memory() -> list[SimpleSpanProcessor]:
+    """Serve's exporter here, as `otlp_exporter` is with a collector."""
+    return [SimpleSpanProcessor(SPANS)]
+
+
+def test_a_traced_request_has_its_parts_below_serves_span_below_the_clients(tiny, monkeypatch):
+    monkeypatch.setattr(tracing_utils, "_tracing_enabled", False)
+    path = f"{__name__}:{spans_in_memory.__name__}"
+    tracing_utils.setup_tracing("replica", "id", tracing_config=TracingConfig(enabled=True, exporter_import_path=path))
+
+    async def traced(engine: RewardEngine, kept: bool) -> list[ReadableSpan]:
+        SPANS.clear()
+        # What Serve does with the header of a request; a context of its own, as each request has one.
+        header = {"traceparent": f"00-{'-'.join(PARENT)}-0{kept:d}"}
+        with tracing_utils.TraceContextManager(
+            "request", trace_context=tracing_utils.extract_propagated_context(header)
+        ):
+            await engine.score(texts("a secret text", "b"))
+        return list(SPANS.get_finished_spans())
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        assert [span.name for span in await asyncio.create_task(traced(engine, True))] == ["request"]
+        observer.trace = record_parts
+        assert await asyncio.create_task(traced(engine, False)) == []
+        *parts, request = await asyncio.create_task(traced(engine, True))
+        assert [span.name for span in parts] == ["tokenize", "queue", "compute"]
+        for span in (*parts, request):
+            assert f"{span.context.trace_id:032x}" == PARENT[0]
+        assert f"{request.parent.span_id:016x}" == PARENT[1]
+        assert {span.parent.span_id for span in parts} == {request.context.span_id}
+        assert [span.end_time for span in parts[:2]] == [span.start_time for span in parts[1:]]
+        assert request.start_time <= parts[0].start_time
+        assert parts[-1].end_time <= request.end_time
+        assert (request.attributes["model"], request.attributes["texts"]) == ("main", 2)
+        assert "secret" not in "".join(span.to_json() for span in (*parts, request))
 
     run(tiny, test)
 

@@ -13,22 +13,27 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from rlhf_ray.config.serving import CandidateSettings, LimitSettings
+from rlhf_ray.config.serving import CallerSettings, CandidateSettings, LimitSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.serve.auth import Callers
 from rlhf_ray.reward.serve.front import Front, Fronted, is_local
 from rlhf_ray.reward.serve.observations import Observer
 from rlhf_ray.reward.serve.wire import error_response
 from tests.loopback import serving
 from tests.system.commands import wait_until
 
-TOKEN = "a-token-of-24-characters"
+TOKEN, OTHER_TOKEN = "a-token-of-24-characters", "another-of-24-characters"
 LIMITS = {"max_body_bytes": 1 << 20, "max_held_bytes": 3 << 19, "body_timeout_s": 0.5, "max_queued_requests": 2}
+
+
+def callers_of(document: dict[str, Any]) -> Callers:
+    return Callers(lambda: {name: CallerSettings.model_validate(each) for name, each in document.items()})
 
 
 class Service:
     """An application that says what it was given, and waits where it is asked to."""
 
-    def __init__(self, token: str | None = TOKEN, **limits: Any) -> None:
+    def __init__(self, callers: Callers | None = None, **limits: Any) -> None:
         self.observer = Observer(CandidateSettings(), False)
         self.open = asyncio.Event()
         self.inside = 0
@@ -51,7 +56,8 @@ class Service:
         async def unavailable(request: Request) -> Any:
             return error_response("/v1/reward", ApiError(ErrorType.UNAVAILABLE, "it starts"))
 
-        self.front = Front(self.observer, token, LimitSettings.model_validate({**LIMITS, **limits}))
+        callers = callers or callers_of({"default": {"tokens": [TOKEN]}})
+        self.front = Front(self.observer, callers, LimitSettings.model_validate({**LIMITS, **limits}))
         self.app = Fronted(app, self.front)
 
     def wait_for_requests(self, count: int) -> None:
@@ -125,11 +131,15 @@ def test_headers_that_are_no_text_are_none_of_our_business(line):
 def test_clients_give_serve_no_orders():
     given = {"X-Request-Timeout-Seconds": "0.001", "x-request-disconnect-disabled": "?1"}
     given |= {"serve_multiplexed_model_id": "x"}
+    # Serve would decode it.
+    no_trace = {"traceparent": b"\xff"}
+    traced = {"tracestate": "a=b", "X-Request-Id": "mine"}
     with serving(Service().app) as url:
-        answer = httpx.post(f"{url}/get_reward", json={}, headers={**AUTHORIZED, **given, "X-Request-Id": "mine"})
+        answer = httpx.post(f"{url}/get_reward", json={}, headers={**AUTHORIZED, **given, **no_trace, **traced})
     assert answer.headers.get_list("X-Request-Id") == ["mine"]
     assert answer.json()["headers"]["x-request-id"] == "mine"
-    assert not answer.json()["headers"].keys() & {name.lower() for name in given}
+    assert not answer.json()["headers"].keys() & {name.lower() for name in (*given, *no_trace)}
+    assert answer.json()["headers"]["tracestate"] == "a=b"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +204,49 @@ def test_a_client_that_leaves_gives_its_place_up():
         assert httpx.post(f"{url}/get_reward", content=b"{}", headers=AUTHORIZED).status_code == 200
 
 
+def test_a_caller_over_its_limit_is_refused_unread_and_others_are_not():
+    names = {"busy": OTHER_TOKEN, "calm": TOKEN}
+    service = Service(
+        callers_of({name: {"tokens": [token], "max_texts": 1} for name, token in names.items()}), retry_after_s=7
+    )
+    busy, calm = ({"Authorization": f"Bearer {token}"} for token in names.values())
+
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=10) as client:
+            first = asyncio.create_task(client.post("/get_reward?wait", content=b"{}", headers=busy))
+            await until(lambda: service.inside == 1)
+            for path, error in (
+                ("/get_reward", {"type": "over_limit", "index": None}),
+                ("/classify", {"type": "over_limit", "index": None, "param": None, "code": 429}),
+            ):
+                refused = await client.post(path, content=b"{}", headers=busy)
+                assert (refused.status_code, refused.headers["Retry-After"]) == (429, "7")
+                assert refused.json()["error"].pop("message").startswith("too many texts of 'busy'")
+                assert {**refused.json()["error"], "message": ""} == {**error, "message": ""}
+            tei = await client.post("/predict", content=b"{}", headers=busy)
+            assert (tei.status_code, tei.json()["error_type"]) == (429, "Overloaded")
+            assert service.inside == 1
+            assert (await client.post("/get_reward", content=b"{}", headers=calm)).status_code == 200
+            service.loop.call_soon_threadsafe(service.open.set)
+            assert (await first).status_code == 200
+            assert (await client.post("/get_reward", content=b"{}", headers=busy)).status_code == 200
+
+    with serving(service.app) as url:
+        asyncio.run(ask(url))
+        assert httpx.post(f"{url}/get_reward", content=b"{}").status_code == 401
+    by_caller = {
+        (sample.name, *(sample.labels[name] for name in ("caller", "type") if name in sample.labels)): sample.value
+        for family in service.observer.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name.startswith("rlhf_ray_caller") and sample.name.endswith("_total")
+    }
+    assert by_caller == {
+        ("rlhf_ray_caller_requests_total", "busy"): 5,
+        ("rlhf_ray_caller_requests_total", "calm"): 1,
+        ("rlhf_ray_caller_refusals_total", "busy", "over_limit"): 3,
+    }
+
+
 def test_metrics_have_the_type_that_was_answered():
     service = Service()
     with serving(service.app) as url:
@@ -214,7 +267,7 @@ def test_a_name_that_another_site_could_have_made_is_no_name_of_this_machine(hos
 
 
 def test_without_a_token_pages_of_other_sites_cannot_ask():
-    with serving(Service(token=None).app) as url:
+    with serving(Service(callers_of({})).app) as url:
         for host, status in (("evil.example", 400), ("localhost:8000", 200)):
             answer = httpx.post(f"{url}/get_reward", json={}, headers={"Host": host})
             assert answer.status_code == status

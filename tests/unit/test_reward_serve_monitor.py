@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from rlhf_ray.config.serving import CandidateSettings, DriftSettings, ServedModelSettings
 from rlhf_ray.randomness import keyed_generator
@@ -233,6 +234,40 @@ def test_the_timeline_counts_in_steps():
     assert (series["requests_per_s"], series["refused_per_s"], series["queued"]) == ([5.0, 0.0], [1.0, 0.0], [8.0, 0.0])
     assert series["latency_p50_ms"] == [pytest.approx(LATENCY_EDGES_S[10] * 1000), None]
     assert quantile_ms(latencies, 0.99) == pytest.approx(LATENCY_EDGES_S[30] * 1000)
+
+
+def test_what_only_the_monitor_knows_is_in_the_metrics():
+    service = monitor(MAIN, NEXT)
+    models = (held(MAIN, 1.0, reference=True), held(NEXT, 0.0))
+    scores = SCORES[::4] + 1.0
+    sample = TextSample(scores, LENGTHS[::4], np.arange(len(scores)).astype(np.uint64))
+    service.beat(beat(service.order, models, samples={MAIN_ID: sample}, **shadow_traffic(-1.0)))
+    failed = beat(service.order, models, replica="b")
+    service.beat(replace(failed, order=0, load_failure=(service.order.number, "no such directory")))
+    exposed = service.expositions()
+    assert exposed.keys() == {"a", "b", "monitor"}
+    found = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(exposed["monitor"].decode())
+        for sample in family.samples
+    }
+    assert found["rlhf_ray_replicas", "failing"] == 1
+    assert found["rlhf_ray_model_state", "next", "next-v", "rolled_back"] == 1
+    assert found["rlhf_ray_model_share", "main", "main-v"] == 1
+    assert found["rlhf_ray_drift_alarm", "main", "main-v", "score"] == 1
+    assert found["rlhf_ray_drift_alarm", "length", "main", "main-v"] == 0
+    assert found["rlhf_ray_drift_alarms_total", "main", "main-v"] == 2
+    assert found["rlhf_ray_candidate_sign_flip_rate", "next", "next-v", "shadow"] == 1
+
+
+def test_a_candidate_beside_two_main_models_is_one_sample():
+    service = monitor(MAIN, NEXT)
+    before = service.order
+    service.beat(beat(before, (held(MAIN, 1.0), held(NEXT, 0.0))))
+    service.order_models((MAIN, NEXT))
+    service.beat(beat(service.order, (held(MAIN, 1.0, version="newer"), held(NEXT, 0.0)), replica="b"))
+    assert len(service.status()["candidates"]) == 2
+    assert service.expositions()["monitor"].decode().count("rlhf_ray_candidate_texts{") == 1
 
 
 def test_metrics_of_replicas_are_one_text_with_a_label():

@@ -17,8 +17,9 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from rlhf_ray.config.serving import BatchingSettings, CandidateSettings, LimitSettings
+from rlhf_ray.config.serving import BatchingSettings, CallerSettings, CandidateSettings, LimitSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.serve.auth import Callers
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput, Timings
 from rlhf_ray.reward.serve.front import Front, Fronted
 from rlhf_ray.reward.serve.observations import Observer
@@ -68,7 +69,8 @@ class StubService:
 def application(service: StubService, token: str | None = None) -> Fronted:
     app = FastAPI()
     add_routes(app, service, no_tokenizer, LimitSettings(), BatchingSettings())
-    return Fronted(app, Front(Observer(CandidateSettings(), False), token, LimitSettings(max_body_bytes=200_000)))
+    callers = Callers(lambda: {"one": CallerSettings(tokens=(token,))} if token else {})
+    return Fronted(app, Front(Observer(CandidateSettings(), False), callers, LimitSettings(max_body_bytes=200_000)))
 
 
 async def no_tokenizer(work: Any, model: str | None = None) -> Any:
@@ -334,6 +336,17 @@ def test_overload_is_503_but_for_tei(path, body):
     assert (answer.status_code, answer.headers["Retry-After"]) == (429 if path == "/predict" else 503, "3")
 
 
+@pytest.mark.parametrize(("path", "body"), BODIES.items())
+def test_a_callers_own_limit_is_429_in_the_form_of_overload(path, body):
+    answer = post(path, body, StubService(error=ApiError(ErrorType.OVER_LIMIT, "too many", retry_after_s=3)))
+    overload = post(path, body, StubService(error=OVERLOADED))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (429, "3")
+    expected = overload.json()
+    if path != "/predict":
+        expected["error"] |= {"type": "over_limit"} | ({"code": 429} if "code" in expected["error"] else {})
+    assert answer.json() == expected
+
+
 def test_a_path_of_two_families_answers_each_in_its_words():
     service = StubService(error=OVERLOADED)
     tei = post("/rerank", {"query": "q", "texts": ["a"]}, service)
@@ -390,7 +403,8 @@ def test_no_route_answers_without_the_token():
     assert len(paths) > 15
     unlisted = ("/", "/page/page.js", "/metrics", "/v1/service", "/openapi.json", "/nowhere", "/-/else")
     near_health = ("/health/", "//health", "/Health", "/health/ready/", "/health%2f..%2fmetrics", "/health/../metrics")
-    for path in [*paths, *unlisted, *near_health]:
+    near_probes = ("/livez/", "//livez", "/readyz/metrics", "/Readyz", "/readyz%2f..%2fmetrics", "/readyz/../metrics")
+    for path in [*paths, *unlisted, *near_health, *near_probes]:
         for method in ("GET", "POST", "OPTIONS"):
             for headers in ({}, {"Authorization": "Bearer wrong"}):
                 assert guarded.request(method, path, headers=headers).status_code == 401, (method, path)

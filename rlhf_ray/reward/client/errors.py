@@ -80,7 +80,7 @@ class Unscorable(RewardServiceError):
 
 
 class Overloaded(RewardServiceError, ConnectionError):
-    """Too many requests wait."""
+    """Too many requests wait, or too many of this caller's texts."""
 
     type, may_pass = ErrorType.OVERLOADED, True
 
@@ -124,6 +124,7 @@ _KINDS: dict[ErrorType, type[RewardServiceError]] = {
     ErrorType.TOO_LARGE: TooLarge,
     ErrorType.UNSCORABLE: Unscorable,
     ErrorType.OVERLOADED: Overloaded,
+    ErrorType.OVER_LIMIT: Overloaded,
     ErrorType.UNAVAILABLE: Unavailable,
     ErrorType.DEADLINE: DeadlineExceeded,
     ErrorType.INTERNAL: ServiceFault,

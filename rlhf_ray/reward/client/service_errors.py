@@ -23,6 +23,8 @@ class ErrorType(StrEnum):
     """This text cannot be scored, here or elsewhere (422; on the TEI paths 424)."""
     OVERLOADED = "overloaded"
     """Too many requests wait; try again after `Retry-After` (503; on the TEI paths 429)."""
+    OVER_LIMIT = "over_limit"
+    """The caller has as many texts under way as it may; try again after `Retry-After` (429)."""
     UNAVAILABLE = "unavailable"
     """The service is starting or stopping; try again after `Retry-After` (503)."""
     DEADLINE = "deadline"
@@ -38,6 +40,7 @@ STATUS = {
     ErrorType.TOO_LARGE: 413,
     ErrorType.UNSCORABLE: 422,
     ErrorType.OVERLOADED: 503,
+    ErrorType.OVER_LIMIT: 429,
     ErrorType.UNAVAILABLE: 503,
     ErrorType.DEADLINE: 504,
     ErrorType.INTERNAL: 500,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve._private.tracing_utils import is_tracing_enabled
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -22,7 +24,7 @@ from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.serve.audit import AuditLog, AuditRecord
-from rlhf_ray.reward.serve.auth import read_token
+from rlhf_ray.reward.serve.auth import Callers, read_callers
 from rlhf_ray.reward.serve.batcher import MicroBatcher
 from rlhf_ray.reward.serve.engine import RewardEngine
 from rlhf_ray.reward.serve.exposition import merge_expositions
@@ -32,6 +34,7 @@ from rlhf_ray.reward.serve.monitor import ServiceMonitor
 from rlhf_ray.reward.serve.observations import Observer
 from rlhf_ray.reward.serve.orders import ClusterStore
 from rlhf_ray.reward.serve.page import page_routes
+from rlhf_ray.reward.serve.probes import probe_routes
 from rlhf_ray.reward.serve.scorer_process import ScorerProcess
 from rlhf_ray.reward.serve.traffic import Beat, ModelOrder
 from rlhf_ray.reward.serve.wire import add_routes
@@ -77,14 +80,19 @@ class Replica:
             folder = Path(audit.folder)
             self._audit = AuditQueue(lambda: AuditLog(folder, audit, self._id), lost)
             self._observer.audit = self._audit.put
+        if is_tracing_enabled():
+            from rlhf_ray.reward.serve.traces import record_parts
+
+            self._observer.trace = record_parts
         self._batcher = MicroBatcher(
             self._settings.batching, lambda model, texts: process.score(model.key, texts), self._observer.batch
         )
         self._engine = RewardEngine(
             self._settings.scorer, self._settings.limits, process, self._batcher, self._observer
         )
-        token = read_token(self._settings.endpoint, await _host_of_serve())
-        self._front = Front(self._observer, token, self._settings.limits)
+        endpoint, unusable = self._settings.endpoint, self._observer.metrics.counters["token_file_errors"].inc
+        callers = Callers(partial(read_callers, endpoint, await _host_of_serve()), endpoint.token_file, unusable)
+        self._front = Front(self._observer, callers, self._settings.limits)
         put_in_front(self._front)
         order = await asyncio.wait_for(monitor.order.remote(), _FIRST_ORDER_TIMEOUT_S)
         self._follower = Follower(self._engine)
@@ -95,6 +103,7 @@ class Replica:
         """The application; Serve calls it once the models are loaded."""
         app = FastAPI(title="rlhf_ray reward service", docs_url=None, redoc_url=None)
         add_routes(app, self._engine, self._engine.tokenizing, self._settings.limits, self._settings.batching)
+        app.include_router(probe_routes(self._engine.check_ready))
         app.include_router(self._operations())
         app.include_router(page_routes())
         # Where Serve's own proxy is in front of the replica, nobody else looks at its requests.
@@ -110,6 +119,15 @@ class Replica:
     async def check_health(self) -> None:
         """Serve replaces a replica whose models no longer score."""
         await self._engine.probe(_PROBE_TIMEOUT_S)
+
+    def _exposition(self) -> bytes:
+        try:
+            self._engine.check_ready()
+        except ApiError:
+            ready = False
+        else:
+            ready = True
+        return self._observer.exposition(ready, self._engine.queued_requests, self._process.restarts)
 
     def _operations(self) -> APIRouter:
         router = APIRouter()
@@ -128,8 +146,9 @@ class Replica:
 
         @router.get("/metrics", tags=["operations"])
         async def metrics() -> Response:
-            """Metrics of all replicas for Prometheus; of this one alone while the monitor does not answer."""
-            own = {self._id: self._observer.exposition(self._engine.queued_requests, self._process.restarts)}
+            """Metrics of all replicas and the monitor for Prometheus; of this one alone while the monitor does not
+            answer."""
+            own = {self._id: self._exposition()}
             try:
                 own = {**await self._ask(self._monitor.expositions.remote()), **own}
             except ApiError:
@@ -168,7 +187,7 @@ class Replica:
                 queued=self._engine.queued_requests,
                 age_s=time.time() - self._began,
                 traffic=self._observer.take(),
-                exposition=self._observer.exposition(self._engine.queued_requests, self._process.restarts),
+                exposition=self._exposition(),
                 audit=self._audit.head if self._audit is not None else None,
             )
             try:
@@ -272,7 +291,7 @@ class Monitor:
         return self._monitor.order
 
     async def expositions(self) -> dict[str, bytes]:
-        """The metrics of all replicas, as of their last beat."""
+        """The metrics of all replicas, as of their last beat, and the monitor's own."""
         return self._monitor.expositions()
 
     async def status(self) -> dict[str, Any]:

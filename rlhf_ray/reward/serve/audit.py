@@ -53,6 +53,7 @@ class AuditRecord:
         truncated: whether the text was cut to these.
         score: on the raw scale.
         batch_invariant: the mode it was scored in; the other one rounds otherwise.
+        caller: who asked; None where the service was open.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class AuditRecord:
     truncated: bool
     score: float
     batch_invariant: bool
+    caller: str | None = None
 
 
 class Head(BaseModel):
@@ -136,6 +138,7 @@ class LoggedScore(_Line):
         time: seconds since 1970, when it was written.
         text_hash: see `text_hash`.
         token_ids: None where texts are kept as hashes.
+        caller: None where the service was open, and in logs that do not say.
     """
 
     seq: int
@@ -149,6 +152,7 @@ class LoggedScore(_Line):
     truncated: bool
     score: float
     batch_invariant: bool
+    caller: str | None = None
 
 
 class _Anchor(_Line):
@@ -348,6 +352,7 @@ class AuditLog:
             # Written with as many digits as it takes to read the same float64.
             "score": float(record.score),
             "batch_invariant": record.batch_invariant,
+            "caller": record.caller,
         }
 
     def _write(self, lines: Sequence[bytes]) -> None:

@@ -29,6 +29,7 @@ class Difference:
 
     place: str
     request_id: str
+    caller: str | None
     logged: float
     replayed: float
 
@@ -39,6 +40,7 @@ class NotReplayed:
 
     place: str
     request_id: str
+    caller: str | None
     cause: str
 
 
@@ -96,19 +98,22 @@ def replay(
             if record.score.hex() == found.hex():
                 equal += 1
             else:
-                differences.append(Difference(place, record.request_id, record.score, found))
+                differences.append(Difference(place, record.request_id, record.caller, record.score, found))
+
+    def leave_out(place: str, record: LoggedScore, cause: str) -> None:
+        not_replayed.append(NotReplayed(place, record.request_id, record.caller, cause))
 
     for place, record in verified_records(folder, key, heads):
         if request_id is not None and record.request_id != request_id:
             continue
         token_ids = record.token_ids or known.get(record.version, {}).get(record.text_hash)
         if record.version not in scorers:
-            not_replayed.append(NotReplayed(place, record.request_id, f"no model of version {record.version}"))
+            leave_out(place, record, f"no model of version {record.version}")
         elif record.batch_invariant != scorers[record.version].batch_invariant:
             cause = f"scored with batch_invariant {str(record.batch_invariant).lower()}, unlike the configuration"
-            not_replayed.append(NotReplayed(place, record.request_id, cause))
+            leave_out(place, record, cause)
         elif token_ids is None:
-            not_replayed.append(NotReplayed(place, record.request_id, "the text is not known"))
+            leave_out(place, record, "the text is not known")
         elif text_hash(token_ids, key) != record.text_hash:
             raise BadInput(place, "the token ids are not those of text_hash", "a record that the service wrote")
         else:

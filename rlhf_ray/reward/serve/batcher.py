@@ -176,6 +176,15 @@ class MicroBatcher:
         """How long the texts in the queue will take at the rate of the last batches; 0 before the first."""
         return self.queued_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
 
+    def check(self) -> None:
+        """See that what is put into the queue is taken out of it.
+
+        Raises:
+            ApiError: it is not any more.
+        """
+        if self._task.done() or self._task.cancelling():
+            raise ApiError(ErrorType.UNAVAILABLE, "the replica is stopping")
+
     async def close(self) -> None:
         """Stop; whoever still waits is told."""
         self._task.cancel()

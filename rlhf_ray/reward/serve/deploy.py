@@ -251,7 +251,8 @@ def replay_audit(config: ServingConfig, folder: Path, texts: Path | None, heads:
     )
     print(f"{report.num_equal} scores are the same to the bit", flush=True)
     for each in report.differences[:10]:
-        print(f"{each.place}: request {each.request_id}: {each.logged!r}, now {each.replayed!r}", flush=True)
+        who = f" of {each.caller}" if each.caller else ""
+        print(f"{each.place}: request {each.request_id}{who}: {each.logged!r}, now {each.replayed!r}", flush=True)
     for cause, count in Counter(each.cause for each in report.not_replayed).items():
         print(f"not replayed: {count}, {cause}", flush=True)
     if not report.exact:

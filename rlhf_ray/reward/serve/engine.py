@@ -19,7 +19,7 @@ from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.batcher import MicroBatcher, gather_rows
-from rlhf_ray.reward.serve.context import REQUEST
+from rlhf_ray.reward.serve.context import REQUEST, Caller
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput, Timings
 from rlhf_ray.reward.serve.model_table import PROBE, LoadedModel, ModelTable, read_table
 from rlhf_ray.reward.serve.observations import Observer
@@ -162,6 +162,16 @@ class RewardEngine:
                 if time.monotonic() - self._scored_at.get(model.key, -math.inf) > _SCORE_HOLDS_S:
                     await self._probe(model, timeout_s)
 
+    def check_ready(self) -> None:
+        """See, without scoring anything, that texts are scored here. A full queue is no fault: it passes.
+
+        Raises:
+            ApiError: no live model is in memory, or the replica is stopping.
+        """
+        self._find(None)
+        self._process.check(model.key for model in self._table.live)
+        self._batcher.check()
+
     async def _probe(self, model: LoadedModel, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
@@ -183,25 +193,27 @@ class RewardEngine:
         chosen = self._choose(model, sticky or context.request_id)
         if not inputs:
             return Answer((), chosen.info)
-        self._admit(len(inputs))
-        self._requests += 1
-        self._using[chosen.key] += 1
-        try:
-            began = time.perf_counter()
-            async with asyncio.timeout(context.started + self._limits.deadline_s - began):
-                _check_cuts(inputs, chosen)
-                encoded = await self._encode(inputs, chosen)
-                tokenized = time.perf_counter()
-                batched = await self._batcher.score(chosen, encoded)
-        except TimeoutError:
-            raise ApiError(
-                ErrorType.DEADLINE,
-                f"not scored within {self._limits.deadline_s:g} s",
-                retry_after_s=self._limits.retry_after_s,
-            ) from None
-        finally:
-            self._requests -= 1
-            self._using[chosen.key] -= 1
+        self._admit(len(inputs), context.caller)
+        # `Front` holds the first.
+        with context.caller.holding(len(inputs) - 1, self._limits.retry_after_s):
+            self._requests += 1
+            self._using[chosen.key] += 1
+            try:
+                began = time.perf_counter()
+                async with asyncio.timeout(context.started + self._limits.deadline_s - began):
+                    _check_cuts(inputs, chosen)
+                    encoded = await self._encode(inputs, chosen)
+                    tokenized = time.perf_counter()
+                    batched = await self._batcher.score(chosen, encoded)
+            except TimeoutError:
+                raise ApiError(
+                    ErrorType.DEADLINE,
+                    f"not scored within {self._limits.deadline_s:g} s",
+                    retry_after_s=self._limits.retry_after_s,
+                ) from None
+            finally:
+                self._requests -= 1
+                self._using[chosen.key] -= 1
         scored = gather_rows(batched.rows)
         answer = Answer(
             _as_scores(scored, chosen), chosen.info, Timings(tokenized - began, batched.queue_s, batched.compute_s)
@@ -224,17 +236,16 @@ class RewardEngine:
         self._find(None)
         return self._table.choose(name, sticky)
 
-    def _admit(self, num_texts: int) -> None:
+    def _admit(self, num_texts: int, caller: Caller) -> None:
         """Admission control of what was read; of requests as such, see `Front`.
 
         Raises:
             ApiError: too many texts, or a queue longer than the deadline.
         """
         limits = self._limits
-        if num_texts > limits.max_texts:
-            raise ApiError(
-                ErrorType.TOO_LARGE, f"{num_texts} texts in one request; at most {limits.max_texts} are taken"
-            )
+        # What is more than its caller may ever have is too large: to try again would not help.
+        if num_texts > (most := min(limits.max_texts, caller.max_texts)):
+            raise ApiError(ErrorType.TOO_LARGE, f"{num_texts} texts in one request; at most {most} are taken")
         if self._batcher.expected_wait_s() > limits.deadline_s:
             raise ApiError(
                 ErrorType.OVERLOADED,

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 
 from rlhf_ray.config.serving import LimitSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
-from rlhf_ray.reward.serve.auth import is_authorized
+from rlhf_ray.reward.serve.auth import Callers
 from rlhf_ray.reward.serve.context import REQUEST, RequestContext
 from rlhf_ray.reward.serve.observations import Observer
 from rlhf_ray.reward.serve.wire import error_response, family_of
@@ -31,7 +31,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/ready", "/livez", "/readyz"})
 """Answered without the token: probes of schedulers bring none."""
 MIDDLEWARE_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Where Serve learns what to put in front of a replica's requests; `MIDDLEWARE` is ours."""
@@ -42,6 +42,8 @@ _SERVE_HEADERS = frozenset(
     {b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"}
 )
 """With which clients would give Serve orders."""
+_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
+"""Which Serve decodes where it makes traces."""
 _PASSED = "rlhf_ray.passed"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -56,13 +58,13 @@ class Front:
 
     Args:
         observer: told of every request.
-        token: that requests must bring; None lets everybody of this machine in.
+        callers: whose tokens requests must bring; where there are none, everybody of this machine is let in.
         limits: of bodies, and of requests at the same time.
     """
 
-    def __init__(self, observer: Observer, token: str | None, limits: LimitSettings) -> None:
+    def __init__(self, observer: Observer, callers: Callers, limits: LimitSettings) -> None:
         self._observer = observer
-        self._token = token
+        self._callers = callers
         self._limits = limits
         self._requests = 0
         self._held_bytes = 0
@@ -78,16 +80,21 @@ class Front:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         context = RequestContext(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, family_of(scope["path"]))
-        kept = [(name, value) for name, value in scope["headers"] if name.replace(b"_", b"-") not in _SERVE_HEADERS]
+        kept = [
+            (name, value)
+            for name, value in scope["headers"]
+            if name.replace(b"_", b"-") not in _SERVE_HEADERS and (name not in _TRACE_HEADERS or value.isascii())
+        ]
         scope = {**scope, _PASSED: True, "headers": [*kept, (b"x-request-id", context.request_id.encode())]}
         held = REQUEST.set(context)
         answer = _Answer(send, context, _may_bring_much(headers))
         try:
-            self._check(scope["path"], headers)
+            self._check(scope["path"], headers, context)
             if scope["path"] in OPEN_PATHS or scope["method"] in _WITHOUT_BODY:
                 await application(scope, _Body(b""), answer)
             else:
-                await self._admit(application, scope, receive, answer)
+                with context.caller.holding(1, self._limits.retry_after_s):
+                    await self._admit(application, scope, receive, answer)
         except ApiError as error:
             await self._refuse(error, scope, answer)
         except Exception:
@@ -100,14 +107,17 @@ class Front:
                 elapsed = time.perf_counter() - context.started
                 self._observer.finished(context, answer.status, elapsed)
 
-    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _check(self, path: str, headers: dict[bytes, bytes], context: RequestContext) -> None:
         if path not in OPEN_PATHS:
-            if self._token is None and not is_local(headers.get(b"host", b"").decode("latin-1")):
+            if not self._callers.is_open:
+                caller = self._callers.find(headers.get(b"authorization"))
+                if caller is None:
+                    raise ApiError(ErrorType.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN")
+                context.caller = caller
+            elif not is_local(headers.get(b"host", b"").decode("latin-1")):
                 raise ApiError(
                     ErrorType.BAD_REQUEST, "Host: without a token only localhost and addresses of this machine"
                 )
-            if self._token is not None and not is_authorized(headers.get(b"authorization"), self._token):
-                raise ApiError(ErrorType.UNAUTHORIZED, "the service's token is needed: Authorization: Bearer TOKEN")
         if _length(headers) > self._limits.max_body_bytes:
             raise self._too_many_bytes()
 

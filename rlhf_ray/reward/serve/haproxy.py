@@ -15,7 +15,8 @@ BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _PROGRAM = r"""#!/bin/sh
 for argument; do
     if [ "$previous" = -f ]; then
-        sed -i -e 's/^\( *bind\) \*:/\1 127.0.0.1:/' -e 's/^\( *bind\) :/\1 127.0.0.1:/' \
+        sed -i -e '/^frontend prometheus/,/bind/ s/bind :/bind 127.0.0.1:/' \
+            -e '/^listen stats/,/bind/ s/bind \*:/bind 127.0.0.1:/' \
             -e 's/^\( *stats socket .*\) mode 666 /\1 mode 600 /' "$argument" || exit 1
     fi
     previous=$argument

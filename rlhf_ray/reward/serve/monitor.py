@@ -24,6 +24,7 @@ from rlhf_ray.reward.serve.audit import Head
 from rlhf_ray.reward.serve.candidates import CanaryComparison, ShadowComparison, judge
 from rlhf_ray.reward.serve.drift import DriftWatch
 from rlhf_ray.reward.serve.exchange import ModelId
+from rlhf_ray.reward.serve.exposition import status_exposition
 from rlhf_ray.reward.serve.model_table import shares
 from rlhf_ray.reward.serve.orders import Decisions, Store
 from rlhf_ray.reward.serve.timeline import Timeline
@@ -139,8 +140,9 @@ class ServiceMonitor:
         return self._decided.order
 
     def expositions(self) -> dict[str, bytes]:
-        """The metrics of all replicas, as of their last beat."""
-        return {name: beat.exposition for name, (_, beat) in sorted(self._replicas.items())}
+        """The metrics of all replicas, as of their last beat, and of the service as a whole."""
+        replicas = {name: beat.exposition for name, (_, beat) in sorted(self._replicas.items())}
+        return {**replicas, "monitor": status_exposition(self.status())}
 
     def status(self) -> dict[str, Any]:
         """Everything that the page and `--report` show."""

@@ -32,7 +32,8 @@ _NOT_TRAFFIC = {"operations", "page", "explain", "other"}
 _QUANTILES = (0.01, 0.1, 0.5, 0.9, 0.99)
 _QUANTILE_TEXTS = 1000
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-_REFUSALS = {ErrorType.OVERLOADED, ErrorType.UNAVAILABLE, ErrorType.TOO_LARGE, ErrorType.BAD_REQUEST} | {
+_REFUSALS = {ErrorType.OVERLOADED, ErrorType.OVER_LIMIT, ErrorType.UNAVAILABLE, ErrorType.TOO_LARGE} | {
+    ErrorType.BAD_REQUEST,
     ErrorType.UNAUTHORIZED,
     ErrorType.NOT_FOUND,
     ErrorType.UNSCORABLE,
@@ -51,6 +52,10 @@ class ServiceMetrics:
             "tokens": ("Tokens scored.", ("model", "version")),
             "truncated_texts": ("Texts that were cut.", ("model", "version")),
             "failed_texts": ("Texts that got no finite score.", ("model", "version")),
+            "caller_requests": ("Requests by the name of the caller's token.", ("caller",)),
+            "caller_texts": ("Texts scored, by caller.", ("caller",)),
+            "caller_refusals": ("Requests that were refused, by caller and type.", ("caller", "type")),
+            "token_file_errors": ("Changes of the token file that could not be used.", ()),
             "shadow_texts": ("Texts a shadow scored.", ("model", "version")),
             "shadow_skipped_texts": ("Texts a shadow had no time for.", ("model", "version")),
         }
@@ -76,6 +81,7 @@ class ServiceMetrics:
         self.audit_lost = Counter(
             "rlhf_ray_audit_lost_texts", "Scores that could not be written to the audit log.", registry=self.registry
         )
+        self.ready = Gauge("rlhf_ray_ready", "Whether `/readyz` answers 200.", registry=self.registry)
         self.queued = Gauge("rlhf_ray_queued_requests", "Requests not yet answered.", registry=self.registry)
         self.restarts = Gauge("rlhf_ray_scorer_restarts", "Deaths of the scoring process.", registry=self.registry)
         self.score_quantiles = Gauge(
@@ -98,10 +104,12 @@ class Observer:
 
     Attributes:
         audit: takes every score; None where no log is kept.
+        trace: takes model, times, texts and tokens of every request; None where there are no traces.
     """
 
     def __init__(self, candidates: CandidateSettings, batch_invariant: bool) -> None:
         self.audit: Callable[[Sequence[AuditRecord]], None] | None = None
+        self.trace: Callable[[ModelId, Timings, int, int], None] | None = None
         self._batch_invariant = batch_invariant
         self.metrics = ServiceMetrics()
         self._candidates = candidates
@@ -121,6 +129,8 @@ class Observer:
         counters = self.metrics.counters
         counters["texts"].labels(*labels).inc(num_texts)
         counters["tokens"].labels(*labels).inc(num_tokens)
+        if context.caller.name is not None:
+            counters["caller_texts"].labels(context.caller.name).inc(num_texts)
         if truncated := int(scored.truncated.sum()):
             counters["truncated_texts"].labels(*labels).inc(truncated)
         for name, value in (
@@ -129,6 +139,8 @@ class Observer:
             ("compute_seconds", t.compute_s),
         ):
             self.metrics.seconds[name].observe(value)
+        if self.trace is not None:
+            self.trace(labels, t, num_texts, num_tokens)
         self._traffic.texts += num_texts
         self._traffic.tokens += num_tokens
         work = self._work(labels)
@@ -155,7 +167,13 @@ class Observer:
             self.audit(
                 [
                     AuditRecord(
-                        context.request_id, *model.info.id, token_ids, was_cut, float(score), self._batch_invariant
+                        context.request_id,
+                        *model.info.id,
+                        token_ids,
+                        was_cut,
+                        float(score),
+                        self._batch_invariant,
+                        context.caller.name,
                     )
                     for (token_ids, was_cut), score in zip(encoded, scored.scores[: len(encoded)], strict=True)
                     if np.isfinite(score)
@@ -174,6 +192,10 @@ class Observer:
         """A request was answered, one way or the other."""
         error = context.error
         self.metrics.counters["requests"].labels(context.family, str(status)).inc()
+        if context.caller.name is not None:
+            self.metrics.counters["caller_requests"].labels(context.caller.name).inc()
+            if error in _REFUSALS:
+                self.metrics.counters["caller_refusals"].labels(context.caller.name, error.value).inc()
         self.metrics.seconds["request_seconds"].labels(context.family).observe(elapsed_s)
         if context.family in _NOT_TRAFFIC:
             return
@@ -230,13 +252,15 @@ class Observer:
         self._shadows.clear()
         return traffic
 
-    def exposition(self, queued: int, restarts: int) -> bytes:
+    def exposition(self, ready: bool, queued: int, restarts: int) -> bytes:
         """The metrics in Prometheus' text format.
 
         Args:
+            ready: whether a request would be taken.
             queued: requests not yet answered.
             restarts: of the scoring process.
         """
+        self.metrics.ready.set(ready)
         self.metrics.queued.set(queued)
         self.metrics.restarts.set(restarts)
         for labels, recent in self._recent.items():

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -149,9 +149,20 @@ class ScorerProcess:
         async with self._replacing:
             lost = key not in self._weights
         if lost:
-            raise ApiError(ErrorType.UNAVAILABLE, "the model's directory holds other weights by now", retry_after_s=5)
+            raise _model_lost()
         scored: ScoredBatch = await self._call("score", key, texts)
         return scored
+
+    def check(self, keys: Iterable[str]) -> None:
+        """See that it has one of these models in memory, as far as that is known without asking it.
+
+        Raises:
+            ApiError: it has none, or it is being started again.
+        """
+        if self._replacing.locked():
+            raise ApiError(ErrorType.UNAVAILABLE, "the scoring process is being started again", retry_after_s=1)
+        if self._weights.keys().isdisjoint(keys):
+            raise _model_lost()
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         async with self._replacing:
@@ -208,3 +219,7 @@ class ScorerProcess:
             )
             .remote(settings)
         )
+
+
+def _model_lost() -> ApiError:
+    return ApiError(ErrorType.UNAVAILABLE, "the model's directory holds other weights by now", retry_after_s=5)

@@ -46,7 +46,7 @@ _PATHS = {
     "openai": ("/v1/chat/completions", "/v1/models"),
     "own": ("/v1/reward", "/v1/preference"),
     "explain": ("/v1/explain",),
-    "operations": ("/health", "/health/ready", "/metrics", "/v1/service", "/openapi.json"),
+    "operations": ("/health", "/health/ready", "/livez", "/readyz", "/metrics", "/v1/service", "/openapi.json"),
 }
 _FAMILIES = {path: family for family, paths in _PATHS.items() for path in paths}
 _TEI_STATUS = {ErrorType.BAD_REQUEST: 422, ErrorType.OVERLOADED: 429, ErrorType.UNSCORABLE: 424}
@@ -55,6 +55,7 @@ _TEI_TYPES = {
     ErrorType.TOO_LARGE: "Validation",
     ErrorType.UNSCORABLE: "Tokenizer",
     ErrorType.OVERLOADED: "Overloaded",
+    ErrorType.OVER_LIMIT: "Overloaded",
     ErrorType.UNAVAILABLE: "Unhealthy",
 }
 _ERROR_STATUSES = (400, 401, 404, 413, 422, 424, 429, 500, 503, 504)

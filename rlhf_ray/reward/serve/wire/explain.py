@@ -6,8 +6,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from rlhf_ray.config.serving import LimitSettings
+from rlhf_ray.reward.serve.context import REQUEST
 from rlhf_ray.reward.serve.exchange import Service
-from rlhf_ray.reward.serve.occlusion import Tokenizing, explain
+from rlhf_ray.reward.serve.occlusion import MAX_SPANS, Tokenizing, explain
 from rlhf_ray.reward.serve.wire.bodies import Strict, read_body
 
 
@@ -52,7 +53,9 @@ def routes(service: Service, tokenizing: Tokenizing, limits: LimitSettings) -> A
     async def explain_score(request: Request) -> ExplainResponse:
         """Which words of a response move its score: each is left out once."""
         body = await read_body(request, ExplainRequest)
-        explanation = await explain(service, tokenizing, limits, body.prompt, body.response, body.model)
+        context = REQUEST.get(None)
+        most = MAX_SPANS if context is None else int(min(MAX_SPANS, context.caller.max_texts - 1))
+        explanation = await explain(service, tokenizing, limits, body.prompt, body.response, body.model, most)
         model = explanation.model
         return ExplainResponse(
             model=ExplainModel(
