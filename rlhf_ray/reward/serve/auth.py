@@ -196,7 +196,8 @@ def _parsed(where: str, text: str) -> Any:
         document = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         problem = error.problem if isinstance(error, yaml.constructor.ConstructorError) else "is not valid YAML"
-        document, found = None, f"line {error.problem_mark.line + 1}: {problem}"
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        document, found = None, f"line {line}: {problem}"
     except (yaml.YAMLError, RecursionError):
         document = None
     if isinstance(document, dict):
