@@ -19,7 +19,7 @@ from rlhf_ray.reward.serve.exposition import StatusMetrics
 from rlhf_ray.reward.serve.monitor import ServiceMonitor
 from rlhf_ray.reward.serve.observations import ServiceMetrics
 from rlhf_ray.reward.serve.wire import family_of
-from tests.unit.test_serving_monitor import Kept
+from tests.unit.test_reward_serve_monitor import Kept
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
