@@ -16,7 +16,7 @@ from rlhf_ray.reward.client import Text
 from rlhf_ray.reward.client.errors import Unreachable
 from tests.loopback import serving
 from tests.system.commands import wait_until
-from tests.unit.test_reward_serve_client import FailingService, ask_not_waiting, ask_waiting, score_of, wire
+from tests.unit.test_reward_client import FailingService, ask_not_waiting, ask_waiting, score_of, wire
 
 CONFIG = Path(__file__).parents[2] / "cluster" / "tls" / "haproxy.cfg"
 TOKEN = "a-token-of-24-characters"
