@@ -26,6 +26,7 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 ROWS = [
     "Traffic and latency by protocol",
     "Refusals by type",
+    "Callers",
     "Queue and batches",
     "Score distribution and drift",
     "Candidates",
@@ -35,6 +36,7 @@ ROWS = [
 ALERTS = {
     "RewardServiceErrors", "RewardServiceSlow", "RewardServiceNotReady", "RewardScorerRestarts", "RewardDrift",
     "RewardCandidateRolledBack", "RewardAuditIncomplete", "RewardConfigurationBroken", "RewardMonitorSilent",
+    "RewardTokenFileBroken",
 }  # fmt: skip
 
 

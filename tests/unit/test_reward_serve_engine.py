@@ -23,6 +23,7 @@ from ray.serve.schema import TracingConfig
 
 from rlhf_ray.config.serving import (
     BatchingSettings,
+    CallerSettings,
     CandidateSettings,
     LimitSettings,
     ServedModelSettings,
@@ -33,6 +34,7 @@ from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.serve.audit import AuditRecord
+from rlhf_ray.reward.serve.auth import Callers
 from rlhf_ray.reward.serve.batcher import MicroBatcher, ScoredBatch
 from rlhf_ray.reward.serve.context import REQUEST, Caller, RequestContext
 from rlhf_ray.reward.serve.engine import RewardEngine
@@ -275,7 +277,8 @@ def test_probes_tell_whether_texts_are_scored_and_score_none(tiny):
         app = FastAPI()
         add_routes(app, engine, engine.tokenizing, limits, BatchingSettings())
         app.include_router(probe_routes(engine.check_ready))
-        transport = httpx.ASGITransport(Fronted(app, Front(observer, TOKEN, limits)))
+        callers = Callers(lambda: {"default": CallerSettings(tokens=(TOKEN,))})
+        transport = httpx.ASGITransport(Fronted(app, Front(observer, callers, limits)))
         async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=5) as client:
 
             async def readiness() -> tuple[int, str | None]:

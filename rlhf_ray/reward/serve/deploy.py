@@ -100,12 +100,13 @@ class ServiceState:
 
 
 def absolute_service(config: ServingConfig) -> ServiceSettings:
-    """The service's settings with absolute paths: replicas run elsewhere."""
+    """The service's settings with absolute paths: replicas run elsewhere. Links stay: a token that Kubernetes mounts is
+    one, and points elsewhere when it is exchanged."""
     service = ServiceSettings.model_validate(config.model_dump(include=set(ServiceSettings.model_fields)))
     folder = service.audit.folder or str(_run_folder(config) / "audit")
     token_file = service.endpoint.token_file
-    key_file = {"key_file": str(Path(service.audit.key_file).resolve()) if service.audit.key_file else None}
-    endpoint = {"token_file": str(Path(token_file).resolve()) if token_file else None}
+    key_file = {"key_file": str(Path(service.audit.key_file).absolute()) if service.audit.key_file else None}
+    endpoint = {"token_file": str(Path(token_file).absolute()) if token_file else None}
     return service.model_copy(
         update={
             "audit": service.audit.model_copy(update={"folder": str(Path(folder).resolve()), **key_file}),

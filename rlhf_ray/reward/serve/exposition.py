@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 _DRIFT = {
-    "psi": "Population stability index of the last texts against the reference, in nats.",
     "ks": "Kolmogorov-Smirnov distance of the last texts from the reference.",
+    "p_value": "Chance of that distance, or a larger one, where nothing has changed.",
     "alarm": "1 where the last whole window differs from the reference.",
 }
 _CANDIDATES = {
