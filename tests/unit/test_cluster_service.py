@@ -17,7 +17,7 @@ from rlhf_ray.reward.serve.deploy import absolute_models, absolute_service
 from rlhf_ray.reward.serve.front import OPEN_PATHS
 from tests.unit.test_cluster_files import ROOT, documents, ray_spec
 
-TOKEN_FILE = "/var/run/secrets/reward-service/token"
+TOKEN_FILE = "/etc/reward-service/token"
 OVERRIDES = [f"endpoint.token_file={TOKEN_FILE}", "models.preference.path=/shared/models/preference-1"]
 
 

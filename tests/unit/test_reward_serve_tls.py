@@ -54,10 +54,12 @@ def terminated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Faili
             config = config.replace(there, here)
         (folder / "haproxy.cfg").write_text(config)
         with subprocess.Popen([get_haproxy_binary(), "-db", "-f", f"{folder}/haproxy.cfg"]) as process:
-            wait_until(lambda: process.poll() is not None or listens(port), 10, "HAProxy")
-            assert process.poll() is None, "HAProxy refuses the configuration"
-            yield service, f"https://localhost:{port}", folder / "ca.pem"
-            process.terminate()
+            try:
+                wait_until(lambda: process.poll() is not None or listens(port), 10, "HAProxy")
+                assert process.poll() is None, "HAProxy refuses the configuration"
+                yield service, f"https://localhost:{port}", folder / "ca.pem"
+            finally:
+                process.terminate()
 
 
 def listens(port: int) -> bool:

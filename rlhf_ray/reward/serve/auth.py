@@ -108,7 +108,8 @@ class Callers:
     def find(self, header: bytes | None) -> Caller | None:
         """Whose token an `Authorization` header brings: as Bearer, or as Basic's password (URL user info)."""
         self._look()
-        given, found = _given(header), None
+        given = _given(header)
+        found: Caller | None = None
         # All are compared: how long it takes says nothing of which it was.
         for token, caller in self._tokens:
             if hmac.compare_digest(given, token):
@@ -213,8 +214,9 @@ def _checked(where: str, document: Any) -> dict[str, CallerSettings]:
         callers = _CALLERS.validate_python(document)
     except ValidationError as error:
         # Without the input, which may be a token.
-        problems = (".".join(map(str, each["loc"])) + f": {each['msg']}" for each in error.errors(include_input=False))
-        raise BadInput(where, ", ".join(problems).replace("Value error, ", ""), _ALLOWED) from None
+        problems = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors(include_input=False)]
+        found = ", ".join(": ".join(filter(None, problem)) for problem in problems).replace("Value error, ", "")
+        raise BadInput(where, found, _ALLOWED) from None
     owners: dict[str, str] = {}
     for name, caller in callers.items():
         for token in caller.tokens:
