@@ -150,10 +150,10 @@ def test_labels_sources_gaps_and_attributes():
     assert (report.pairs, report.prompts, report.ties, report.soft_labels, report.rejected_preferred) == (5, 2, 1, 2, 2)
     assert [(each.name, each.pairs) for each in report.sources] == [("x", 2), (None, 2), ("y", 1)]
     assert report.gaps == GapReport(3, 1.0, 1.5, 2.0, 3.0, 4.0)
-    assert report.attributes == (
-        AttributeReport("kind", 2, 0.4, 1, 0.0),
-        AttributeReport("safe", 4, 0.8, 0, pytest.approx(2 / 3)),
-    )
+    kind, safe = report.attributes
+    assert replace(kind, agreement=None) == AttributeReport("kind", 2, 0.4, 1, None)
+    assert replace(safe, agreement=None) == AttributeReport("safe", 4, 0.8, 0, None)
+    assert [(each.agreement.value, each.agreement.count) for each in (kind, safe)] == [(0, 1), (2 / 3, 3)]
 
 
 HELD_OUT = [
@@ -237,7 +237,10 @@ def many(**values):
         ([pair(f"P{n}", "short", "long" * n) for n in range(2, 40)], "The shorter response is preferred in 100.0 %"),
         (many(chosen_probability=0.2), "In 100 of 100 pairs the label prefers the rejected response"),
         (many(chosen_probability=0.7), "no model can match more than 70.0 %"),
-        (many(attributes={"safe": -1.0}), "The attribute 'safe' points against the overall preference in 100.0 %"),
+        (
+            many(attributes={"safe": -1.0}),
+            "'safe' points the way of the overall preference in only 0.0 %",
+        ),
     ],
 )
 def test_findings_say_what_is_wrong(pairs, told):

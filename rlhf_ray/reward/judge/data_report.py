@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_names
-from rlhf_ray.reward.judge.findings import Finding, Severity, percent
+from rlhf_ray.reward.judge.findings import Finding, Severity, counted, percent
 from rlhf_ray.reward.judge.groups import Groups, Proportion
 from rlhf_ray.reward.judge.label_noise import RaterCeiling, rater_ceiling
 from rlhf_ray.reward.judge.leakage import NUM_EXAMPLES, Leakage, Matches, PairHashes, TrainingTexts, find, hash_pairs
@@ -103,15 +103,14 @@ class AttributeReport:
         pairs: that have it.
         share: of all pairs, from 0 to 1.
         ties: pairs in which neither response is better on it.
-        agreement: share of pairs in which it and the overall preference, where both decide, point the same way;
-            None without such pairs.
+        agreement: share of pairs in which it and the overall preference, where both decide, point the same way.
     """
 
     name: str
     pairs: int
     share: float
     ties: int
-    agreement: float | None
+    agreement: Proportion
 
 
 @dataclass(frozen=True)
@@ -335,7 +334,7 @@ def _report_set(
         raters=rater_ceiling(pairs),
         votes=_votes(pairs),
         gaps=_gaps(pairs),
-        attributes=tuple(_attribute(name, pairs, direction) for name in attribute_names(pairs)),
+        attributes=tuple(_attribute(name, pairs, direction, groups) for name in attribute_names(pairs)),
     )
 
 
@@ -392,7 +391,9 @@ def _gaps(pairs: Sequence[PreferencePair]) -> GapReport | None:
     return GapReport(len(gaps), *(float(value) for value in np.quantile(gaps, [0, 0.25, 0.5, 0.75, 1])))
 
 
-def _attribute(name: str, pairs: Sequence[PreferencePair], direction: NDArray[np.float64]) -> AttributeReport:
+def _attribute(
+    name: str, pairs: Sequence[PreferencePair], direction: NDArray[np.float64], groups: Groups
+) -> AttributeReport:
     signs = np.array([np.sign(pair.attributes.get(name, np.nan)) for pair in pairs])
     present = ~np.isnan(signs)
     both = present & (signs != 0) & (direction != 0)
@@ -402,7 +403,7 @@ def _attribute(name: str, pairs: Sequence[PreferencePair], direction: NDArray[np
         pairs=count,
         share=count / len(pairs),
         ties=int((signs == 0).sum()),
-        agreement=float((signs[both] == direction[both]).mean()) if both.any() else None,
+        agreement=groups.share(np.where(both, signs == direction, np.nan)),
     )
 
 
@@ -437,7 +438,7 @@ def _set_lines(name: str, data: SetReport) -> list[str]:
     if data.attributes:
         parts = [
             f"{each.name} in {percent(each.share)}"
-            + ("" if each.agreement is None else f" (with the preference {percent(each.agreement)})")
+            + ("" if each.agreement.value is None else f" (with the preference {percent(each.agreement.value)})")
             for each in data.attributes
         ]
         told.append("  attributes: " + _some(parts))
@@ -509,10 +510,10 @@ def _set_findings(name: str, data: SetReport) -> Iterator[Finding]:
     yield from _length_findings(name, data)
     yield from low_ceiling(f"{name} pairs", data.raters)
     for each in data.attributes:
-        if each.agreement is not None and each.agreement < 0.5:
+        if each.agreement.high is not None and each.agreement.high < 0.5:
             yield finding(
-                f"The attribute '{each.name}' points against the overall preference in {percent(1 - each.agreement)} "
-                "of the pairs that have both.",
+                f"The attribute '{each.name}' points the way of the overall preference in only "
+                f"{counted(each.agreement)} that have both.",
                 "Its head learns the opposite of what it is named after, if its sign is turned.",
                 "Larger numbers must be better.",
                 "medium",
