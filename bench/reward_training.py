@@ -159,7 +159,7 @@ def results_of(dtype: str, ours: Sequence[Speed], trl: Sequence[Speed]) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Pairs a second in reward-model training, ours against TRL.")
+    parser = argparse.ArgumentParser(description="Compares our reward-model training with TRL's, in pairs per second.")
     parser.add_argument("--trl", type=Path, required=True, help="folder that TRL was installed into (pip --target)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with hutto-movie and minilm")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)

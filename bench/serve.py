@@ -5,8 +5,8 @@ scores in batches as large as the service's largest, what 64 clients get from th
 what they get from `bench.plain_server`, which runs one forward pass for each request. The three run in alternation, and
 the median of the rounds counts; ratios are of neighbours in time, so that a machine that slows down slows both.
 
-Then equality: the score of every family of routes against the offline scorer, in float32 as it comes and to the bit in
-the batch-invariant mode. Heads are new: neither time nor equality depends on what a model has learnt.
+It then checks that every family of routes gives the offline scorer's score: up to rounding in float32, and bit for bit
+in the batch-invariant mode. Heads are new: neither time nor scores being equal depends on what a model has learnt.
 """
 
 from __future__ import annotations

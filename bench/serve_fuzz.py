@@ -7,7 +7,7 @@ Two sources: schemathesis, from the service's own OpenAPI, valid and invalid bod
 - an answer of 500 or more is a typed 503 or 504;
 - every error is a JSON envelope with a type, without a stack trace and without the text that was sent;
 - nothing but 401 is answered without the token;
-- the service scores a known text the same to the bit, all the time and afterwards.
+- the score of a known text stays bit-for-bit the same throughout.
 """
 
 from __future__ import annotations
