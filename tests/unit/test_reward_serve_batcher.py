@@ -118,6 +118,34 @@ def test_what_arrives_while_the_model_computes_shares_the_next_batch():
     assert scorer.batches == [[0], [1, 101, 2, 102, 3, 103]]
 
 
+def test_a_slow_small_batch_says_little_of_how_long_a_queue_takes():
+    """As after a start or a quiet hour: one text took half a second, and a burst comes."""
+    model, scorer = stub_model()
+
+    async def test(batcher: MicroBatcher, _: list[BatchRecord]) -> None:
+        probe = await occupied(batcher, model, scorer)
+        await asyncio.sleep(0.5)
+        scorer.gate.set()
+        await probe
+        scorer.gate.clear()
+        burst = [asyncio.ensure_future(batcher.score(model, texts(value))) for value in range(40)]
+        await asyncio.sleep(0)
+        # Ten batches, each about as long as the one; token for token they would take as long as forty.
+        assert 5.0 <= batcher.expected_wait_s() < 8.0
+        scorer.gate.set()
+        await asyncio.gather(*burst)
+        # By now full batches have told, and they were quick.
+        assert batcher.queued_tokens == 0
+        scorer.gate.clear()
+        again = [asyncio.ensure_future(batcher.score(model, texts(value))) for value in range(40)]
+        await asyncio.sleep(0)
+        assert batcher.expected_wait_s() < 1.0
+        scorer.gate.set()
+        await asyncio.gather(*again)
+
+    run(test, max_tokens=4)
+
+
 def test_the_next_batch_is_in_hand_before_the_present_one_is_done_and_no_other():
     model, scorer = stub_model()
 

@@ -108,11 +108,13 @@ class _Flight:
 
     Attributes:
         began: when, or when the one before was done.
+        is_full: it has as much as a batch may have.
     """
 
     items: list[_Item]
     tokens: int
     began: float
+    is_full: bool
     task: asyncio.Task[None] | None = None
 
 
@@ -126,6 +128,43 @@ class _Waiting:
         """Let go of texts at the head whose request was cancelled or ran out of time."""
         while self.items and self.items[0].job.future.done():
             self.items.popleft()
+
+
+@dataclass
+class _Pace:
+    """How fast batches go through the model, from the last ones.
+
+    A batch of one text takes nearly as long as one of sixty-four, and the first of all longer still. At the pace of
+    small batches a burst after a quiet hour would seem to take minutes, so only full ones tell how long a queue takes.
+    Until there was one, a queue takes as many batches as it fills, each as long as the last ones did.
+
+    Attributes:
+        tokens_per_s: of all batches.
+        full_tokens_per_s: of full ones; 0 before the first.
+        batch_s: of one batch, whatever was in it.
+    """
+
+    tokens_per_s: float = 0.0
+    full_tokens_per_s: float = 0.0
+    batch_s: float = 0.0
+
+    def record(self, tokens: int, seconds: float, is_full: bool) -> None:
+        """Take a batch into account."""
+        self.tokens_per_s = _smoothed(self.tokens_per_s, tokens / seconds)
+        self.batch_s = _smoothed(self.batch_s, seconds)
+        if is_full:
+            self.full_tokens_per_s = _smoothed(self.full_tokens_per_s, tokens / seconds)
+
+    def expected_s(self, tokens: int, max_tokens: int) -> float:
+        """How long a queue of so many tokens takes; 0 before the first batch."""
+        if self.full_tokens_per_s:
+            return tokens / self.full_tokens_per_s
+        return math.ceil(tokens / max_tokens) * self.batch_s
+
+
+def _smoothed(before: float, now: float) -> float:
+    memory = _RATE_MEMORY if before else 0.0
+    return memory * before + (1 - memory) * now
 
 
 class MicroBatcher:
@@ -153,7 +192,7 @@ class MicroBatcher:
         self._flights: list[_Flight] = []
         self._suspects = 0
         self._alone = asyncio.Lock()
-        self._tokens_per_s = 0.0
+        self._pace = _Pace()
         self.queued_tokens = 0
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
@@ -173,8 +212,8 @@ class MicroBatcher:
         return await self._submit(self._shadow, model, texts, False)
 
     def expected_wait_s(self) -> float:
-        """How long the texts in the queue will take at the rate of the last batches; 0 before the first."""
-        return self.queued_tokens / self._tokens_per_s if self._tokens_per_s else 0.0
+        """How long the texts in the queue will take at the pace of the last batches; 0 before the first."""
+        return self._pace.expected_s(self.queued_tokens, self._settings.max_tokens)
 
     def check(self) -> None:
         """See that what is put into the queue is taken out of it.
@@ -221,11 +260,11 @@ class MicroBatcher:
     async def _serve(self) -> None:
         while True:
             queues = await self._next_queues()
-            model, items = self._take(queues)
+            model, items, is_full = self._take(queues)
             if not items:
                 continue
             tokens = sum(len(item.encoded[0]) for item in items)
-            flight = _Flight(items, tokens, time.perf_counter())
+            flight = _Flight(items, tokens, time.perf_counter(), is_full)
             self._flights.append(flight)
             flight.task = asyncio.get_running_loop().create_task(self._fly(flight, model, queues is self._shadow))
 
@@ -246,9 +285,7 @@ class MicroBatcher:
                 self._suspects -= 1
         else:
             if not shadow:
-                rate = flight.tokens / (time.perf_counter() - flight.began)
-                memory = _RATE_MEMORY if self._tokens_per_s else 0.0
-                self._tokens_per_s = memory * self._tokens_per_s + (1 - memory) * rate
+                self._pace.record(flight.tokens, time.perf_counter() - flight.began, flight.is_full)
             self._observe(BatchRecord(model, len(items), flight.tokens, batch.compute_s, shadow))
             for row, item in enumerate(items):
                 self._deliver(item, batch, row)
@@ -322,9 +359,9 @@ class MicroBatcher:
 
     def _hand_over_at(self, flight: _Flight) -> float:
         """A moment before the model is done with a batch: the longer the next one waits here, the fuller it is."""
-        if not self._tokens_per_s:
+        if not self._pace.tokens_per_s:
             return math.inf
-        expected_s = flight.tokens / self._tokens_per_s
+        expected_s = flight.tokens / self._pace.tokens_per_s
         return flight.began + expected_s - min(_LEAD_S, expected_s / 2)
 
     def _oldest(self, queues: dict[LoadedModel, _Waiting]) -> _Item | None:
@@ -340,8 +377,8 @@ class MicroBatcher:
             return True
         return sum(len(item.encoded[0]) for item in waiting.items) >= self._settings.max_tokens
 
-    def _take(self, queues: dict[LoadedModel, _Waiting]) -> tuple[LoadedModel, list[_Item]]:
-        """The oldest texts that fit, all for one model."""
+    def _take(self, queues: dict[LoadedModel, _Waiting]) -> tuple[LoadedModel, list[_Item], bool]:
+        """The oldest texts that fit, all for one model, and whether no more would."""
         oldest = self._oldest(queues)
         assert oldest is not None, "a queue with texts was chosen"
         waiting, tokens = queues[oldest.job.model].items, 0
@@ -355,7 +392,8 @@ class MicroBatcher:
             if not item.job.future.done():
                 taken.append(item)
                 tokens += size
-        return oldest.job.model, taken
+        is_full = bool(waiting) or len(taken) >= self._settings.max_texts or tokens >= self._settings.max_tokens
+        return oldest.job.model, taken, is_full
 
 
 def _fail(item: _Item, error: ApiError) -> None:
