@@ -201,11 +201,9 @@ def meeting_point(group: ActorGroup[Any]) -> tuple[str, int]:
 def environment(settings: ActorSettings) -> dict[str, str]:
     """A role's environment. Thread pools are sized before any library is loaded: two threads on a busy core spin."""
     threads = str(settings.threads)
-    keep = str(4 << 30)
     return {
-        # glibc gives every large tensor's pages back and faults them in again: a quarter of a training step on a CPU.
-        "MALLOC_MMAP_THRESHOLD_": keep,
-        "MALLOC_TRIM_THRESHOLD_": keep,
+        "MALLOC_MMAP_THRESHOLD_": str(settings.kept_block_bytes),
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         "MALLOC_TOP_PAD_": str(64 << 20),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
