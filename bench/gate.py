@@ -19,8 +19,8 @@ import torch
 from bench.commands import train_reward_model
 from bench.hutto_movie import CONFIG
 from bench.results import Result, publish
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.reward_model import GateSettings, PreferenceSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.core.loading import load_reward_tokenizer

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bench.commands import read_json, train_reward_model
 from bench.results import Result, publish
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.reward_model import PreferenceSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.reward.core.loading import load_reward_tokenizer

@@ -39,8 +39,8 @@ from bench.service import (
     serve_command,
     write_config,
 )
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import BatchingSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.reward.core.scorer import RewardScorer
 
 CLIENTS = 64

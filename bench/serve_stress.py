@@ -45,8 +45,8 @@ from bench.service import (
     wait_for,
     write_config,
 )
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import LimitSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.reward.core.scorer import RewardScorer
 
 NAME = "reward"

@@ -22,13 +22,8 @@ import torch
 from bench.results import Report, Result
 from rlhf_ray.algorithms.experience import ExperienceShard
 from rlhf_ray.algorithms.parity import Parity
-from rlhf_ray.config.settings import (
-    AlgorithmSettings,
-    GeneratorSettings,
-    LearnerSettings,
-    PolicySettings,
-    WeightSettings,
-)
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.settings import GeneratorSettings, LearnerSettings, PolicySettings, WeightSettings
 from rlhf_ray.models.buckets import UNTRAINED, Snapshot, WeightBucket
 from rlhf_ray.models.loading import cpu_has_bf16, load_policy_tokenizer
 from rlhf_ray.randomness import keyed_generator, keyed_seed

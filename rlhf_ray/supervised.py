@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from functools import partial
 
-from rlhf_ray.config.settings import AlgorithmSettings, SFTConfig
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.data.text import TextExample, load_text
 from rlhf_ray.models.loading import (
     check_language_model,

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.experience import ExperienceShard
-from rlhf_ray.config.settings import AlgorithmSettings, LearnerSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.settings import LearnerSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
 ALGORITHM = AlgorithmSettings(entropy_coefficient=0.01, value_clip=0.2)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.randomness import batch_rows, keyed_generator
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation

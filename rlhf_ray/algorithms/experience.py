@@ -22,7 +22,7 @@ from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import token_weights
 from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, segment_sum, single_rank
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.rollout import FINISH_STOP, RewardColumn, Rollout, TokenColumn, TrunkColumn
 
 

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from rlhf_ray.config.settings import KLSettings
+from rlhf_ray.config.algorithm import KLSettings
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

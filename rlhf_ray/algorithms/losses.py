@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, single_rank
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 
 MAX_LOG_RATIO = 20.0
 """Ratios are taken as e^20 at the most (and e^-20 at the least), without gradient beyond: far outside of any clip, and

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_ray.algorithms.advantages import whiten
 from rlhf_ray.algorithms.segments import Moments, last_index
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 
 
 def shape_scores(

@@ -6,20 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.settings import (
-    CheckpointSettings,
-    Fraction,
-    GeneratorSettings,
-    LearnerSettings,
-    NonNegativeFloat,
-    OffIsAWord,
-    PositiveFloat,
-    PositiveInt,
-    PromptSettings,
-    RunConfig,
-    ScorerSettings,
-    Settings,
-)
+from rlhf_ray.config.base import Fraction, NonNegativeFloat, OffIsAWord, PositiveFloat, PositiveInt, Settings
+from rlhf_ray.config.reward import ScorerSettings
+from rlhf_ray.config.settings import CheckpointSettings, GeneratorSettings, LearnerSettings, PromptSettings, RunConfig
 
 PREFERENCE = "preference"
 """The attribute that every pair has: which of its responses people prefer."""

@@ -5,26 +5,23 @@ Every field has a description: `docs/settings.md` is generated from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# YAML 1.1 reads a bare `off` as false.
-OffIsAWord = BeforeValidator(lambda value: "off" if value is False else value)
-
-
-class Settings(BaseModel):
-    """A section of a configuration file: immutable, and a key it does not know is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.base import (
+    ActorSettings,
+    DType,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OffIsAWord,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+)
+from rlhf_ray.config.reward import RewardSettings
 
 
 class PathSettings(Settings):
@@ -67,34 +64,6 @@ class ClusterSettings(Settings):
     )
     start_timeout_s: PositiveFloat = Field(900.0, description="How long the roles may take to load their models.")
     call_timeout_s: PositiveFloat = Field(3600.0, description="How long any single call of a role may take.")
-
-
-class ActorSettings(Settings):
-    """How the processes of a role are placed."""
-
-    replicas: PositiveInt = Field(1, description="Processes of this role. For a learner: data-parallel ranks.")
-    threads: PositiveInt = Field(1, description="Compute threads of each process.")
-    cpus: PositiveFloat = Field(
-        0.25,
-        description="Logical CPUs that Ray reserves for each process. Roles of a synchronous "
-        "run take turns, so this may be lower than `threads`.",
-    )
-    gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each process; 0 runs it on the CPU.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of each process.")
-
-    @property
-    def concurrent_calls(self) -> int:
-        """Calls that one process works on at the same time."""
-        return 1
-
-    @property
-    def kept_block_bytes(self) -> int:
-        """Blocks up to this size keep their pages when they are freed (glibc). Otherwise every large tensor's pages are
-        given back and faulted in again: a quarter of a training step on a CPU."""
-        return 4 << 30
-
-
-DType = Literal["auto", "float32", "bfloat16"]
 
 
 class LearnerSettings(ActorSettings):
@@ -174,93 +143,6 @@ class ReferenceSettings(ActorSettings):
     attention: str = Field("auto", description="As for the learner.")
     float32_logits: bool = Field(True, description="As for the learner.")
     micro_batch_tokens: PositiveInt = Field(4096, description="Most tokens in one packed forward pass.")
-
-
-class ScorerSettings(ActorSettings):
-    """How a reward model scores."""
-
-    dtype: DType = Field("float32", description="Compute type.")
-    max_length: PositiveInt | None = Field(
-        None,
-        description="Longest text in tokens; empty: what the model was trained with "
-        "(its card), else its position limit.",
-    )
-    on_too_long: Literal["fail", "truncate"] = Field(
-        "fail", description="A longer text is a failure with its cause, or is cut at the front and counted."
-    )
-    batch_size: PositiveInt = Field(64, description="Texts in one forward pass.")
-    batch_tokens: PositiveInt | None = Field(
-        None, description="Tokens of a forward pass, padding included. Empty: 4,096 on a CPU, 32,768 on GPUs."
-    )
-    batch_invariant: bool = Field(
-        False,
-        description="Score every text alone, so that its score is bit-for-bit the same whatever else is scored. Takes "
-        "several times as long; without it scores differ by rounding. The gate's integrity checks always use it.",
-    )
-
-    @model_validator(mode="after")
-    def _one_device(self) -> ScorerSettings:
-        if self.gpus > 1:
-            raise ValueError(f"gpus ({self.gpus:g}) must not be above 1: a scorer computes on one; replicas use others")
-        return self
-
-
-class RewardSettings(ScorerSettings):
-    """The reward model that scores responses."""
-
-    model: str = Field(
-        description="Directory of a reward model (`rlhf-ray train-rm`), or of any "
-        "`AutoModelForSequenceClassification` with one label. With `url`: name of the model in the service; empty "
-        "lets the service choose."
-    )
-    url: str | None = Field(
-        None,
-        description="Reward service (`rlhf-ray serve-rm`) that scores in place of a model in this run, such as "
-        "`http://10.0.0.7:8000`. What concerns the model itself is set there.",
-    )
-    token_file: str | None = Field(
-        None,
-        description="File with the service's bearer token, read where the run is started; empty: the environment "
-        "variable `RLHF_RAY_TOKEN`, where it is set.",
-    )
-    timeout_s: PositiveFloat = Field(
-        600.0,
-        description="How long the service may take to score a shard. Until then what is lost or refused for overload "
-        "is sent again; then it is an infrastructure failure.",
-    )
-    apply_temperature: bool = Field(
-        False,
-        description="Divide scores by the temperature in the model's card, so that σ of a difference is the calibrated "
-        "probability that people prefer the one to the other.",
-    )
-    require_release: bool = Field(
-        True,
-        description="Refuse a model that the release gate refused (its card says so); one without a verdict is used.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_service_knows_its_model(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("url") is not None and values.get("model") is None:
-            return {**values, "model": ""}
-        return values
-
-    @model_validator(mode="after")
-    def _model_or_service(self) -> RewardSettings:
-        if self.url is None:
-            if not self.model:
-                raise ValueError("model: it is empty; a directory, or url for the address of a reward service")
-            return self
-        place = urlsplit(self.url)
-        if place.scheme not in ("http", "https") or not place.hostname:
-            raise ValueError("url: a reward service's address begins with http:// or https:// and names a host")
-        if "@" in place.netloc:
-            # The configuration is kept in the run's folder.
-            raise ValueError("url: it holds a token; put that into token_file or RLHF_RAY_TOKEN")
-        for name in ("max_length", "batch_invariant", "gpus"):
-            if vars(self)[name] != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: with url the model is the service's; set it there")
-        return self
 
 
 class GeneratorSettings(ActorSettings):
@@ -361,92 +243,6 @@ class PromptSettings(Settings):
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="A row that cannot be used ends the run, or is counted, listed and left out."
     )
-
-
-class KLSettings(Settings):
-    """The leash to the reference model."""
-
-    coefficient: NonNegativeFloat = Field(
-        0.05, description="β, weight of the KL penalty in nats (first value of the adaptive controller)."
-    )
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Per-token estimator of the KL divergence.")
-    placement: Literal["reward", "loss"] = Field(
-        "reward", description="Subtract β·KL from the reward of each token, or add it to the loss."
-    )
-    controller: Literal["fixed", "adaptive"] = Field(
-        "fixed",
-        description="`adaptive` moves β so that `kl/reference` "
-        "stays near the target (Ziegler et al. 2019, section 2.2).",
-    )
-    target: PositiveFloat = Field(6.0, description="Target of the adaptive controller, nats a sequence.")
-    horizon: PositiveInt = Field(10000, description="Samples over which the adaptive controller corrects.")
-    stop_above: PositiveFloat | None = Field(
-        None, description="End the run, keeping the policy, when `kl/reference` exceeds this many nats a sequence."
-    )
-
-
-class AlgorithmSettings(Settings):
-    """Proximal policy optimisation and its relatives."""
-
-    advantage: Literal["gae", "rloo", "grpo"] = Field(
-        "gae",
-        description="`gae` needs a critic; `rloo` (leave-one-out) and `grpo` (group-standardised) need at least two "
-        "samples a prompt and no critic.",
-    )
-    gamma: Fraction = Field(1.0, description="Discount γ.")
-    gae_lambda: Fraction = Field(0.95, description="GAE λ.")
-    epochs: PositiveInt = Field(1, description="Passes over the samples of a step.")
-    minibatches: PositiveInt = Field(1, description="Optimizer steps in each pass.")
-    clip_low: PositiveFloat = Field(0.2, description="Ratio is clipped below 1 − this.")
-    clip_high: PositiveFloat = Field(0.2, description="Ratio is clipped above 1 + this.")
-    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="Lower bound of the loss for negative advantages (Ye et al. 2020); empty: off."
-    )
-    value_clip: PositiveFloat | None = Field(
-        None,
-        description="Clip values to ± this around the old ones in the value loss; empty: off. It limits how far a "
-        "critic moves in one step, whatever the scale of the rewards: one that starts at 0 then needs (return / "
-        "clip) steps to reach the returns.",
-    )
-    critic_warmup_steps: NonNegativeInt = Field(
-        0,
-        description="First steps in which only the critic is trained. The policy is measured but not updated, so that "
-        "its first updates do not follow the advantages of a critic that knows nothing.",
-    )
-    entropy_coefficient: NonNegativeFloat = Field(0.0, description="Weight of the entropy bonus.")
-    reward_whiten: bool = Field(False, description="Standardise the scores of a step before shaping.")
-    advantage_whiten: bool = Field(
-        True, description="Standardise the advantages of a step over all its response tokens."
-    )
-    score_clip: PositiveFloat | None = Field(None, description="Clip scores to ± this; empty: off.")
-    missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="Subtracted from the score of a response that did not end by itself."
-    )
-    loss_aggregation: Literal["token", "sequence"] = Field(
-        "token",
-        description="Mean over all tokens of the minibatch, or mean over its sequences of each one's token mean.",
-    )
-    old_logprobs: Literal["learner", "engine"] = Field(
-        "learner",
-        description="Denominator of the ratio: computed again by the learner before the first update (ratio is exactly "
-        "1 at the start), or as the engine gave them (one forward pass less).",
-    )
-    importance_cap: PositiveFloat | None = Field(
-        2.0,
-        description="With `old_logprobs: learner`, truncated importance weight for "
-        "the mismatch between engine and learner (Yao et al. 2025); empty: off.",
-    )
-    kl: KLSettings = Field(default_factory=KLSettings, description="The leash to the reference model.")
-
-    @property
-    def asks_old_logprobs(self) -> bool:
-        """Whether the policy learner computes its log-probs before it trains.
-
-        With one update a step its training pass computes the same; only a KL penalty in the reward needs them earlier.
-        """
-        one_update = self.epochs == 1 and self.minibatches == 1
-        kl_in_reward = self.kl.placement == "reward" and self.kl.coefficient > 0
-        return self.old_logprobs == "learner" and (kl_in_reward or not one_update)
 
 
 class WeightSettings(Settings):

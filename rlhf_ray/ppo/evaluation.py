@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rlhf_ray.config.settings import ActorSettings, EvaluationSettings, PPOConfig, SamplingSettings
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import EvaluationSettings, PPOConfig, SamplingSettings
 from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.buckets import Snapshot

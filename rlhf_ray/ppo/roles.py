@@ -9,7 +9,8 @@ from typing import Any
 
 from ray.util.placement_group import PlacementGroup
 
-from rlhf_ray.config.settings import ActorSettings, PPOConfig
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.reward.core.evaluator import Evaluator
 from rlhf_ray.reward.core.protocol import Scorer

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeAlias, overload
 
-from rlhf_ray.config.settings import RewardSettings, ScorerSettings
+from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.data.chat import Message
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput, Refused

@@ -11,7 +11,8 @@ import torch
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard
 from rlhf_ray.algorithms.losses import explained_variance, value_loss
 from rlhf_ray.algorithms.segments import Moments
-from rlhf_ray.config.settings import AlgorithmSettings, CriticSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.settings import CriticSettings
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch
 from rlhf_ray.models.token_models import CriticModel, load_critic_model

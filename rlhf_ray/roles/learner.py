@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine

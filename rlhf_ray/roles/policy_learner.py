@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceStats
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import mismatch, policy_loss, truncated_importance_weights
-from rlhf_ray.config.settings import AlgorithmSettings, PolicySettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.settings import PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers

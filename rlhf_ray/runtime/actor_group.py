@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_ray.config.settings import ActorSettings
+from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.rollout import Shipped
 from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
 from rlhf_ray.runtime.role_host import Activity, RoleHost

@@ -13,7 +13,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 
 _KNOCK_TIMEOUT_S = 10.0

@@ -7,7 +7,8 @@ from typing import Any
 
 from ray.util.placement_group import remove_placement_group
 
-from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf_ray.config.settings import ActorSettings, GeneratorSettings, PolicySettings, WeightSettings
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.buckets import Snapshot, WeightBucket
 from rlhf_ray.randomness import keyed_seed

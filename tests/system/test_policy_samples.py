@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.reward_model import BestOfNSettings
-from rlhf_ray.config.settings import ClusterSettings, GeneratorSettings, PromptSettings, RewardSettings
+from rlhf_ray.config.settings import ClusterSettings, GeneratorSettings, PromptSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.judge.policy_samples import (

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.config.reward_model import GateSettings
-from rlhf_ray.config.settings import RewardSettings, ScorerSettings
 from rlhf_ray.data.preferences import PreferencePair
 from rlhf_ray.reward.core.checks import Check, vllm_check
 from rlhf_ray.reward.judge.accuracy import pair_credit

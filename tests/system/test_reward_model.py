@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.judge.leakage import TrainingTexts

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_ray.config.settings import ActorSettings, ClusterSettings
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.ppo.metrics import StepClock
 from rlhf_ray.rollout import Rollout, TokenColumn, refuse_rollouts_in_this_process

@@ -27,8 +27,8 @@ import requests
 import yaml
 
 from rlhf_ray.config.load import load_config
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import ServingConfig
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.data.presets import prepare
 from rlhf_ray.reward.client import RewardClient, Text
 from rlhf_ray.reward.core.scorer import RewardScorer

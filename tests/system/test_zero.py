@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
-from rlhf_ray.config.settings import ActorSettings, CriticSettings, PolicySettings
+from rlhf_ray.config.settings import CriticSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
 from rlhf_ray.algorithms.segments import segment_ids, segment_sum
-from rlhf_ray.config.settings import AlgorithmSettings, KLSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
 SAMPLES, GROUP = 8, 4

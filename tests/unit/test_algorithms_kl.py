@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_ray.algorithms.kl import AdaptiveKLController, KLEstimator, kl_controller, kl_estimate
-from rlhf_ray.config.settings import KLSettings
+from rlhf_ray.config.algorithm import KLSettings
 
 
 @pytest.mark.parametrize(

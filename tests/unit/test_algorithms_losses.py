@@ -14,7 +14,7 @@ from rlhf_ray.algorithms.losses import (
     truncated_importance_weights,
     value_loss,
 )
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 
 
 def tokens(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, ...]:

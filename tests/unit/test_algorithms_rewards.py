@@ -6,7 +6,7 @@ import torch
 
 from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
 from rlhf_ray.algorithms.segments import Moments
-from rlhf_ray.config.settings import AlgorithmSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings
 
 SCORES = torch.tensor([5.0, -5.0, 1.0, math.nan], dtype=torch.float64)
 OK = torch.tensor([True, True, True, False])

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward_model import RewardEvaluationConfig, RewardModelConfig
 from rlhf_ray.config.serving import ServingConfig
-from rlhf_ray.config.settings import ActorSettings, PPOConfig, RunConfig, SFTConfig
+from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.config.settings import AlgorithmSettings, CriticSettings, KLSettings, LearnerSettings, PolicySettings
+from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings
+from rlhf_ray.config.settings import CriticSettings, LearnerSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.models.packing import RolloutRows

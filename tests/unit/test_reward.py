@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.config.reward_model import PreferenceSettings
-from rlhf_ray.config.settings import RewardSettings, ScorerSettings
 from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.reward import RewardModel
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard

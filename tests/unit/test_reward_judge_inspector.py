@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard
 from rlhf_ray.reward.core.checks import Check, vllm_check
 from rlhf_ray.reward.core.scorer import RewardScorer

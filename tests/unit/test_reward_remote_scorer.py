@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.failures import BadInput, FailureKind, classify
 from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.remote_scorer import RemoteScorer, check_reward_service

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import AuditSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.serve import application

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.client import PromptResponse, RewardClient

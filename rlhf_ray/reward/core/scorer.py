@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
 from rlhf_ray.reward.core.card import ScoreAggregation

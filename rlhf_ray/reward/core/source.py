@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.core.card import RewardModelCard

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
-from rlhf_ray.config.settings import ScorerSettings
 from rlhf_ray.failures import Refused
 from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.encoding import Encoded

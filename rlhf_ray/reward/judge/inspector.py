@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.randomness import keyed_generator

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
-from rlhf_ray.config.settings import ClusterSettings, RewardSettings, ScorerSettings
+from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation

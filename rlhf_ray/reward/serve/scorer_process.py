@@ -26,8 +26,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import ServedScorerSettings
-from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
