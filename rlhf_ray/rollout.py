@@ -14,6 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,17 @@ class Rollout(Shipped):
             version_sum=int(self.policy_versions.astype(np.int64).sum()),
             digest=self.digest(),
         )
+
+    def write(self, path: Path) -> None:
+        """Into a file, for a checkpoint."""
+        with path.open("wb") as file:
+            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Rollout:
+        """What `write` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**arrays)
 
     def digest(self) -> str:
         """Hash of the tokens and their log-probs: equal for shards that are the same to the bit."""

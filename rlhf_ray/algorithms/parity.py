@@ -33,6 +33,7 @@ class Parity:
         change: median |change| of the learner's log-probs since the version before; 0 at the first.
         residual: median |engine's change − learner's change|; 0 at the first.
         fault: what is wrong, or empty.
+        first_fault: what was wrong when the weights were loaded for the first time, or empty.
     """
 
     version: int
@@ -41,6 +42,7 @@ class Parity:
     change: float
     residual: float
     fault: str
+    first_fault: str = ""
 
     @classmethod
     def without_weights(cls, version: int, fault: str) -> Parity:

@@ -39,6 +39,17 @@ class AlgorithmSettings(Settings):
         description="`gae` needs a critic; `rloo` (leave-one-out) and `grpo` (group-standardised) need at least two "
         "samples a prompt and no critic.",
     )
+    max_staleness: NonNegativeInt = Field(
+        0,
+        description="Steps that sampling may run ahead of training. Step s is sampled with the weights of version "
+        "s − n exactly, so that a run with one seed is the same to the bit whatever n. 0: everyone waits for everyone.",
+    )
+    in_flight_updates: bool = Field(
+        False,
+        description="Load newer weights between two steps of the engine while responses are unfinished: none waits for "
+        "the longest. Every token carries its own version, none older than `max_staleness` allows; two runs of a seed "
+        "are then no longer equal. Needs `max_staleness` above 0.",
+    )
     gamma: Fraction = Field(1.0, description="Discount γ.")
     gae_lambda: Fraction = Field(0.95, description="GAE λ.")
     epochs: PositiveInt = Field(1, description="Passes over the samples of a step.")

@@ -371,6 +371,10 @@ class PPOConfig(RunConfig):
                     f"{name}.learner.replicas: {learner.replicas} ranks cannot share {sampling.num_shards} shards "
                     "evenly (sampling.prompts_per_step / sampling.prompts_per_shard)"
                 )
+        if algorithm.in_flight_updates and not algorithm.max_staleness:
+            raise ValueError(
+                "algorithm.in_flight_updates: with max_staleness 0 nothing is sampled while weights change; 1 or more"
+            )
         if self.weights.transport == "nccl" and (self.generator.gpus == 0 or self.policy.learner.gpus == 0):
             raise ValueError(
                 "weights.transport: 'nccl' needs generator.gpus and policy.learner.gpus above 0; use 'object_store'"

@@ -10,6 +10,8 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from rlhf_ray.rollout import ProbeColumn
+
 
 class WeightsDamaged(RuntimeError):
     """A tensor that arrived is not the one that was sent."""
@@ -61,18 +63,33 @@ class WeightBucket:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What an engine that computes with some weights must come to.
+
+    Attributes:
+        tokens: rows of token ids, the same at every version.
+        learner: the learner's log-probs of these tokens under the weights.
+    """
+
+    tokens: tuple[NDArray[np.int32], ...]
+    learner: ProbeColumn
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The trained weights of one version of the policy. Weights that are never trained are in the model's directory.
 
     Attributes:
         version: how many steps the policy has been trained for.
-        names: of all tensors, over all buckets.
-        buckets: fetched one after another, and only when they are read.
+        names: of all tensors, over all buckets; none where the weights come another way (NCCL).
+        buckets: fetched one after another, and only when they are read, each time anew.
+        proof: None: nothing is known of them.
     """
 
     version: int
     names: frozenset[str]
     buckets: Iterable[WeightBucket]
+    proof: Proof | None = None
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors.

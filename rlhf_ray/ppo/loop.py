@@ -1,9 +1,10 @@
-"""The loop: sample, score, learn, sync; again."""
+"""The loop: sample, score, learn, sync; again. Sampling may run ahead (`ppo/admission.py`)."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,15 @@ from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
 from rlhf_ray.ppo.results import judge_before, write_results
 from rlhf_ray.ppo.roles import Roles, role_requests, start_roles
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
-from rlhf_ray.ppo.step import (
-    add_columns,
-    generate,
-    plan_shards,
-    train_critic,
-    train_policy,
-    wait_for_columns,
-)
+from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
-from rlhf_ray.runtime.answers import Deferred, collect
+from rlhf_ray.runtime.answers import collect
 from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.timeline import Timeline
@@ -71,86 +65,104 @@ class PPO:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
-        self._state = LoopState(learners=learner_shapes(config))
+        self._state = LoopState(max_staleness=config.algorithm.max_staleness, learners=learner_shapes(config))
+        self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
-        prompts = [prompt.token_ids for prompt in inputs.prompts]
-        probe = probe_rows(prompts, config.weights.probe_tokens, inputs.context_tokens)
         self._weights = WeightSync(
-            roles.policy, roles.generators, config.weights, config.generator.tensor_parallel, probe, self._timeout_s
+            roles.policy,
+            roles.generators,
+            config.weights,
+            config.generator.tensor_parallel,
+            probe_rows(
+                [prompt.token_ids for prompt in inputs.prompts], config.weights.probe_tokens, inputs.context_tokens
+            ),
+            self._timeout_s,
+            config.algorithm.in_flight_updates,
         )
-        self._snapshot: Deferred[Snapshot] | None = None
+        self._syncs: deque[Sync | Parity] = deque()
+        """One for each version from that of the next step's samples to the newest, verified or under way."""
 
     def train(self) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
-        config, run = self._config, self._run
+        config, run, admission = self._config, self._run, self._admission
         judge_before(config, self._inputs, self._roles, run)
         restored = run.restore(LoopState)
         if restored is not None:
             found, checkpoint = restored
             self._state = replace(found, learners=self._state.learners)
-            self._kl.load_state_dict(self._state.kl_controller)
+            self._kl.load_state_dict(found.kl_controller)
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
+            admission.read(found.rollouts, checkpoint)
         run.tracker.phase("first sync of the weights")
         sync = self._weights.begin(self._state.step)
-        self._verify(sync, collect([*sync.parity, *sync.answers], self._timeout_s))
+        parity = self._verify(sync, collect(sync.all_answers(), self._timeout_s))
+        self._syncs.extend([Parity(**each) for each in self._state.syncs] or [parity] * admission.max_staleness)
+        admission.hand_out(self._state.step, sync.snapshot)
         run.keep(self._state.step, self._state, self._save_checkpoint)  # a stop may have been asked for meanwhile
         while self._state.step < config.steps:
-            kl = self._step()
+            sync, kl = self._step()
             run.keep(self._state.step, self._state, self._save_checkpoint)
             if self._kl_too_large(kl):
                 break
-        write_results(config, self._inputs, self._roles, run, self.snapshot)
+        self._verify_all()
+        write_results(config, self._inputs, self._roles, run, sync.snapshot)
 
-    def _step(self) -> float | None:
-        """Sample, score, learn, sync; gives the KL divergence from the reference."""
+    def _step(self) -> tuple[Sync, float | None]:
+        """Train on the step whose turn it is, and hand out the next one; gives the new weights, and the KL divergence
+        from the reference."""
         config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
         self._run.tracker.phase("sampling")
-        drawn = self._inputs.prompts.draw(config.run.seed, state.step, config.sampling.prompts_per_step)
-        plans = plan_shards(drawn, config.sampling, config.run.seed, "train")
-        shards = generate(roles, plans, drawn, self.snapshot)
-        columns = add_columns(roles, shards, config.algorithm.asks_old_logprobs)
-        headers = wait_for_columns(shards, columns, clock)
+        step = self._admission.next()
+        columns = learner_columns(roles, step.shards, step.columns, config.algorithm.asks_old_logprobs)
+        headers = wait_for_columns(step.shards, columns, clock)
         self._check_scores(headers)
-        # Every generator has these weights by now; kept, they would take up the room of the new ones.
-        self._snapshot = None
 
         self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
-        policy = train_policy(roles, shards, columns, state.step, coefficient)
-        critic = train_critic(roles, shards, columns, state.step, coefficient)
-        # The policy's weights leave while the critic is still learning.
-        sync = self._weights.begin(state.step + 1)
-        done = clock.wait({"train": [*policy, *critic], "sync": [*sync.parity, *sync.answers]})
-        parity = self._verify(sync, done["sync"])
+        policy = train_policy(roles, step.shards, columns, state.step, coefficient)
+        critic = train_critic(roles, step.shards, columns, state.step, coefficient)
+        # The policy's weights leave while the critic is still learning, and the next step is sampled with them.
+        newest = self._weights.begin(state.step + 1, self._admission.owed())
+        self._admission.hand_out(newest.version, newest.snapshot)
+        self._syncs.append(newest)
+        # What the next step is sampled with must be proven by the time that it is trained on.
+        due = self._syncs.popleft()
+        done = clock.wait({"train": [*policy, *critic], "sync": due.all_answers() if isinstance(due, Sync) else []})
+        parity = self._verify(due, done["sync"]) if isinstance(due, Sync) else due
         policy_report, critic_report = done["train"][0], done["train"][len(policy)] if critic else None
 
-        sampled_version = state.step
+        sampled_for = state.step
         state.advance(headers.num_samples, headers.num_response_tokens)
         kl = policy_report.stats.kl_reference
         if kl is not None:
             self._kl.update(kl, headers.num_samples)
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
-        row = step_row(state, headers, policy_report, critic_report, parity, sampled_version, coefficient, clock, busy)
+        row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
         self._run.tracker.step(row)
-        return kl
+        return newest, kl
 
-    @property
-    def snapshot(self) -> Deferred[Snapshot]:
-        """The weights to sample with."""
-        assert self._snapshot is not None, "no weights have been verified yet"
-        return self._snapshot
-
-    def _verify(self, sync: Sync, reports: Sequence[Any]) -> Parity:
-        """From here on, the engines sample with these weights."""
-        sync, parity, first_faults = self._weights.verified(sync, reports[: len(sync.parity)])
-        if first_faults:
-            self._run.tracker.events.write("sync_repeated", cause="; ".join(first_faults), version=sync.version)
-        self._snapshot = sync.snapshot
+    def _verify(self, sync: Sync, values: Sequence[Any]) -> Parity:
+        """Engines that could not prove it have ended the run; those that needed a second attempt are reported."""
+        parity = sync.worst(values)
+        if parity.first_fault:
+            self._run.tracker.events.write("sync_repeated", cause=parity.first_fault, version=sync.version)
         return parity
 
+    def _verify_all(self) -> None:
+        for index, sync in enumerate(self._syncs):
+            if isinstance(sync, Sync):
+                self._syncs[index] = self._verify(sync, collect(sync.all_answers(), self._timeout_s))
+
     def _save_checkpoint(self, folder: str) -> None:
-        collect(self._roles.save_checkpoint(folder), self._timeout_s)
+        """The learners' state; and the rows of steps that were sampled with weights that are gone, with the proofs of
+        these weights: a resumed run goes on as if it had been left alone."""
+        self._verify_all()
+        older = self._admission.with_older_weights(self._state.step)
+        writing = self._admission.write(older, Path(folder))
+        collect([*self._roles.save_checkpoint(folder), *writing], self._timeout_s)
+        self._state.rollouts = [each.step for each in older]
+        self._state.syncs = [asdict(sync) for sync in self._syncs if isinstance(sync, Parity)]
 
     def _check_scores(self, headers: StepHeaders) -> None:
         """A failed score is counted and set aside; a step with no scores aborts the run."""

@@ -108,7 +108,15 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
     updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
     trained = policy.learner.trainable_top_layers
     answers = roles.generators.build(
-        partial(Generator, policy.model, config.generator, inputs.context_tokens, inputs.eos_token_id, config.weights)
+        partial(
+            Generator,
+            policy.model,
+            config.generator,
+            inputs.context_tokens,
+            inputs.eos_token_id,
+            config.weights,
+            algorithm.in_flight_updates,
+        )
     )
     answers += roles.scorers.build(inputs.reward.constructor(policy.model))
     answers += roles.policy.build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
@@ -19,6 +20,9 @@ class LoopState:
             policy's weights.
         samples, tokens: responses and response tokens since the run began.
         kl_controller: its state.
+        max_staleness: `algorithm.max_staleness`, which the next two follow from.
+        rollouts: steps that were under way and whose weights are gone; their rows are in the checkpoint.
+        syncs: the proofs (`Parity`) of the weights that the next steps are sampled with, oldest first.
         learners: see `learner_shapes`; empty in checkpoints of earlier versions.
     """
 
@@ -26,6 +30,9 @@ class LoopState:
     samples: int = 0
     tokens: int = 0
     kl_controller: dict[str, float] = field(default_factory=dict)
+    max_staleness: int = 0
+    rollouts: list[int] = field(default_factory=list)
+    syncs: list[dict[str, Any]] = field(default_factory=list)
     learners: dict[str, int | str | None] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:
@@ -52,14 +59,19 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     """See that the learners can read the run's latest checkpoint, before any of them is started.
 
     Raises:
-        BadInput: it was written with other settings of those, or without a critic.
+        BadInput: it was written with other settings of those, without a critic, or with another staleness.
     """
     latest = folder.latest_checkpoint()
     if latest is None:
         return
     step, path = latest
-    written = read_state(path, LoopState).learners
-    for key, now in learner_shapes(config).items() if written else ():
+    found = read_state(path, LoopState)
+    written = {**found.learners, "algorithm.max_staleness": found.max_staleness}
+    wanted = {
+        **(learner_shapes(config) if found.learners else {}),
+        "algorithm.max_staleness": config.algorithm.max_staleness,
+    }
+    for key, now in wanted.items():
         before = written.get(key, "no such learner")
         # What `auto` is becomes known on the learner's node.
         if before != now and "auto" not in (before, now):

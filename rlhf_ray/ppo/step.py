@@ -1,13 +1,15 @@
 """How a step's data flows: plans become rollouts, rollouts get their columns, columns reach the learners.
 
 The driver moves references and reads headers. Who does which shard is fixed by the shard's place in the step,
-never by who is free first.
+never by who is free first. Roles that never change are asked for their columns as soon as a shard is handed out;
+learners when it is the step's turn, after what they were asked for before, so that a column is of the version that the
+step trains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_ray.algorithms.experience import ExperienceShard
@@ -45,10 +47,10 @@ class Columns:
     """What the roles add to one shard."""
 
     rewards: Stored[RewardColumn]
-    trunk: Stored[TrunkColumn] | None
-    reference: Stored[TokenColumn] | None
-    values: Stored[TokenColumn] | None
-    policy: Stored[TokenColumn] | None
+    trunk: Stored[TrunkColumn] | None = None
+    reference: Stored[TokenColumn] | None = None
+    values: Stored[TokenColumn] | None = None
+    policy: Stored[TokenColumn] | None = None
 
     def experience(self, shard: Shard, *, with_trunk: bool) -> Deferred[ExperienceShard]:
         """Rows and columns, put together in the learner.
@@ -132,33 +134,45 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
     ]
 
 
-def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> list[Columns]:
-    """Ask every role for its column of every shard; each begins as soon as the shard is there.
+def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
+    """Ask the roles that never change for their columns of every shard; each begins as soon as the shard is there."""
+    columns = []
+    for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
+        trunk = reference = None
+        if roles.references is not None:
+            # Frozen layers first: everybody else waits for these.
+            if roles.trunk_sharers:
+                trunk = roles.references.of(index).keep(Reference.trunk, shard.rollout.data)
+            reference = roles.references.of(index).keep(
+                Reference.logprobs, shard.rollout.data, None if trunk is None else trunk.data
+            )
+        columns.append(Columns(rewards, trunk, reference))
+    return columns
+
+
+def learner_columns(
+    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], old_logprobs: bool
+) -> list[Columns]:
+    """Ask the learners for their columns as well, as they are now.
 
     The ranks of a learner are asked for the same number of shards each, in the same order: their forward passes are
     collectives.
 
     Args:
-        old_logprobs: ask the policy learner for its own log-probs too.
+        old_logprobs: ask the policy learner for its own log-probs.
     """
-    columns = []
-    for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
+    complete = []
+    for index, (shard, column) in enumerate(zip(shards, columns, strict=True)):
         rows = shard.rollout.data
-        trunk = reference = values = policy = None
-        states: Answer[TrunkColumn] | None = None
-        if roles.references is not None:
-            # Frozen layers first: everybody else waits for these.
-            if roles.trunk_sharers:
-                trunk = roles.references.of(index).keep(Reference.trunk, rows)
-                states = trunk.data
-            reference = roles.references.of(index).keep(Reference.logprobs, rows, states)
+        states = None if column.trunk is None else column.trunk.data
+        values = policy = None
         if roles.critic is not None:
             begun_at = states if "critic" in roles.trunk_sharers else None
             values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)
         if old_logprobs:
             policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, states)
-        columns.append(Columns(rewards, trunk, reference, values, policy))
-    return columns
+        complete.append(replace(column, values=values, policy=policy))
+    return complete
 
 
 def train_policy(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,16 @@ from numpy.typing import NDArray
 from rlhf_ray.algorithms.parity import Parity, ParityCheck
 from rlhf_ray.config.settings import GeneratorSettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import Snapshot, WeightsDamaged
+from rlhf_ray.models.buckets import UNTRAINED, Snapshot, WeightsDamaged
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.randomness import keyed_seed
-from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, ProbeColumn, Rollout
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout
 
 _NO_VERSION = -1
+_ATTEMPTS = 2
+"""A sync that fails is looked at once more before the run is ended."""
+_ARRIVAL_S = 3600.0
+"""How long sampling waits for weights that are broadcast; the broadcast itself has the driver's deadline."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class Generator:
         context_tokens: longest prompt and response together.
         eos_token_id: ends a response.
         weights: how new weights arrive, and what is allowed of them.
+        in_flight_updates: new weights are loaded between two steps of the engine, and unfinished responses go on.
     """
 
     def __init__(
@@ -115,14 +121,20 @@ class Generator:
         context_tokens: int,
         eos_token_id: int,
         weights: WeightSettings,
+        in_flight_updates: bool = False,
     ) -> None:
         on_gpu = settings.gpus > 0
         self._eos_token_id = eos_token_id
-        self._version = 0
+        self._in_flight = in_flight_updates
+        self._version = UNTRAINED.version
+        self._broadcast = weights.transport == "nccl"
+        self._arrived = UNTRAINED.version
+        self._arrival = threading.Condition()
         self._calls = 0
         self._turns = Turns()
         self._outputs: dict[str, Any] = {}
-        self._parity = ParityCheck(weights)
+        self._check = ParityCheck(weights)
+        self._parity: Parity | None = None
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -152,6 +164,7 @@ class Generator:
             **settings.engine,
         }
         self._engine = LLM(**arguments)
+        self._engine.llm_engine.set_weight_version(str(UNTRAINED.version))
         # What `auto` became on this node, or `engine` asked for.
         self._dtype = str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
         if weights.transport == "object_store":
@@ -161,10 +174,12 @@ class Generator:
         """Sample one shard.
 
         Args:
-            snapshot: the weights to sample with; loaded first where the engine has another version.
+            snapshot: the weights to sample with; loaded first where the engine has others. With `in_flight_updates`
+                the oldest to sample with.
 
         Raises:
-            RoleFailure: the engine gave back fewer tokens or log-probs than it says it sampled.
+            RoleFailure: the weights could not be loaded, or the engine gave back fewer tokens or log-probs than it says
+                it sampled.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -183,13 +198,14 @@ class Generator:
             )
             for seed in plan.seeds
         ]
+        self._wait_for_arrival(snapshot)
         with self._turns:
-            if snapshot.version != self._version:
-                self._load(snapshot)
+            self._bring(snapshot)
             requests = self._add(prompts, sampling)
         outputs = self._finished(requests)
         sequences: list[NDArray[np.int32]] = []
         logprobs: list[float] = []
+        versions: list[NDArray[np.int32]] = []
         for prompt, output in zip(prompts, outputs, strict=True):
             response = output.outputs[0]
             sampled = response.logprobs or []
@@ -203,6 +219,7 @@ class Generator:
                 )
             sequences += [prompt, np.array(response.token_ids, dtype=np.int32)]
             logprobs += [entry[token].logprob for token, entry in zip(response.token_ids, sampled, strict=True)]
+            versions.append(self._versions_of(response, snapshot.version))
         finished = [output.outputs[0].finish_reason == "stop" for output in outputs]
         prompt_ids = np.repeat(np.array(plan.prompt_ids, dtype=np.int64), count)
         return Rollout(
@@ -210,11 +227,139 @@ class Generator:
             prompt_lengths=np.array([len(ids) for ids in prompts], dtype=np.int32),
             response_lengths=np.array([len(output.outputs[0].token_ids) for output in outputs], dtype=np.int32),
             logprobs=np.array(logprobs, dtype=np.float32),
-            policy_versions=np.full(len(logprobs), snapshot.version, dtype=np.int32),
+            policy_versions=np.concatenate(versions),
             finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
             sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
             prompt_ids=prompt_ids,
         )
+
+    def load(self, snapshot: Snapshot) -> Parity:
+        """Load new weights, unless the engine has them already, and see that it computes with them.
+
+        Args:
+            snapshot: with its proof.
+
+        Raises:
+            RoleFailure: it does not after two attempts.
+        """
+        self._wait_for_arrival(snapshot)
+        with self._turns:
+            self._bring(snapshot)
+            assert self._parity is not None, "a snapshot with its proof has been loaded"
+            return self._parity
+
+    def write(self, rollout: Rollout, path: str) -> None:
+        """Keep a shard in a file of a checkpoint."""
+        rollout.write(Path(path))
+
+    def read(self, path: str) -> Rollout:
+        """A shard that `write` kept."""
+        return Rollout.read(Path(path))
+
+    def join_senders(self, init_info: dict[str, Any]) -> None:
+        """Meet the policy learner in the group of the `nccl` transport."""
+        self._engine.init_weight_transfer_engine({"init_info": init_info})
+
+    def receive(self, update_info: dict[str, Any], version: int) -> None:
+        """Take part in the learner's broadcast (`nccl` transport).
+
+        Args:
+            update_info: what is sent, as vLLM's trainer side describes it.
+        """
+        with self._turns:
+            self._finish_requests()
+            self._update({"update_info": update_info}, version)
+        with self._arrival:
+            self._arrived = version
+            self._arrival.notify_all()
+
+    def _wait_for_arrival(self, snapshot: Snapshot) -> None:
+        """Weights that are broadcast arrive in a call of their own, which may get its turn after this one."""
+        if not self._broadcast:
+            return
+        with self._arrival:
+            if not self._arrival.wait_for(lambda: self._arrived >= snapshot.version, _ARRIVAL_S):
+                raise RoleFailure(
+                    FailureKind.INFRASTRUCTURE,
+                    "generator",
+                    "?",
+                    f"the weights of version {snapshot.version} were not broadcast within {_ARRIVAL_S:.0f} s; the "
+                    f"engine has version {self._version}",
+                )
+
+    def _bring(self, snapshot: Snapshot) -> None:
+        """Make the engine compute with these weights; with in-flight updates, with these or later ones."""
+        proven = snapshot.proof is None or (self._parity is not None and self._parity.version == snapshot.version)
+        if (snapshot.version == self._version and proven) or (self._in_flight and snapshot.version < self._version):
+            return
+        faults: list[str] = []
+        while len(faults) < _ATTEMPTS:
+            fault = self._load(snapshot) or self._prove(snapshot)
+            if not fault:
+                if faults and self._parity is not None:
+                    self._parity = replace(self._parity, first_fault=faults[0])
+                return
+            faults.append(fault)
+        self._version = _NO_VERSION
+        raise RoleFailure(
+            FailureKind.FATAL,
+            "generator",
+            "?",
+            f"engine and learner disagree after {_ATTEMPTS} syncs to version {snapshot.version}: {faults[-1]}",
+        )
+
+    def _load(self, snapshot: Snapshot) -> str:
+        """Load other weights; gives what was wrong with them, or nothing."""
+        if not snapshot.names:
+            if snapshot.version == self._version:
+                return ""  # they were broadcast
+            raise RoleFailure(
+                FailureKind.INFRASTRUCTURE,
+                "generator",
+                "?",
+                f"the engine has weights of version {self._version}, and there is nothing to load version "
+                f"{snapshot.version} from",
+            )
+        self._finish_requests()
+        try:
+            self._update({"update_info": {"snapshot": snapshot}}, snapshot.version)
+        except WeightsDamaged as damage:
+            return str(damage)
+        return ""
+
+    def _prove(self, snapshot: Snapshot) -> str:
+        """See that the engine computes as the learner does; gives what is wrong, or nothing."""
+        if snapshot.proof is None:
+            return ""
+        learner = snapshot.proof.learner
+        exact = self._dtype == learner.dtype == "float32"
+        engine = self._logprobs_of(snapshot.proof.tokens)
+        self._parity = self._check.judge(snapshot.version, engine, learner.data, exact=exact)
+        return self._parity.fault
+
+    def _update(self, request: dict[str, Any], version: int) -> None:
+        """New weights in place of the present ones.
+
+        Keys and values of the old weights are dropped. Those of unfinished responses (in-flight updates) are computed
+        again with the new ones, so that each token's log-prob is what its version alone says of the whole sequence.
+        """
+        self._engine.start_weight_update()
+        self._version = _NO_VERSION  # until all is loaded
+        self._engine.update_weights(request)
+        self._engine.finish_weight_update(weight_version=str(version))
+        if not self._engine.reset_prefix_cache(reset_running_requests=self._in_flight):
+            raise RoleFailure(
+                FailureKind.FATAL,
+                "generator",
+                "?",
+                "the prefix cache could not be reset; stale keys and values would stay",
+            )
+        self._version = version
+
+    def _finish_requests(self) -> None:
+        """What was begun with the present weights ends with them, but for in-flight updates."""
+        while not self._in_flight and self._engine.llm_engine.has_unfinished_requests():
+            self._step()
 
     def _add(self, prompts: Sequence[NDArray[np.int32]], sampling: Sequence[Any]) -> list[str]:
         """Requests of one call, by the names that their outputs bear.
@@ -235,89 +380,51 @@ class Generator:
         """The outputs of requests. Several calls may be here at once: each steps the engine for all in its turn."""
         while True:
             with self._turns:
-                missing = [request for request in requests if request not in self._outputs]
-                if not missing:
+                if self._step_unless_finished(requests):
                     return [self._outputs.pop(request) for request in requests]
-                if not self._engine.llm_engine.has_unfinished_requests():
-                    raise RoleFailure(
-                        FailureKind.FATAL, "generator", "?", f"the engine never finished {len(missing)} requests"
-                    )
-                self._step()
+
+    def _step_unless_finished(self, requests: Sequence[str]) -> bool:
+        missing = [request for request in requests if request not in self._outputs]
+        if not missing:
+            return True
+        if not self._engine.llm_engine.has_unfinished_requests():
+            raise RoleFailure(FailureKind.FATAL, "generator", "?", f"the engine never finished {len(missing)} requests")
+        self._step()
+        return False
 
     def _step(self) -> None:
         for output in self._engine.llm_engine.step():
             if output.finished:
                 self._outputs[output.request_id] = output
 
-    def synchronize(self, snapshot: Snapshot, probe: tuple[NDArray[np.int32], ...], learner: ProbeColumn) -> Parity:
-        """Load new weights, and see that the engine computes with them.
-
-        Args:
-            snapshot: the weights; without tensors, they have arrived by `receive`.
-            probe: prompts, the same at every version.
-            learner: the learner's log-probs of the probe's tokens under these weights.
-        """
-        try:
-            with self._turns:
-                if snapshot.names or snapshot.version != self._version:
-                    self._load(snapshot)
-        except WeightsDamaged as damage:
-            return Parity.without_weights(snapshot.version, str(damage))
-        exact = self._dtype == learner.dtype == "float32"
-        return self._parity.judge(snapshot.version, self._probe(probe), learner.data, exact=exact)
-
-    def _probe(self, probe: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
-        """`[N]` log-probs at temperature 1 of every token of the probe but each prompt's first, without sampling."""
+    def _logprobs_of(self, rows: tuple[NDArray[np.int32], ...]) -> NDArray[np.float32]:
+        """`[N]` log-probs at temperature 1 of every token of the rows but each one's first, without sampling."""
         from vllm import SamplingParams
 
         scoring = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        with self._turns:
-            requests = self._add(probe, [scoring] * len(probe))
+        requests = self._add(rows, [scoring] * len(rows))
+        while not self._step_unless_finished(requests):
+            pass
+        outputs = [self._outputs.pop(request) for request in requests]
         logprobs = [
             entry[int(token)].logprob
-            for ids, output in zip(probe, self._finished(requests), strict=True)
+            for ids, output in zip(rows, outputs, strict=True)
             for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
         ]
         return np.array(logprobs, dtype=np.float32)
 
-    def _load(self, snapshot: Snapshot) -> None:
-        """Load other weights, once everything that was begun with the present ones has ended."""
-        while self._engine.llm_engine.has_unfinished_requests():
-            self._step()
-        if not snapshot.names:
-            raise RoleFailure(
-                FailureKind.INFRASTRUCTURE,
-                "generator",
-                "?",
-                f"the engine has weights of version {self._version}, and there is nothing to load version "
-                f"{snapshot.version} from",
-            )
-        self._engine.start_weight_update()
-        self._version = _NO_VERSION  # until all is loaded
-        self._engine.update_weights({"update_info": {"snapshot": snapshot}})
-        self._finish_update(snapshot.version)
-
-    def join_senders(self, init_info: dict[str, Any]) -> None:
-        """Meet the policy learner in the group of the `nccl` transport."""
-        self._engine.init_weight_transfer_engine({"init_info": init_info})
-
-    def receive(self, update_info: dict[str, Any], version: int) -> None:
-        """Take part in the learner's broadcast (`nccl` transport).
-
-        Args:
-            update_info: what is sent, as vLLM's trainer side describes it.
-        """
-        self._engine.start_weight_update()
-        self._engine.update_weights({"update_info": update_info})
-        self._finish_update(version)
-
-    def _finish_update(self, version: int) -> None:
-        self._engine.finish_weight_update(weight_version=str(version))
-        if not self._engine.reset_prefix_cache():
+    def _versions_of(self, response: Any, wanted: int) -> NDArray[np.int32]:
+        """`[R]` which weights sampled each token, by the engine's own account."""
+        versions = np.full(len(response.token_ids), _NO_VERSION, dtype=np.int32)
+        for span in response.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        right = versions >= wanted if self._in_flight else versions == wanted
+        if not right.all():
+            found = sorted(set(versions[~right].tolist()))
             raise RoleFailure(
                 FailureKind.FATAL,
                 "generator",
                 "?",
-                "the prefix cache could not be reset; stale keys and values would stay",
+                f"tokens were sampled with weights of version {found}, not {wanted} as was asked",
             )
-        self._version = version
+        return versions

@@ -7,7 +7,7 @@ have the types of the method's, or are `Deferred` values of these types, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
@@ -19,6 +19,9 @@ from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.rollout import Shipped
 from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
 from rlhf_ray.runtime.role_host import Activity, RoleHost
+
+CONTROL, BESIDE = "control", "beside"
+"""Threads of an actor beside those that do its work: for the runtime's own questions, and for `Replica.beside`."""
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -45,11 +48,13 @@ class Replica(Generic[R]):
         name: role and number, `generator-1`.
         node: address of the node it runs on.
         host: the actor around the role.
+        group: the threads that calls are served by; empty: the role's own, in the order asked.
     """
 
     name: str
     node: str
     host: Any
+    group: str | None = None
 
     @overload
     def ask(self, method: Callable[[R], T], /) -> Answer[T]: ...
@@ -78,7 +83,7 @@ class Replica(Generic[R]):
     ) -> Answer[T]: ...
     def ask(self, method: Callable[..., Any], /, *args: Any) -> Answer[Any]:
         """Call one of the role's methods; returns at once."""
-        reference = self.host.call.remote(method.__name__, *map(_as_argument, args))
+        reference = self._in_group(self.host.call).remote(method.__name__, *args)
         return Answer(reference, self.name, self.node, method.__name__)
 
     @overload
@@ -88,17 +93,26 @@ class Replica(Generic[R]):
     def keep(self, method: Callable[..., Any], /, *args: Any) -> Stored[Any]:
         """As `ask`, for rows and columns: they stay in the object store, and their header comes apart from them."""
         name = method.__name__
-        data, header = self.host.keep.options(num_returns=2).remote(name, *map(_as_argument, args))
+        data, header = self._in_group(self.host.keep, num_returns=2).remote(name, *args)
         return Stored(Answer(data, self.name, self.node, name), Answer(header, self.name, self.node, name))
 
+    @property
+    def beside(self) -> Replica[R]:
+        """The same process, asked in a thread of its own: a call does not wait for those that were asked before it.
+
+        For methods that may run at the same time as others of the role.
+        """
+        return replace(self, group=BESIDE)
+
     def activity(self) -> Answer[Activity]:
-        """What the process did since this was last asked."""
-        return Answer(self.host.activity.remote(), self.name, self.node, "activity")
+        """What the process did since this was last asked; answered whatever it is doing."""
+        asked = self.host.activity.options(concurrency_group=CONTROL).remote()
+        return Answer(asked, self.name, self.node, "activity")
 
-
-def _as_argument(value: Any) -> Any:
-    # Ray itself waits for a reference that is an argument, and brings it to the process before the call begins.
-    return value.reference if isinstance(value, Answer) else value
+    def _in_group(self, method: Any, **options: Any) -> Any:
+        if self.group is not None:
+            options["concurrency_group"] = self.group
+        return method.options(**options) if options else method
 
 
 class ActorGroup(Generic[R]):
@@ -137,7 +151,7 @@ class ActorGroup(Generic[R]):
                 "runtime_env": {"env_vars": environment(settings)},
             }
             host = (
-                ray.remote(RoleHost)
+                ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
                 .options(**options)
                 .remote(name, str(logs.absolute() / f"{name}.log"), settings.threads, deadlines.call_s)
             )

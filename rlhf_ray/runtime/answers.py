@@ -8,7 +8,7 @@ be handed to another role in place of the value (it is a `Deferred` value, fetch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -74,8 +74,8 @@ class AllOf(Deferred[list[T_co]]):
 
 
 @dataclass(frozen=True)
-class OneByOne(Deferred[Iterator[T_co]]):
-    """Several answers as an iterator that fetches each when it gets there, so that one is held at a time."""
+class OneByOne(Deferred[Iterable[T_co]]):
+    """Several answers, each of which is fetched when an iteration gets there, so that one is held at a time."""
 
     items: tuple[Answer[T_co], ...]
 
@@ -93,8 +93,19 @@ def fetched(value: Any, timeout_s: float) -> Any:
     if isinstance(value, AllOf):
         return [fetched(item, timeout_s) for item in value.items]
     if isinstance(value, OneByOne):
-        return (ray.get(item.reference, timeout=timeout_s) for item in value.items)
+        return _Fetching(value.items, timeout_s)
     return value
+
+
+@dataclass(frozen=True)
+class _Fetching(Iterable[Any]):
+    """What `OneByOne` becomes; every iteration fetches anew."""
+
+    items: tuple[Answer[Any], ...]
+    timeout_s: float
+
+    def __iter__(self) -> Iterator[Any]:
+        return (ray.get(item.reference, timeout=self.timeout_s) for item in self.items)
 
 
 def collect(

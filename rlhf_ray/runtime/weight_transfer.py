@@ -3,7 +3,8 @@
 Weights are a versioned object. With the object store, the learner writes a snapshot bucket by bucket, and the engines
 load the first while it writes the second; the references belong to the driver. Each shard names the snapshot that it is
 sampled with, so that a generator that is behind pulls it. With NCCL, learner and engines meet in vLLM's own broadcast.
-After either, the engines and the learner compute log-probs of the same fixed tokens (`rlhf_ray.algorithms.parity`).
+A snapshot carries its proof: the learner's log-probs of the same fixed tokens, which an engine that has loaded it must
+come to (`rlhf_ray.algorithms.parity`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,13 @@ from numpy.typing import NDArray
 
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import WeightSettings
-from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import Snapshot, WeightBucket
+from rlhf_ray.models.buckets import Proof, Snapshot, WeightBucket
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
 from rlhf_ray.runtime.answers import Answer, Assembly, Deferred, OneByOne, collect
 
-Probe = tuple[NDArray[np.int32], ...]
+ProbeTokens = tuple[NDArray[np.int32], ...]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,13 @@ class Published:
 class WeightTransport(Protocol):
     """Moves the learner's weights to all generators."""
 
-    def publish(self, version: int) -> Published:
-        """Begin to send the weights that the learner has when it gets there."""
+    def publish(self, version: int, proof: Deferred[Proof], after: Sequence[Answer[Any]]) -> Published:
+        """Begin to send the weights that the learner has when it gets there.
+
+        Args:
+            proof: of these weights.
+            after: what the generators still owe with older weights.
+        """
         ...
 
 
@@ -56,7 +61,7 @@ class ObjectStoreTransport:
         asked = [rank.ask(PolicyLearner.weight_layout, bucket_mib << 20) for rank in policy]
         self._layout = collect(asked, timeout_s)[0]
 
-    def publish(self, version: int) -> Published:
+    def publish(self, version: int, proof: Deferred[Proof], after: Sequence[Answer[Any]]) -> Published:
         # Gathering a bucket is a collective in ZeRO-3; what is in it comes from the first rank.
         asked = [
             [rank.ask(PolicyLearner.weight_bucket, index) for rank in self._policy]
@@ -69,6 +74,7 @@ class ObjectStoreTransport:
                 "version": version,
                 "names": frozenset(name for bucket in self._layout for name in bucket),
                 "buckets": OneByOne(tuple(first)),
+                "proof": proof,
             },
         )
         return Published(snapshot, [answer for ranks in asked for answer in ranks[1:]])
@@ -88,7 +94,7 @@ class NcclTransport:
         bucket_mib: int,
         timeout_s: float,
     ) -> None:
-        self._policy, self._generators = policy, generators
+        self._policy, self._generators, self._timeout_s = policy, generators, timeout_s
         address, port = meeting_point(policy)
         group = {
             "master_address": address,
@@ -107,10 +113,15 @@ class NcclTransport:
         met: list[Any] = collect([*senders, *receivers], timeout_s)
         self._update_info: dict[str, Any] = met[0]
 
-    def publish(self, version: int) -> Published:
+    def publish(self, version: int, proof: Deferred[Proof], after: Sequence[Answer[Any]]) -> Published:
+        # An engine has one set of weights: shards that it has not begun would find the old ones gone.
+        collect(after, self._timeout_s)
         answers: list[Answer[Any]] = [rank.ask(PolicyLearner.broadcast_weights) for rank in self._policy]
-        answers += [generator.ask(Generator.receive, self._update_info, version) for generator in self._generators]
-        return Published(Assembly(Snapshot, {"version": version, "names": frozenset(), "buckets": ()}), answers)
+        answers += [
+            generator.beside.ask(Generator.receive, self._update_info, version) for generator in self._generators
+        ]
+        fields = {"version": version, "names": frozenset(), "buckets": (), "proof": proof}
+        return Published(Assembly(Snapshot, fields), answers)
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ class Sync:
     """A sync under way.
 
     Attributes:
+        version: of the weights.
+        snapshot: what a shard that is sampled with them carries.
         parity: each generator's comparison.
         answers: of everybody else who takes part.
     """
@@ -127,17 +140,27 @@ class Sync:
     parity: list[Answer[Parity]]
     answers: list[Answer[Any]]
 
+    def all_answers(self) -> list[Answer[Any]]:
+        """Everything to wait for; `worst` takes what comes of it."""
+        return [*self.parity, *self.answers]
+
+    def worst(self, values: Sequence[Any]) -> Parity:
+        """The comparison of the generator that is the farthest from the learner."""
+        reports: Sequence[Parity] = values[: len(self.parity)]
+        return max(reports, key=lambda report: (bool(report.first_fault), report.max_abs))
+
 
 class WeightSync:
-    """Sends new weights and verifies that the engines compute with them.
+    """Sends new weights to engines, which prove that they compute with them.
 
     Args:
         policy: the learner.
         generators: the engines.
         settings: the transport and the limits.
         workers_per_generator: processes of one engine.
-        probe: the tokens to compare on.
+        tokens: rows to compare on.
         timeout_s: for one sync.
+        in_flight: engines load between two steps, while they sample.
     """
 
     def __init__(
@@ -146,58 +169,36 @@ class WeightSync:
         generators: ActorGroup[Generator],
         settings: WeightSettings,
         workers_per_generator: int,
-        probe: Probe,
+        tokens: ProbeTokens,
         timeout_s: float,
+        in_flight: bool = False,
     ) -> None:
-        self._policy, self._generators, self._probe, self._timeout_s = policy, generators, probe, timeout_s
+        self._policy, self._generators, self._tokens, self._in_flight = policy, generators, tokens, in_flight
         self._transport: WeightTransport = (
             NcclTransport(policy, generators, workers_per_generator, settings.bucket_mib, timeout_s)
             if settings.transport == "nccl"
             else ObjectStoreTransport(policy, settings.bucket_mib, timeout_s)
         )
 
-    def begin(self, version: int) -> Sync:
-        """Send the weights, once the learner has done what it was asked for before."""
-        published = self._transport.publish(version)
-        learner = [rank.keep(PolicyLearner.probe, self._probe) for rank in self._policy]
+    def begin(self, version: int, after: Sequence[Answer[Any]] = ()) -> Sync:
+        """Send the weights, once the learner has done what it was asked for before.
+
+        Args:
+            after: what the generators still owe with older weights.
+        """
+        # The proof comes first: an engine has it by the time that the last bucket arrives.
+        learner = [rank.keep(PolicyLearner.probe, self._tokens) for rank in self._policy]
+        proof = Assembly(Proof, {"tokens": self._tokens, "learner": learner[0].data})
+        published = self._transport.publish(version, proof, () if self._in_flight else after)
         parity = [
-            generator.ask(Generator.synchronize, published.snapshot, self._probe, learner[0].data)
+            (generator.beside if self._in_flight else generator).ask(Generator.load, published.snapshot)
             for generator in self._generators
         ]
         headers = [column.header for column in learner]
         return Sync(version, published.snapshot, parity, [*published.answers, *headers])
 
-    def verified(self, sync: Sync, reports: Sequence[Parity]) -> tuple[Sync, Parity, list[str]]:
-        """The sync that engines may sample with, the worst of its comparisons, and the faults of a first attempt.
 
-        An engine that disagrees is given the weights once more before the run is ended.
-
-        Args:
-            reports: what `sync.parity` came to.
-
-        Raises:
-            RoleFailure: an engine still disagrees; the run must not sample with it.
-        """
-        first_faults = [
-            f"{generator.name}: {report.fault}"
-            for generator, report in zip(self._generators, reports, strict=True)
-            if report.fault
-        ]
-        if first_faults:
-            sync = self.begin(sync.version)
-            reports = collect([*sync.parity, *sync.answers], self._timeout_s)[: len(sync.parity)]
-            for generator, report in zip(self._generators, reports, strict=True):
-                if report.fault:
-                    raise RoleFailure(
-                        FailureKind.FATAL,
-                        generator.name,
-                        generator.node,
-                        f"engine and learner disagree after two syncs to version {sync.version}: {report.fault}",
-                    )
-        return sync, max(reports, key=lambda report: report.max_abs), first_faults
-
-
-def probe_rows(prompts: Sequence[NDArray[np.int32]], num_tokens: int, context_tokens: int) -> Probe:
+def probe_rows(prompts: Sequence[NDArray[np.int32]], num_tokens: int, context_tokens: int) -> ProbeTokens:
     """Tokens to compare engine and learner on: the prompts one after another, in rows that the engine can take.
 
     Args:

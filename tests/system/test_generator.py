@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
@@ -35,7 +36,25 @@ SETTINGS = GeneratorSettings(dtype="float32", kv_cache_gib=0.05, max_concurrent_
 
 
 class ObservedGenerator(Generator):
-    """A generator that also tells how much of a prompt the engine's prefix cache holds."""
+    """A generator that also tells how much of a prompt the engine's prefix cache holds, and is given new weights after
+    so many steps of its engine."""
+
+    _pending: tuple[int, Snapshot] | None = None
+
+    def generate_across(self, plan: ShardPlan, first: Snapshot, second: Snapshot, steps: int) -> Rollout:
+        self._pending, self._in_flight = (steps, second), True
+        try:
+            return self.generate(plan, first)
+        finally:
+            self._in_flight = False
+
+    def _step(self) -> None:
+        super()._step()
+        if self._pending is not None:
+            left, snapshot = self._pending
+            self._pending = (left - 1, snapshot) if left > 1 else None
+            if self._pending is None:
+                self._bring(snapshot)
 
     def cached_tokens(self, prompt: Sequence[int]) -> int:
         from vllm import SamplingParams
@@ -263,36 +282,62 @@ def test_a_sync_is_verified(
     prompts = plan_for(policy_tokenizer).prompts
     sync = WeightSync(policy, generators, WeightSettings(bucket_mib=1), 1, probe_rows(prompts, 128, 224), 120)
 
-    def synchronized(version: int) -> Any:
+    def synchronized(version: int) -> Parity:
         begun = sync.begin(version)
-        reports = collect([*begun.parity, *begun.answers], 120)
-        return sync.verified(begun, reports[:1])
+        return begun.worst(collect(begun.all_answers(), 120))
 
     def trained(step: int) -> None:
         rollout = random_rollout(0)
         shards = [shard_of(rollout, TokenColumn(rollout.logprobs))]
         collect([rank.ask(PolicyLearner.train, step, shards, KL_COEFFICIENT) for rank in policy], 120)
 
-    _, parity, repeated = synchronized(0)
-    assert (parity.version, repeated) == (0, [])
+    parity = synchronized(0)
+    assert (parity.version, parity.first_fault) == (0, "")
     assert 0 < parity.max_abs <= PARITY
     trained(0)
-    _, parity, repeated = synchronized(1)
-    assert repeated == []
+    first = sync.begin(1)
+    parity = first.worst(collect(first.all_answers(), 120))
+    assert parity.first_fault == ""
     assert parity.change > 1e-3
     assert parity.residual <= 1e-6 < parity.change
+    assert collect([generators.of(0).ask(Generator.load, first.snapshot)], 60) == [parity], "it has them already"
 
-    # The learner goes on, and the engine is told of a version that it is not sent: it computes as before.
+    # The learner goes on, and the engine is sent the weights of before in place of the new ones.
     trained(1)
-    [stored] = [rank.keep(PolicyLearner.probe, sync._probe) for rank in policy]
-    stale = Assembly(Snapshot, {"version": 1, "names": frozenset(), "buckets": ()})
-    [skipped] = collect([generators.of(0).ask(Generator.synchronize, stale, sync._probe, stored.data)], 60)
-    assert "weights.max_abs_dlogp_float32" in skipped.fault
-    begun = sync.begin(2)
-    collect([*begun.parity, *begun.answers], 120)
-    _, parity, repeated = sync.verified(begun, [skipped])
-    assert repeated == [f"generator-0: {skipped.fault}"], "the weights are sent once more"
-    assert not parity.fault
+    second = sync.begin(2)
+    assert isinstance(first.snapshot, Assembly)
+    assert isinstance(second.snapshot, Assembly)
+    stale = Assembly(Snapshot, {**second.snapshot.fields, "buckets": first.snapshot.fields["buckets"]})
+    collect(second.all_answers(), 120)
+    assert synchronized(3).version == 3
+    with pytest.raises(RoleFailure, match=r"disagree after 2 syncs to version 2: .*max_abs_dlogp_float32") as caught:
+        collect([generators.of(0).ask(Generator.load, stale)], 60)
+    assert (caught.value.kind, caught.value.role) == (FailureKind.FATAL, "generator-0")
+    assert not collect([generators.of(0).ask(Generator.load, second.snapshot)], 60)[0].fault
+
+
+def test_every_token_of_a_response_is_of_the_version_that_it_names(
+    engine: Engine, policy_tokenizer: Any, tied_policy_model: str, single_rank: Rank
+):
+    """New weights between two steps of the engine; log-probs of each version, token by token."""
+    old, new = learner(tied_policy_model, single_rank), learner(tied_policy_model, single_rank)
+    for step in range(3):
+        train(new, random_rollout(step), step)
+    plan = plan_for(policy_tokenizer, max_response_tokens=48)
+    versions = next(_VERSIONS), next(_VERSIONS)
+    first, second = (snapshot_of(policy, version) for policy, version in zip((old, new), versions, strict=True))
+    across = engine.group.of(0).ask(ObservedGenerator.generate_across, plan, first, second, 20)
+    [rollout] = collect([across], 120)
+    of_new = rollout.policy_versions == versions[1]
+    assert set(rollout.policy_versions.tolist()) == set(versions)
+    by_sample = np.split(of_new, rollout.response_starts()[1:-1])
+    assert all((np.diff(sample.astype(int)) >= 0).all() for sample in by_sample), "never an old token after a new one"
+    assert sum(sample.any() and not sample.all() for sample in by_sample) >= 8, "responses that span the update"
+    logprobs = np.stack([policy.logprobs(rollout).data for policy in (old, new)])
+    named = np.where(of_new, logprobs[1], logprobs[0])
+    assert np.abs(named - rollout.logprobs).max() <= PARITY
+    other = np.where(of_new, logprobs[0], logprobs[1])
+    assert np.median(np.abs(other - rollout.logprobs)) > 10 * PARITY, "the versions can be told apart"
 
 
 def test_an_engine_that_has_nothing_to_load_says_so(engine: Engine, policy_tokenizer: Any):

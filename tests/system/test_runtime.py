@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -63,8 +63,8 @@ class Player:
         assert all(type(pair.rollout) is Rollout for pair in pairs)
         return [float(pair.column.data.sum() / pair.rollout.logprobs.sum()) for pair in pairs]
 
-    def lengths(self, rollouts: Iterator[Rollout]) -> list[int]:
-        assert iter(rollouts) is rollouts, "an iterator, so that one is held at a time"
+    def lengths(self, rollouts: Iterable[Rollout]) -> list[int]:
+        assert iter(rollouts) is not iter(rollouts), "each iteration fetches anew, and one is held at a time"
         return [len(rollout.tokens) for rollout in rollouts]
 
     def wait(self, seconds: float) -> str:
@@ -94,6 +94,17 @@ def players(local_ray: Path) -> Iterator[ActorGroup[Player]]:
     """Two replicas."""
     with playing(local_ray, SETTINGS) as group:
         yield group
+
+
+def test_a_busy_process_answers_the_runtime_and_what_is_asked_beside(players: ActorGroup[Player]):
+    [player, _] = players
+    busy = [player.ask(Player.wait, 3.0), player.ask(Player.column, player.keep(Player.sample, 1).data)]
+    asked = time.monotonic()
+    [activity] = collect([player.activity()], 30)
+    assert activity.cpu_s >= 0
+    assert collect([player.beside.ask(Player.whoami)], 30)[0][0] == 0
+    assert time.monotonic() - asked < 2.5
+    assert collect(busy[:1], 30) == ["done"]
 
 
 def failure_of(answer: Answer[Any], timeout_s: float = 30) -> RoleFailure:
