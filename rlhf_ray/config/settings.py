@@ -5,7 +5,7 @@ Every field has a description: `docs/settings.md` is generated from them.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -215,6 +215,21 @@ class SamplingSettings(Settings):
     )
     max_prompt_tokens: PositiveInt = Field(256, description="A longer prompt is bad input.")
     max_response_tokens: PositiveInt = Field(128, description="A response is cut off here.")
+    stop: tuple[str, ...] = Field(
+        (),
+        description="Strings that end a response, as the end-of-sequence token does; they stay part of it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_distribution(cls, values: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p"):
+            if isinstance(values, dict) and name in values:
+                raise ValueError(
+                    f"{name}: it cuts the distribution off, token by token, where the learner computes the whole one: "
+                    "log-probs of engine and learner would not be of the same policy; lower temperature instead"
+                )
+        return values
 
     @model_validator(mode="after")
     def _shards_divide_the_step(self) -> SamplingSettings:
@@ -276,6 +291,26 @@ class EvaluationSettings(Settings):
     samples_per_prompt: PositiveInt = Field(1, description="Responses to each held-out prompt.")
     judge: Literal["none", "vader"] = Field("none", description="Independent judge of the responses, never trained on.")
     page_samples: PositiveInt = Field(24, description="Prompts shown side by side on the samples page.")
+    every_steps: PositiveInt | None = Field(
+        None,
+        description="Judge the policy every n steps as well (`held_out/*`); empty: before and after training only.",
+    )
+    keep_best: Literal["reward", "judge"] | None = Field(
+        None,
+        description="Write the policy with the best mean of this on held-out prompts to `policy_best/`. The reward is "
+        "what is being optimised; a judge that is never trained on says more. Needs `every_steps`.",
+    )
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> EvaluationSettings:
+        for name in ("every_steps", "keep_best"):
+            if getattr(self, name) is not None and self.prompts is None:
+                raise ValueError(f"{name}: there is nothing to judge on without evaluation.prompts")
+        if self.keep_best is not None and self.every_steps is None:
+            raise ValueError("keep_best: without every_steps the policy is judged at the end only")
+        if self.keep_best == "judge" and self.judge == "none":
+            raise ValueError("keep_best: 'judge' needs a judge, and judge is 'none'")
+        return self
 
 
 class CheckpointSettings(Settings):

@@ -79,6 +79,17 @@ def held_out_summary(
     }
 
 
+def held_out_metrics(samples: Sequence[EvaluatedSample]) -> dict[str, float | int | None]:
+    """What a judgement in the middle of a run adds to the step's row."""
+    return {
+        "held_out/reward": _mean(_rewards(samples)),
+        "held_out/judge": _mean([sample.judgement for sample in samples if sample.judgement is not None]),
+        "held_out/kl": held_out_kl(samples),
+        "held_out/length": _mean([float(sample.num_tokens) for sample in samples]),
+        "held_out/failures": len(samples) - len(_rewards(samples)),
+    }
+
+
 def held_out_line(summary: Mapping[str, float | int | None]) -> str:
     """The judgement in one line for the terminal."""
     told = []
@@ -127,6 +138,7 @@ def before_file(config: PPOConfig, inputs: Inputs) -> str:
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "temperature": config.sampling.temperature,
         "max_response_tokens": config.sampling.max_response_tokens,
+        "stop": config.sampling.stop,
         "judge": config.evaluation.judge,
         "reward": config.reward.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s"}),
         "reward_version": inputs.reward.card and inputs.reward.card.version,

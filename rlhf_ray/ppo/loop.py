@@ -15,7 +15,7 @@ from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
-from rlhf_ray.ppo.results import judge_before, write_results
+from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import Roles, role_requests, start_roles
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
@@ -105,7 +105,7 @@ class PPO:
             if self._kl_too_large(kl):
                 break
         self._verify_all()
-        write_results(config, self._inputs, self._roles, run, sync.snapshot)
+        write_results(config, self._inputs, self._roles, run, self._state, sync.snapshot)
 
     def _step(self) -> tuple[Sync, float | None]:
         """Train on the step whose turn it is, and hand out the next one; gives the new weights, and the KL divergence
@@ -139,6 +139,7 @@ class PPO:
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
         row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
+        row |= judge_during(config, self._inputs, roles, self._run, state, newest.snapshot)
         self._run.tracker.step(row)
         return newest, kl
 

@@ -9,6 +9,7 @@ from rlhf_ray.ppo.evaluation import (
     evaluate,
     held_out_kl,
     held_out_line,
+    held_out_metrics,
     held_out_summary,
     load_samples,
     pair_samples,
@@ -16,6 +17,7 @@ from rlhf_ray.ppo.evaluation import (
 )
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
+from rlhf_ray.ppo.state import LoopState
 from rlhf_ray.reward.core.evaluator import EvaluatedSample
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.answers import Deferred
@@ -35,7 +37,35 @@ def judge_before(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> N
         save_samples(path, _evaluate(config, inputs, roles, UNTRAINED, with_kl=False))
 
 
-def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, snapshot: Deferred[Snapshot]) -> None:
+def judge_during(
+    config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, state: LoopState, snapshot: Deferred[Snapshot]
+) -> dict[str, float | int | None]:
+    """Held-out prompts every `evaluation.every_steps`; the best policy is written where one is to be kept.
+
+    Args:
+        state: after the step; remembers the best.
+        snapshot: the weights of this step.
+
+    Returns:
+        Metrics of the step, or nothing when it is not due.
+    """
+    settings = config.evaluation
+    if inputs.held_out is None or settings.every_steps is None or state.step % settings.every_steps:
+        return {}
+    run.tracker.phase("judging the policy")
+    metrics = held_out_metrics(_evaluate(config, inputs, roles, snapshot, with_kl=roles.references is not None))
+    found = metrics.get(f"held_out/{settings.keep_best}")
+    if found is not None and (not state.best or found > state.best["value"]):
+        state.best = {"step": state.step, "value": found}
+        run.tracker.phase("writing the best policy so far")
+        roles.policy.call_all(PolicyLearner.export, str(run.folder.policy_best.absolute()))
+        run.tracker.events.write("best_policy", step=state.step, metric=settings.keep_best, value=found)
+    return metrics
+
+
+def write_results(
+    config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, state: LoopState, snapshot: Deferred[Snapshot]
+) -> None:
     """The policy as a Hugging Face directory, the judgement, the plot and the page; the summary last."""
     folder, tracker = run.folder, run.tracker
     rows = tracker.metrics.read().rows
@@ -46,6 +76,8 @@ def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, sna
     }
     if inputs.reward.card is not None:
         summary["reward_model"] = inputs.reward.card.evaluation
+    if state.best:
+        summary["best"] = {**state.best, "metric": config.evaluation.keep_best}
     pairs = []
     if inputs.held_out is not None:
         tracker.phase("judging the policy after training")

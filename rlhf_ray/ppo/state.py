@@ -23,6 +23,7 @@ class LoopState:
         max_staleness: `algorithm.max_staleness`, which the next two follow from.
         rollouts: steps that were under way and whose weights are gone; their rows are in the checkpoint.
         syncs: the proofs (`Parity`) of the weights that the next steps are sampled with, oldest first.
+        best: step and value of the best policy on held-out prompts, where it is kept.
         learners: see `learner_shapes`; empty in checkpoints of earlier versions.
     """
 
@@ -33,6 +34,7 @@ class LoopState:
     max_staleness: int = 0
     rollouts: list[int] = field(default_factory=list)
     syncs: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, float | int] = field(default_factory=dict)
     learners: dict[str, int | str | None] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:

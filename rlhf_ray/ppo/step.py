@@ -86,6 +86,7 @@ def plan_shards(
         samples_per_prompt=samples_per_prompt or sampling.samples_per_prompt,
         temperature=sampling.temperature,
         max_response_tokens=sampling.max_response_tokens,
+        stop=sampling.stop,
     )
 
 

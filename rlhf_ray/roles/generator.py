@@ -39,6 +39,7 @@ class ShardPlan:
         seeds: `[P * samples_per_prompt]` one for each response.
         temperature: 0 is greedy.
         max_response_tokens: a response is cut off here.
+        stop: strings that end a response.
     """
 
     index: int
@@ -48,6 +49,7 @@ class ShardPlan:
     seeds: tuple[int, ...]
     temperature: float
     max_response_tokens: int
+    stop: tuple[str, ...] = ()
 
 
 def cut_into_shards(
@@ -59,6 +61,7 @@ def cut_into_shards(
     samples_per_prompt: int,
     temperature: float,
     max_response_tokens: int,
+    stop: tuple[str, ...] = (),
 ) -> list[ShardPlan]:
     """Cut prompts into shards; every response has a seed of its own, keyed by what it answers and never by its shard.
 
@@ -79,6 +82,7 @@ def cut_into_shards(
             ),
             temperature=temperature,
             max_response_tokens=max_response_tokens,
+            stop=stop,
         )
         for index, group in enumerate(groups)
     ]
@@ -193,7 +197,10 @@ class Generator:
                 logprobs=0,
                 seed=seed,
                 stop_token_ids=[self._eos_token_id],
-                detokenize=False,
+                stop=list(plan.stop),
+                include_stop_str_in_output=True,
+                # Text is only needed to find stop strings in it.
+                detokenize=bool(plan.stop),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             for seed in plan.seeds

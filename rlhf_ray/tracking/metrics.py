@@ -270,13 +270,29 @@ PPO_METRICS: tuple[Metric, ...] = (
         "staleness/mean",
         "versions",
         "Mean over response tokens of how many versions behind the learner the sampling weights were. 0 in the "
-        "synchronous loop; anything else there is a defect.",
+        "synchronous loop; min(step - 1, `algorithm.max_staleness`) where sampling runs ahead; between the two with "
+        "in-flight updates.",
     ),
     Metric(
         "staleness/max",
         "versions",
-        "The most stale token of the step. 0 in the synchronous loop.",
+        "The most stale token of the step; never above `algorithm.max_staleness`.",
     ),
+    Metric(
+        "held_out/reward",
+        "",
+        "Mean reward of held-out prompts with the weights of this step, every `evaluation.every_steps`. Where it falls "
+        "while `reward/mean` rises, the policy learns the training prompts by heart.",
+    ),
+    Metric(
+        "held_out/judge",
+        "",
+        "Mean of `evaluation.judge` on the same responses. Where it falls while the reward rises, the reward model is "
+        "being exploited: stop there, and look at the samples.",
+    ),
+    Metric("held_out/kl", "nats", "Distance of the same responses from the reference, as `kl/reference`."),
+    Metric("held_out/length", "tokens", "Mean length of the same responses."),
+    Metric("held_out/failures", "samples", "Responses among them that have no score; they are in none of the means."),
     _STEP_TIME,
     Metric(
         "time/generate_s",

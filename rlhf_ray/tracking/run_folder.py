@@ -117,6 +117,11 @@ class RunFolder:
         return self.path / "policy"
 
     @property
+    def policy_best(self) -> Path:
+        """The best policy on held-out prompts (`evaluation.keep_best`), a Hugging Face directory."""
+        return self.path / "policy_best"
+
+    @property
     def reward_model(self) -> Path:
         """The trained reward model, a Hugging Face directory."""
         return self.path / "reward_model"

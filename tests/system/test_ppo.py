@@ -118,6 +118,25 @@ def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
     return last_step, run
 
 
+@pytest.fixture(scope="session")
+def ahead(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Two runs whose sampling is two steps ahead: one left alone, and one stopped after its fourth step and resumed."""
+    settings = ("algorithm.max_staleness=2", "generator.replicas=2")
+    alone, stopped = (begin(data_root, tmp_path_factory.mktemp(name), *settings) for name in ("alone", "interrupted"))
+    wait_until(
+        lambda: len(stopped.metrics) >= 4 or stopped.command.process.poll() is not None, DEADLINE_S, "the fourth step"
+    )
+    stopped.command.process.send_signal(signal.SIGTERM)
+    stopped.command.wait(60)
+    assert stopped.events[-1]["kind"] == "run_stopped"
+    assert len(stopped.metrics) < STEPS
+    resumed = begin(data_root, stopped.folder.parent, *settings, "--resume")
+    for each in (alone, resumed):
+        each.command.wait(DEADLINE_S)
+        assert each.command.process.returncode == 0, each.command.stderr
+    return alone, resumed
+
+
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a saved model."""
     tensors = load_file(folder / "model.safetensors")
@@ -267,3 +286,20 @@ def test_a_resumed_run_ends_like_the_one_left_alone(resumed: tuple[int, Run], fi
     assert (run.folder / "samples.jsonl").read_text() == (finished.folder / "samples.jsonl").read_text()
     held_out = [json.loads((each.folder / "summary.json").read_text())["held_out"] for each in (run, finished)]
     assert held_out[0] == held_out[1]
+
+
+def test_sampling_ahead_is_never_staler_than_allowed_and_correct_to_the_token(ahead: tuple[Run, Run]) -> None:
+    for row in ahead[0].metrics:
+        staleness = min(row["step"] - 1, 2)
+        assert (row["staleness/mean"], row["staleness/max"]) == (staleness, staleness)
+        assert row["sync/max_abs_dlogp"] <= 1e-4
+    # The learner is ahead of what sampled: what differs is no rounding.
+    assert ahead[0].metrics[0]["mismatch/max_abs_dlogp"] <= 1e-4 < ahead[0].metrics[-1]["mismatch/max_abs_dlogp"]
+
+
+def test_sampling_ahead_leaves_the_same_run_however_it_was_interrupted(ahead: tuple[Run, Run], finished: Run) -> None:
+    alone, resumed = ahead
+    assert [without_times(row) for row in alone.metrics] == [without_times(row) for row in resumed.metrics]
+    assert tensor_hashes(alone.folder / "policy") == tensor_hashes(resumed.folder / "policy")
+    assert (alone.folder / "samples.jsonl").read_text() == (resumed.folder / "samples.jsonl").read_text()
+    assert tensor_hashes(alone.folder / "policy") != tensor_hashes(finished.folder / "policy")
