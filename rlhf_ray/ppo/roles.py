@@ -32,6 +32,7 @@ class Roles:
 
     Attributes:
         trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
+        reference_is_sharded: the references are ranks that share one model, and make every pass together.
     """
 
     generators: ActorGroup[Generator]
@@ -41,6 +42,7 @@ class Roles:
     critic: ActorGroup[CriticLearner] | None
     evaluator: ActorGroup[Evaluator] | None
     trunk_sharers: frozenset[str]
+    reference_is_sharded: bool
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
@@ -98,6 +100,7 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
         critic=groups.get("critic"),
         evaluator=groups.get("evaluator"),
         trunk_sharers=inputs.trunk_sharers,
+        reference_is_sharded=config.reference is not None and config.reference.sharded,
     )
     collect(_build(roles, config, inputs), deadlines.start_s)
     return roles
@@ -128,8 +131,10 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
     )
     if roles.references is not None and config.reference is not None:
         model = config.reference.model or policy.model
+        cut = trained if roles.trunk_sharers else None
+        places = ranks(roles.references) if roles.reference_is_sharded else [None] * len(roles.references)
         answers += roles.references.build(
-            partial(Reference, model, config.reference, temperature, trained if roles.trunk_sharers else None)
+            *(partial(Reference, model, config.reference, temperature, cut, place) for place in places)
         )
     if roles.critic is not None and config.critic is not None:
         model = config.critic.model or policy.model
