@@ -110,7 +110,8 @@ class _Facts:
                 node=context.get_node_id(),
                 address=ray.util.get_node_ip_address(),
                 gpus=sorted(map(int, ray.get_gpu_ids())),
-                resources=list(context.get_assigned_resources()),
+                # Ray's public view leaves out the bundle, which is in the names.
+                resources=list(context.worker.core_worker.resource_ids()),
                 bundle_nodes={str(bundle): node for bundle, node in nodes.items()},
             )
 
