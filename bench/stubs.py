@@ -161,14 +161,16 @@ class StubGenerator(Generator):
         self._stub, self._workers = stub, settings.tensor_parallel
         self._facts = _Facts(stub, "generator")
         self._version, self._received = 0, 0
-        self._loading = threading.Lock()
+        self._loading = threading.Condition()
+        self._broadcast = False
         self._store: TCPStore | None = None
 
     def generate(self, plan: ShardPlan, snapshot: Snapshot) -> Rollout:
         with self._loading:
             if snapshot.version != self._version:
                 self._load(snapshot)
-        self._facts.write("sampled", asked=snapshot.version, had=self._version, shard=plan.index)
+            had = self._version
+        self._facts.write("sampled", asked=snapshot.version, had=had, shard=plan.index)
         prompts = [ids for ids in plan.prompts for _ in range(plan.samples_per_prompt)]
         responses, logprobs = [], []
         for seed in plan.seeds:
@@ -201,6 +203,11 @@ class StubGenerator(Generator):
         return Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, "")
 
     def _load(self, snapshot: Snapshot) -> None:
+        """Called with the lock. What is broadcast arrives in a call of its own, which may begin after this one."""
+        if self._broadcast:
+            if not self._loading.wait_for(lambda: self._version >= snapshot.version, _MEETING_S):
+                raise RuntimeError(f"version {snapshot.version} was not received")
+            return
         time.sleep(self._stub.latencies.sync_s)
         found = {name: int(tensor[0]) for name, tensor in snapshot.tensors()}
         if found != {"version": snapshot.version}:
@@ -209,6 +216,7 @@ class StubGenerator(Generator):
         self._facts.write("loaded", version=snapshot.version)
 
     def join_senders(self, init_info: dict[str, Any]) -> None:
+        self._broadcast = True
         place = Rank(
             init_info["rank_offset"], init_info["world_size"], init_info["master_address"], init_info["master_port"]
         )
@@ -220,9 +228,11 @@ class StubGenerator(Generator):
             found = int(self._store.get(f"broadcast-{self._received}"))
             if found != version:
                 raise RuntimeError(f"asked for version {version}, received {found}")
-        self._received += 1
-        self._version = version
-        self._facts.write("loaded", version=version)
+        with self._loading:
+            self._received += 1
+            self._version = version
+            self._facts.write("loaded", version=version)
+            self._loading.notify_all()
 
 
 class StubPolicyLearner(PolicyLearner):
