@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz
+.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -41,12 +41,18 @@ test: $(READY)  ## Unit tests in seconds, system tests with the real engines in 
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
 	@$(BIN)/python -m pytest tests/system
 
+bench-nodes: $(READY)  ## Two steps of the 70 B configuration on eight nodes of Ray on this machine, with stub roles; OPTIONS=--full
+	@$(BIN)/python -m bench.many_nodes $(OPTIONS)
+
+bench-scale: $(READY)  ## The driver's own time a step with 64 and 256 stub roles
+	@$(BIN)/python -m bench.scale $(OPTIONS)
+
 bench-sync: $(READY)  ## Weight syncs: planted faults are caught, and every ZeRO stage holds for twenty steps
 	@$(BIN)/rlhf-ray prepare tiny && $(BIN)/rlhf-ray prepare smollm2-135m
 	@$(BIN)/python -m bench.sync_faults
 	@$(BIN)/python -m bench.zero_syncs
 
-bench: bench-sync bench-ppo bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz  ## All benchmarks, into bench/results; hours
+bench: bench-sync bench-ppo bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 

@@ -32,9 +32,9 @@ from rlhf_ray.models.buckets import UNTRAINED, Snapshot
 from rlhf_ray.models.loading import load_policy_tokenizer
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.critic_learner import CriticLearner
-from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.rollout import Rollout
 from tests.making import ALGORITHM, KL_COEFFICIENT, learner_settings, shard_of

@@ -26,9 +26,9 @@ from rlhf_ray.config.settings import GeneratorSettings, LearnerSettings, PolicyS
 from rlhf_ray.models.buckets import UNTRAINED, Proof, Snapshot, WeightBucket
 from rlhf_ray.models.loading import cpu_has_bf16, load_policy_tokenizer
 from rlhf_ray.randomness import keyed_generator, keyed_seed
-from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import RewardColumn
 from rlhf_ray.runtime.weight_transfer import probe_rows
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from rlhf_ray.data.presets import prepare
-from rlhf_ray.roles.deepspeed_engine import Rank
+from rlhf_ray.roles.rank_group import Rank
 
 torch.set_num_threads(1)
 

@@ -143,6 +143,23 @@ class ReferenceSettings(ActorSettings):
     attention: str = Field("auto", description="As for the learner.")
     float32_logits: bool = Field(True, description="As for the learner.")
     micro_batch_tokens: PositiveInt = Field(4096, description="Most tokens in one packed forward pass.")
+    sharded: bool = Field(
+        False,
+        description="Spread the weights of one model over all `replicas` (ZeRO-3), for a model that does not fit one "
+        "GPU. Off: each replica holds all of it.",
+    )
+
+    @model_validator(mode="after")
+    def _ranks_that_share_the_weights(self) -> ReferenceSettings:
+        if self.sharded and self.replicas < 2:
+            raise ValueError(
+                f"sharded: {self.replicas} replica has nobody to share the weights with; at least 2 replicas, or false"
+            )
+        if self.sharded and self.gpus not in (0, 1):
+            raise ValueError(
+                f"gpus: {self.gpus:g} for one rank; a rank that shares the weights has one whole GPU, or 0 for the CPU"
+            )
+        return self
 
 
 class GeneratorSettings(ActorSettings):
@@ -409,6 +426,11 @@ class PPOConfig(RunConfig):
         if algorithm.in_flight_updates and not algorithm.max_staleness:
             raise ValueError(
                 "algorithm.in_flight_updates: with max_staleness 0 nothing is sampled while weights change; 1 or more"
+            )
+        if self.reference is not None and self.reference.sharded and sampling.num_shards % self.reference.replicas:
+            raise ValueError(
+                f"reference.replicas: {self.reference.replicas} ranks that share one model cannot share "
+                f"{sampling.num_shards} shards evenly (sampling.prompts_per_step / sampling.prompts_per_shard)"
             )
         if self.weights.transport == "nccl" and (self.generator.gpus == 0 or self.policy.learner.gpus == 0):
             raise ValueError(

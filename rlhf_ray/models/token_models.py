@@ -39,10 +39,15 @@ class PolicyModel(nn.Module):
         """
         self._trunk = FrozenTrunk(frozen_layers(self.language_model, trained_layers))
 
-    def trunk_states(self, batch: PackedBatch) -> torch.Tensor:
-        """`[T, H]` hidden states behind the frozen layers, in the order of the row."""
+    def trunk_states(self, batch: PackedBatch, *, to_the_end: bool = False) -> torch.Tensor:
+        """`[T, H]` hidden states behind the frozen layers, in the order of the row.
+
+        Args:
+            to_the_end: see `FrozenTrunk.states`.
+        """
         assert self._trunk is not None, "cut_above comes first"
-        return self._trunk.states(lambda: self.language_model(**batch.model_inputs()))[0]
+        inputs = {**batch.model_inputs(), "logits_to_keep": batch.predict_at[:1]}  # in case it comes to logits
+        return self._trunk.states(lambda: self.language_model(**inputs), to_the_end=to_the_end)[0]
 
     def forward(self, batch: PackedBatch, objective: Objective | None = None) -> Any:
         """Log-probabilities of `batch.targets`, or an objective of them.

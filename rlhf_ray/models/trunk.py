@@ -28,6 +28,10 @@ class _Reached(Exception):
         self.states = states
 
 
+def _break_off(states: torch.Tensor) -> None:
+    raise _Reached(states)
+
+
 class FrozenTrunk:
     """The frozen layers of one model.
 
@@ -39,7 +43,7 @@ class FrozenTrunk:
         if not layers:
             raise ValueError("a trunk has at least one frozen layer")
         self._given: torch.Tensor | None = None
-        self._stops = False
+        self._reached: Callable[[torch.Tensor], None] | None = None
         for number, layer in enumerate(layers, start=1):
             layer.forward = partial(self._forward, layer.forward, number == len(layers))
 
@@ -49,24 +53,29 @@ class FrozenTrunk:
         if self._given is not None:
             return self._given if is_last else hidden_states
         states = original(hidden_states, *args, **kwargs)
-        if is_last and self._stops:
-            raise _Reached(states)
+        if is_last and self._reached is not None:
+            self._reached(states)
         return states
 
-    def states(self, run: Callable[[], Any]) -> torch.Tensor:
+    def states(self, run: Callable[[], Any], *, to_the_end: bool = False) -> torch.Tensor:
         """`[1, T, H]` hidden states behind the last frozen layer.
 
         Args:
             run: the model's forward pass; it goes no further than that layer.
+            to_the_end: it goes on all the same, as ZeRO-3 needs it: weights are gathered and freed around each module,
+                and in a pass that breaks off, they would not be freed.
         """
-        self._stops = True
+        found: list[torch.Tensor] = []
+        self._reached = found.append if to_the_end else _break_off
         try:
             run()
         except _Reached as reached:
-            return reached.states
+            found.append(reached.states)
         finally:
-            self._stops = False
-        raise RuntimeError("the forward pass did not come to the last frozen layer")
+            self._reached = None
+        if not found:
+            raise RuntimeError("the forward pass did not come to the last frozen layer")
+        return found[0]
 
     @contextmanager
     def begun_at(self, states: torch.Tensor | None) -> Iterator[None]:

@@ -16,7 +16,7 @@ from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
-from rlhf_ray.ppo.roles import Roles, role_requests, start_roles
+from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
@@ -40,7 +40,15 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
     check_folder(config, resume)
     if resume:
         check_resumable(config, RunFolder(Path(run_folder_path(config))))
-    inputs = read_inputs(config)
+    run_roles(config, read_inputs(config), RoleClasses(), resume)
+
+
+def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: bool = False) -> None:
+    """The run behind `run_ppo`, once everything is read and checked.
+
+    Args:
+        classes: what is built in the roles' processes.
+    """
     title = f"PPO {config.run.name} · {config.policy.model}"
     with (
         connected(config.cluster, [role_requests(config)]),
@@ -49,7 +57,7 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         refuse_rollouts_in_this_process()
         try:
             run.tracker.phase("starting the roles and loading their models")
-            roles = start_roles(config, inputs, run.folder.logs)
+            roles = start_roles(config, inputs, run.folder.logs, classes)
             for group in roles.groups():
                 for replica in group:
                     run.tracker.events.write("role_started", role=replica.name, node=replica.node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,24 @@ _EVALUATOR = ActorSettings(cpus=0.05)
 
 
 @dataclass(frozen=True)
+class RoleClasses:
+    """What is built in the processes of each role; scorers come from the reward source. Others than these stand in for
+    them where placement, meeting points or the driver's own time are of interest, and not what the roles compute."""
+
+    generator: Callable[..., Generator] = Generator
+    policy: Callable[..., PolicyLearner] = PolicyLearner
+    critic: Callable[..., CriticLearner] = CriticLearner
+    reference: Callable[..., Reference] = Reference
+    evaluator: Callable[..., Evaluator] = Evaluator
+
+
+@dataclass(frozen=True)
 class Roles:
     """Actor groups of one PPO run.
 
     Attributes:
         trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
+        reference_is_sharded: the references are ranks that share one model, and make every pass together.
     """
 
     generators: ActorGroup[Generator]
@@ -41,6 +55,7 @@ class Roles:
     critic: ActorGroup[CriticLearner] | None
     evaluator: ActorGroup[Evaluator] | None
     trunk_sharers: frozenset[str]
+    reference_is_sharded: bool
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
@@ -74,7 +89,7 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
     return requests
 
 
-def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
+def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClasses) -> Roles:
     """Start every process and load every model, all at once.
 
     Raises:
@@ -98,18 +113,20 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
         critic=groups.get("critic"),
         evaluator=groups.get("evaluator"),
         trunk_sharers=inputs.trunk_sharers,
+        reference_is_sharded=config.reference is not None and config.reference.sharded,
     )
-    collect(_build(roles, config, inputs), deadlines.start_s)
+    collect(build_roles(roles, config, inputs, classes), deadlines.start_s)
     return roles
 
 
-def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]]:
+def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> list[Answer[None]]:
+    """Begin to build every role in its process."""
     policy, algorithm, temperature = config.policy, config.algorithm, config.sampling.temperature
     updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
     trained = policy.learner.trainable_top_layers
     answers = roles.generators.build(
         partial(
-            Generator,
+            classes.generator,
             policy.model,
             config.generator,
             inputs.context_tokens,
@@ -122,7 +139,7 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
     answers += roles.policy.build(
         *(
             partial(
-                PolicyLearner,
+                classes.policy,
                 policy,
                 algorithm,
                 rank,
@@ -136,15 +153,17 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
     )
     if roles.references is not None and config.reference is not None:
         model = config.reference.model or policy.model
+        cut = trained if roles.trunk_sharers else None
+        places = ranks(roles.references) if roles.reference_is_sharded else [None] * len(roles.references)
         answers += roles.references.build(
-            partial(Reference, model, config.reference, temperature, trained if roles.trunk_sharers else None)
+            *(partial(classes.reference, model, config.reference, temperature, cut, place) for place in places)
         )
     if roles.critic is not None and config.critic is not None:
         model = config.critic.model or policy.model
         answers += roles.critic.build(
             *(
                 partial(
-                    CriticLearner,
+                    classes.critic,
                     config.critic,
                     model,
                     algorithm,
@@ -157,5 +176,5 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
             )
         )
     if roles.evaluator is not None:
-        answers += roles.evaluator.build(partial(Evaluator, policy.model, config.evaluation.judge))
+        answers += roles.evaluator.build(partial(classes.evaluator, policy.model, config.evaluation.judge))
     return answers

@@ -129,10 +129,13 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
     """Ask the references for their log-probs; nothing without a reference."""
     if roles.references is None:
         return None
-    return [
+    # Ranks that share one model make every pass together: those whose turn does not come again repeat the last shard.
+    repeated = -len(shards) % len(roles.references) if roles.reference_is_sharded else 0
+    asked = [
         roles.references.of(index).keep(Reference.logprobs, shard.rollout.data, None)
-        for index, shard in enumerate(shards)
+        for index, shard in enumerate([*shards, *shards[-1:] * repeated])
     ]
+    return asked[: len(shards)]
 
 
 def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
@@ -156,8 +159,8 @@ def learner_columns(
 ) -> list[Columns]:
     """Ask the learners for their columns as well, as they are now.
 
-    The ranks of a learner are asked for the same number of shards each, in the same order: their forward passes are
-    collectives.
+    The ranks of a learner, and those of a sharded reference, are asked for the same number of shards each, in the same
+    order: their forward passes are collectives.
 
     Args:
         old_logprobs: ask the policy learner for its own log-probs.

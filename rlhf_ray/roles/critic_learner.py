@@ -16,7 +16,7 @@ from rlhf_ray.config.settings import CriticSettings
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch
 from rlhf_ray.models.token_models import CriticModel, load_critic_model
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import (
     Meter,
     balanced_packs,
@@ -26,6 +26,7 @@ from rlhf_ray.roles.learner import (
     token_column,
     total_weight,
 )
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 

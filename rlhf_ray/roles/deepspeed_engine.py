@@ -7,31 +7,17 @@ normaliser of the whole minibatch over all ranks, so the gradient does not depen
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
 from rlhf_ray.models.token_models import gathered
-
-Batch = TypeVar("Batch")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A process's place in its group, and where the group meets."""
-
-    rank: int
-    world_size: int
-    master_address: str
-    master_port: int
+from rlhf_ray.roles.rank_group import Batch, Rank, RankEngine
 
 
 @dataclass(frozen=True)
@@ -47,27 +33,7 @@ def mean_grad_norm(updates: Sequence[StepReport]) -> float:
     return sum(update.grad_norm for update in updates) / len(updates)
 
 
-def join_group(rank: Rank, on_gpu: bool) -> None:
-    """Join the learner's process group (`nccl` on GPUs, `gloo` on CPUs), once a process."""
-    os.environ.update(
-        RANK=str(rank.rank),
-        LOCAL_RANK="0",
-        WORLD_SIZE=str(rank.world_size),
-        MASTER_ADDR=rank.master_address,
-        MASTER_PORT=str(rank.master_port),
-    )
-    import deepspeed
-    import deepspeed.ops
-
-    if not on_gpu:
-        # A shared-memory all-reduce that would be compiled at the first start (~40 s); gloo serves as well for
-        # the few ranks that a CPU machine has.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-
-
-class DeepSpeedEngine:
+class DeepSpeedEngine(RankEngine):
     """Trains one module. Every method is a collective: all ranks of the group call it together.
 
     Args:
@@ -81,12 +47,9 @@ class DeepSpeedEngine:
     def __init__(
         self, build: Callable[[], torch.nn.Module], settings: LearnerSettings, rank: Rank, dtype: str, total_steps: int
     ) -> None:
-        on_gpu = settings.gpus > 0
-        join_group(rank, on_gpu)
+        super().__init__(rank, settings.gpus > 0)
         import deepspeed
 
-        self.rank = rank
-        self.device = torch.device("cuda" if on_gpu else "cpu")
         self._settings = settings
         self._total_steps = total_steps
         self.steps_done = 0
@@ -113,39 +76,15 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=configuration, dist_init_required=False
         )
+        self.module = self._engine
         if self._zero_stage == 0 and rank.world_size == 1:
             # There is nobody to reduce with, and DeepSpeed would copy all gradients into one buffer for it.
             self._engine.enable_backward_allreduce = False
 
     @property
-    def module(self) -> Any:
-        """What to call in a forward pass."""
-        return self._engine
-
-    @property
     def unwrapped(self) -> Any:
         """The module as it was built."""
         return self._engine.module
-
-    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of a float64 vector over the ranks, in rank order whatever their timing."""
-        return self._of_all_ranks(values).sum(0)
-
-    def all_max(self, values: torch.Tensor) -> torch.Tensor:
-        """Largest of each entry of a float64 vector over the ranks."""
-        return self._of_all_ranks(values).amax(0)
-
-    def most(self, count: int) -> int:
-        """The largest count of any rank."""
-        return int(self.all_max(torch.tensor([count], dtype=torch.float64))[0])
-
-    def _of_all_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        if self.rank.world_size == 1:
-            return values[None]
-        local = values.to(self.device, torch.float64)
-        parts = [torch.empty_like(local) for _ in range(self.rank.world_size)]
-        dist.all_gather(parts, local)
-        return torch.stack(parts).to(values.device)
 
     def optimizer_step(self, batches: Sequence[Batch], loss: Callable[[Batch, bool], torch.Tensor]) -> StepReport:
         """Forward and backward over this rank's micro-batches, then one step.
@@ -160,7 +99,7 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._engine.train()
-        rounds = list(self._common_rounds(batches))
+        rounds = list(self.common_rounds(batches))
         for index, (batch, real) in enumerate(rounds):
             # DeepSpeed averages over ranks, ours is a sum; a rank that has run out joins in with nothing.
             value = loss(batch, real) * (self.rank.world_size if real else 0.0)
@@ -182,24 +121,9 @@ class DeepSpeedEngine:
         """The same passes without gradients and without a step: only what the loss measures comes of it."""
         self._engine.eval()
         with torch.no_grad():
-            for batch, real in self._common_rounds(batches):
+            for batch, real in self.common_rounds(batches):
                 loss(batch, real)
         return StepReport(grad_norm=0.0, learning_rate=0.0)
-
-    def forward_each(self, batches: Sequence[Batch], forward: Callable[[Batch], Result]) -> list[Result]:
-        """Results of a forward pass over this rank's batches, without gradients."""
-        self._engine.eval()
-        with torch.no_grad():
-            results = [forward(batch) for batch, _ in self._common_rounds(batches)]
-        return results[: len(batches)]
-
-    def _common_rounds(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
-        """Each batch, and the last one again, marked as not real, until all ranks have had as many: ZeRO's collectives
-        need as many passes on each."""
-        if not batches:
-            raise ValueError("a learner rank needs at least one sample in every minibatch")
-        for index in range(self.most(len(batches))):
-            yield batches[min(index, len(batches) - 1)], index < len(batches)
 
     def full_weights(self, strip: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight in full and in the compute type, under its Hugging Face name.

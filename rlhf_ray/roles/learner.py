@@ -13,6 +13,7 @@ from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
+from rlhf_ray.roles.rank_group import RankEngine
 from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 
 
@@ -49,7 +50,7 @@ def read_shards(
 
 
 def balanced_packs(
-    rows: RolloutRows, samples: Sequence[int], micro_batch_tokens: int, engine: DeepSpeedEngine
+    rows: RolloutRows, samples: Sequence[int], micro_batch_tokens: int, engine: RankEngine
 ) -> list[PackedBatch]:
     """Packs of a minibatch: about equally long, and as many as the rank with the most tokens needs.
 
@@ -66,7 +67,7 @@ def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: De
 
 
 def token_column(
-    engine: DeepSpeedEngine,
+    engine: RankEngine,
     rollout: Rollout,
     trunk: TrunkColumn | None,
     micro_batch_tokens: int,

@@ -22,7 +22,7 @@ from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, StepReport, mean_grad_norm
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import (
     Meter,
     balanced_packs,
@@ -33,6 +33,7 @@ from rlhf_ray.roles.learner import (
     total_weight,
 )
 from rlhf_ray.roles.policy_weights import PolicyWeights
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn, TrunkColumn
 
 _PREFIX = "language_model."

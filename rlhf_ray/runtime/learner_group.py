@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from rlhf_ray.config.settings import ClusterSettings
-from rlhf_ray.roles.deepspeed_engine import Rank
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, meeting_point
 from rlhf_ray.runtime.cluster import RoleRequest, check_resources, connect, release, reserve
 

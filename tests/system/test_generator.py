@@ -20,9 +20,9 @@ from rlhf_ray.config.settings import GeneratorSettings, PolicySettings, WeightSe
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.buckets import Snapshot, WeightBucket
 from rlhf_ray.randomness import keyed_seed
-from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout, TokenColumn
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer, Assembly, Deferred, OneByOne, collect

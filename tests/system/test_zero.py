@@ -11,20 +11,25 @@ import torch
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
-from rlhf_ray.config.settings import CriticSettings, PolicySettings
+from rlhf_ray.config.settings import CriticSettings, PolicySettings, ReferenceSettings
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
+from rlhf_ray.roles.rank_group import Rank
+from rlhf_ray.roles.reference import Reference
+from rlhf_ray.rollout import TokenColumn, TrunkColumn
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from tests import making
 from tests.making import (
+    HIDDEN_SIZE,
     KL_COEFFICIENT,
     largest_difference,
     learner_settings,
     random_rollout,
+    rounding,
     shard_of,
     weights_in,
 )
@@ -181,3 +186,46 @@ def test_a_reward_model_of_two_ranks_equals_that_of_one_process(
     single.export(str(tmp_path / "single"))
     pair.call_all(RewardLearner.export, str(tmp_path / "ranks"))
     assert largest_difference(weights_in(tmp_path / "ranks"), weights_in(tmp_path / "single")) <= 1e-5
+
+
+class FrozenRank:
+    """One rank of a sharded reference, with its part of the rollouts."""
+
+    def __init__(self, reference: partial[Reference], rank: Rank) -> None:
+        self._reference = reference(rank=rank)
+        self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
+
+    def columns(self) -> list[tuple[TrunkColumn, TokenColumn, TokenColumn]]:
+        """In turn, as a run asks for them: states, log-probs behind them, log-probs from the first layer on."""
+        found = []
+        for rollout in self._rollouts:
+            trunk = self._reference.trunk(rollout)
+            found.append((trunk, self._reference.logprobs(rollout, trunk), self._reference.logprobs(rollout)))
+        return found
+
+    def share_of_weights(self) -> float:
+        """Of all parameters' entries, those that this process holds between two passes."""
+        parameters: list[Any] = list(self._reference._model.parameters())
+        held = sum(each.numel() + each.ds_tensor.numel() for each in parameters)
+        return held / sum(each.ds_numel for each in parameters)
+
+
+@pytest.mark.parametrize(("micro_batch_tokens", "tolerance"), [(48, 0.0), (40, rounding(HIDDEN_SIZE))])
+def test_a_sharded_reference_says_what_a_whole_one_says(
+    pair: ActorGroup[Any], tied_policy_model: str, micro_batch_tokens: int, tolerance: float
+):
+    """Bit-for-bit where both ranks have as many packs (48), which are then those of a model that is whole. With 40,
+    one rank needs two packs and the other one: it cuts smaller ones, and only the order of sums differs."""
+    settings = ReferenceSettings(dtype="float32", micro_batch_tokens=micro_batch_tokens, sharded=True, replicas=2)
+    reference = partial(Reference, tied_policy_model, settings, 0.7, 1)
+    pair.build_all(*(partial(FrozenRank, reference, place) for place in ranks(pair)))
+    whole = reference()
+    of_ranks = pair.call_all(FrozenRank.columns)
+    for index, rollout in enumerate(ROLLOUTS):
+        found = of_ranks[index % 2][index // 2]
+        trunk = whole.trunk(rollout)
+        expected = (trunk, whole.logprobs(rollout, trunk), whole.logprobs(rollout))
+        for own, alone in zip(found, expected, strict=True):
+            np.testing.assert_allclose(own.data, alone.data, rtol=0, atol=tolerance)
+    for share in pair.call_all(FrozenRank.share_of_weights):
+        assert share == pytest.approx(0.5, abs=0.01)

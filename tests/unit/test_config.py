@@ -185,6 +185,9 @@ def test_dump_and_load_give_the_same_settings(load):
         (["generator.gpus=2"], "generator: gpus"),
         (["generator.gpus=0.5", "generator.tensor_parallel=2"], "generator: gpus"),
         (["generator.tensor_parallel=2"], "generator: tensor_parallel"),
+        (["reference.sharded=true"], "reference: sharded"),
+        (["reference.sharded=true", "reference.replicas=2", "reference.gpus=0.5"], "reference: gpus"),
+        (["reference.sharded=true", "reference.replicas=3"], "reference.replicas"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_by_key(refuse, overrides, key):
@@ -194,6 +197,8 @@ def test_settings_that_contradict_each_other_are_refused_by_key(refuse, override
 def test_what_the_rules_ask_for_is_accepted(load):
     load(COMPLETE, "critic=null", "algorithm.advantage=rloo", "reference=null", "algorithm.kl.coefficient=0")
     load(COMPLETE, "weights.transport=nccl", "generator.gpus=1", "policy.learner.gpus=1")
+    load(COMPLETE, "reference.sharded=true", "reference.replicas=2")
+    load(COMPLETE, "reference.replicas=3")  # each holds the whole model: no pass is a collective
 
 
 @pytest.mark.parametrize(("gpus", "tensor_parallel"), [(1, 1), (8, 8), (0.5, 1)])

@@ -90,6 +90,23 @@ def test_gpu_ppo_reserves_what_an_engine_spreads_over_and_nccl_needs(name):
     assert config.generator.kv_cache_gib is None
 
 
+@pytest.mark.parametrize("name", [name for name in GPU_FILES if "ppo" in name])
+def test_gpu_ppo_samples_all_shards_of_a_step_at_once(name):
+    config = load_ppo(name)
+    sampling, generator = config.sampling, config.generator
+    shards_of_each = sampling.num_shards / generator.replicas
+    assert generator.shards_in_flight == shards_of_each
+    responses = shards_of_each * sampling.prompts_per_shard * sampling.samples_per_prompt
+    assert responses <= generator.max_concurrent_sequences
+
+
+def test_a_reference_that_does_not_fit_one_gpu_is_spread_over_several():
+    reference = load_ppo("multi-node/ppo-70b.yaml").reference
+    assert reference is not None
+    assert reference.sharded
+    assert reference.gpus == 1, "NCCL has one rank on a GPU"
+
+
 @pytest.mark.parametrize("folder", ["node-8gpu", "multi-node"])
 def test_ppo_takes_the_reward_model_that_its_folder_trains(folder):
     reward_model = load(f"{folder}/reward_model.yaml")

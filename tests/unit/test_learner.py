@@ -14,8 +14,9 @@ from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.models.packing import RolloutRows
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank, deepspeed_configuration
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import TokenColumn
 from tests.making import (
     ALGORITHM,

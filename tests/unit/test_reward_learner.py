@@ -13,7 +13,7 @@ from rlhf_ray.reward.core.card import MemberLayout
 from rlhf_ray.reward.core.loading import head_hash
 from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.reward.train.pairs import EncodedPair
-from rlhf_ray.roles.deepspeed_engine import Rank
+from rlhf_ray.roles.rank_group import Rank
 from tests.making import SCORE_ROUNDING, largest_difference, learner_settings, parameters_of, weights_in
 
 TOTAL_STEPS = 20

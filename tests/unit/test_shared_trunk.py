@@ -10,8 +10,8 @@ from rlhf_ray.config.settings import CriticSettings, PolicySettings, PPOConfig, 
 from rlhf_ray.models.trunk import column_of, states_of
 from rlhf_ray.ppo.inputs import trunk_sharers
 from rlhf_ray.roles.critic_learner import CriticLearner
-from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.roles.reference import Reference
 from tests.conftest import REPOSITORY
 from tests.making import (

@@ -26,8 +26,9 @@ from rlhf_ray.reward.core.network import RewardNetwork, takes_packed_rows
 from rlhf_ray.reward.train.adapters import add_adapters, merged_weights
 from rlhf_ray.reward.train.pairs import EncodedPair
 from rlhf_ray.reward.train.preference import bradley_terry_loss, pair_accuracy
-from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, Rank
+from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.roles.learner import Meter, checkpoint_folder
+from rlhf_ray.roles.rank_group import Rank
 
 
 @dataclass(frozen=True)
