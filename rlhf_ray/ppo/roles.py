@@ -120,6 +120,7 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
                 rank,
                 total_steps=updates,
                 temperature=temperature,
+                max_response_tokens=config.sampling.max_response_tokens,
                 seed=seed,
                 shares_trunk="policy" in roles.trunk_sharers,
             )
@@ -142,6 +143,7 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
                     algorithm,
                     rank,
                     total_steps=updates,
+                    max_response_tokens=config.sampling.max_response_tokens,
                     seed=seed,
                     shares_trunk="critic" in roles.trunk_sharers,
                 )
