@@ -16,7 +16,7 @@ from rlhf_ray.algorithms.segments import segment_ids, segment_sum
 from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
-SAMPLES, GROUP = 8, 4
+SAMPLES, GROUP, MAX_TOKENS = 8, 4, 12
 KL = KLSettings(estimator="k3")
 ALGORITHM = AlgorithmSettings(
     gamma=0.99,
@@ -67,7 +67,7 @@ def make_shard(index: int, failed: tuple[int, ...] = (2, 5)) -> ExperienceShard:
 
 
 def build(shards: list[ExperienceShard], algorithm: AlgorithmSettings = ALGORITHM) -> Experience:
-    return build_experience(shards, algorithm, kl_coefficient=0.1)
+    return build_experience(shards, algorithm, 0.1, MAX_TOKENS)
 
 
 def of_shard(flat: torch.Tensor, shards: list[ExperienceShard], index: int) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_the_result_does_not_depend_on_how_shards_are_spread(
     ranks = SimulatedRanks(2)
 
     def run(rank: int) -> Experience:
-        return build_experience([shards[index] for index in spread[rank]], algorithm, 0.1, ranks.all_reduce(rank))
+        return build_experience([shards[index] for index in spread[rank]], algorithm, 0.1, MAX_TOKENS, ranks.all_reduce(rank))
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, range(2)))
@@ -245,8 +245,8 @@ def test_a_sample_without_valid_peers_keeps_advantage_0_through_whitening() -> N
 def test_a_penalty_in_the_loss_is_not_in_the_reward() -> None:
     shard = make_shard(0)
     algorithm = changed(kl=KLSettings(estimator="k3", placement="loss"))
-    with_kl = build_experience([shard], algorithm, kl_coefficient=5.0)
-    without = build_experience([shard], algorithm, kl_coefficient=0.0)
+    with_kl = build_experience([shard], algorithm, 5.0, MAX_TOKENS)
+    without = build_experience([shard], algorithm, 0.0, MAX_TOKENS)
     assert torch.equal(with_kl.advantages, without.advantages)
     assert with_kl.reference_logprobs is not None
     assert with_kl.stats.kl_reference == without.stats.kl_reference
@@ -258,7 +258,7 @@ def test_which_logprobs_are_the_old_ones() -> None:
     recomputed = build([shard]).to(torch.device("cpu"), torch.float32)
     assert np.array_equal(recomputed.old_logprobs.numpy(), shard.policy.data)
     assert np.array_equal(recomputed.engine_logprobs.numpy(), shard.rollout.logprobs)
-    engines = build([replace(shard, policy=None)], changed(old_logprobs="engine"))
+    engines = build([replace(shard, policy=None)], changed(old_logprobs="engine", importance=None))
     assert torch.equal(engines.old_logprobs, engines.engine_logprobs)
     one_update = build([replace(shard, policy=None)], changed(kl=KLSettings(estimator="k3", placement="loss")))
     assert one_update.old_logprobs is None
@@ -273,7 +273,7 @@ def test_which_logprobs_are_the_old_ones() -> None:
         ({"epochs": 1, "minibatches": 1, "kl": KLSettings()}, True),
         ({"epochs": 2, "kl": KLSettings(coefficient=0.0)}, True),
         ({"minibatches": 2, "kl": KLSettings(coefficient=0.0)}, True),
-        ({"minibatches": 2, "old_logprobs": "engine"}, False),
+        ({"minibatches": 2, "old_logprobs": "engine", "importance": None}, False),
     ],
 )
 def test_old_logprobs_are_asked_for_only_where_the_training_pass_comes_too_late(
@@ -299,5 +299,5 @@ def test_missing_and_misfitting_columns_are_refused() -> None:
         build([shard, replace(make_shard(1), values=None)], changed(advantage="rloo"))
     with pytest.raises(ValueError, match="values: column of shape"):
         replace(shard, values=TokenColumn(np.zeros(3, dtype=np.float32)))
-    free = build_experience([replace(shard, reference=None)], ALGORITHM, kl_coefficient=0.0)
+    free = build_experience([replace(shard, reference=None)], ALGORITHM, 0.0, MAX_TOKENS)
     assert free.stats.kl_reference is None

@@ -72,7 +72,7 @@ def test_settings_cannot_be_changed_afterwards(load):
         ("steps: many", 12, "steps is 'many'", "valid integer"),
         ("sampling: 3", 12, "sampling is 3", "a section with keys of its own"),
         ("steps: 0", 12, "steps is 0", "greater than or equal to 1"),
-        ("algorithm:\n  advantage: gea", 13, "algorithm.advantage is 'gea'", "'gae', 'rloo' or 'grpo'"),
+        ("algorithm:\n  advantage: gea", 13, "algorithm.advantage is 'gea'", "'gae', 'rloo', 'grpo', 'group_mean' or 'return_to_go'"),
         ("steps: ${run.nothing}", 12, "steps: Interpolation key 'run.nothing' not found", "resolved"),
         ("steps: ${oc.env:SURELY_NOT_SET}", 12, "SURELY_NOT_SET", "resolved"),
         ("steps: ${steps}", 12, "Recursive interpolation", "resolved"),
@@ -105,14 +105,14 @@ def test_overrides_win_and_are_read_as_yaml(load):
         COMPLETE,
         "steps=7",
         "policy.learner.learning_rate=3e-6",
-        "algorithm.importance_cap=null",
+        "algorithm.importance=null",
         "reward.env={A: x}",
         "policy.model=a=b",
         "steps=8",
     )
     assert config.steps == 8
     assert config.policy.learner.learning_rate == 3e-6
-    assert config.algorithm.importance_cap is None
+    assert config.algorithm.importance is None
     assert config.reward.env == {"A": "x"}
     assert config.policy.model == "a=b"
 

@@ -42,12 +42,14 @@ def policy_learner(
     **settings: Any,
 ) -> PolicyLearner:
     policy = PolicySettings(model=model, learner=learner_settings(**settings))
-    return PolicyLearner(policy, algorithm, rank, total_steps=TOTAL_STEPS, temperature=temperature)
+    return PolicyLearner(
+        policy, algorithm, rank, total_steps=TOTAL_STEPS, temperature=temperature, max_response_tokens=16
+    )
 
 
 def critic_learner(model: str, rank: Rank, **settings: Any) -> CriticLearner:
     critic = CriticSettings(learner=learner_settings(**settings))
-    return CriticLearner(critic, model, ALGORITHM, rank, total_steps=TOTAL_STEPS, seed=0)
+    return CriticLearner(critic, model, ALGORITHM, rank, total_steps=TOTAL_STEPS, max_response_tokens=16, seed=0)
 
 
 def train_policy(learner: PolicyLearner, step: int = 0) -> PolicyReport:
@@ -168,7 +170,7 @@ def test_dropout_is_off_while_policy_and_critic_train(single_rank: Rank, policy_
 
 
 def test_engine_logprobs_as_the_old_ones_give_a_ratio_other_than_one(policy_model: str, single_rank: Rank):
-    algorithm = ALGORITHM.model_copy(update={"old_logprobs": "engine"})
+    algorithm = ALGORITHM.model_copy(update={"old_logprobs": "engine", "importance": None})
     report = train_policy(policy_learner(policy_model, single_rank, algorithm=algorithm))
     assert report.first_ratio_error > 1e-3
     assert report.mismatch_max_abs > 1e-2
