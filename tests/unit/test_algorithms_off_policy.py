@@ -97,7 +97,7 @@ def test_weights_beyond_any_float_stay_finite_where_they_are_summed() -> None:
     assert found.plain.square().isfinite().all()
 
 
-def test_masking_and_truncation_leave_the_mean_of_an_untouched_integrand_unbiased() -> None:
+def test_weights_within_the_bounds_are_unbiased() -> None:
     """Without a bound that is reached, Σ w f estimates the mean of f under the proximal policy, not the behaviour's."""
     behaviour, proximal = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.3, 0.3, 0.4]).double()
     values = torch.tensor([1.0, -2.0, 5.0]).double()
