@@ -74,7 +74,7 @@ class ImportanceSettings(Settings):
         if self.mask is None:
             if self.truncate is None:
                 raise ValueError(
-                    "truncate and mask are both empty, which leaves the weights without a bound; set one of them, or "
+                    "truncate: empty, as mask is, so nothing bounds the weights; set one of them, or "
                     "algorithm.importance to null"
                 )
             return self

@@ -129,8 +129,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/clip_fraction",
         "",
-        "Share of tokens whose ratio was clipped (with `gspo`, whose response's was). 0 with one update a step; above about 0.3 the updates are too "
-        "large: fewer `epochs`, lower learning rate.",
+        "Share of tokens whose ratio was clipped (with `gspo`, whose response's was). 0 with one update a step; above "
+        "about 0.3 the updates are too large: fewer `epochs`, lower learning rate.",
     ),
     Metric(
         "policy/approx_kl",
@@ -153,16 +153,16 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "importance/effective_sample_fraction",
         "",
-        "Effective sample size of the importance weights before truncation and mask, (Σ w)² / (n Σ w²): the share of the "
-        "step's tokens (or responses, with `importance.level: sequence`) that they are worth to the policy that learns "
-        "from them. 1 when engine and learner agree; below 0.5 there is an event `samples_off_policy`: lower the "
+        "Effective sample size of the importance weights before truncation and mask, (Σ w)² / (n Σ w²): the share of "
+        "the step's tokens (or responses, with `importance.level: sequence`) that they are worth to the policy that "
+        "learns from them. 1 when engine and learner agree; below 0.5 there is an event `samples_off_policy`: lower the "
         "staleness, or look at `mismatch/*`. Empty when the correction is off.",
     ),
     Metric(
         "importance/truncated_fraction",
         "",
-        "Share of tokens or responses whose importance weight was above `importance.truncate`. More than a few percent: "
-        "the samples are too old, or the engine computes something else than the learner.",
+        "Share of tokens or responses whose importance weight was above `importance.truncate`. More than a few "
+        "percent: the samples are too old, or the engine computes something else than the learner.",
     ),
     Metric(
         "importance/masked_fraction",
@@ -229,14 +229,14 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "group/uniform_fraction",
         "",
-        "Share of prompts whose responses all have exactly the same score, of those with at least two scores. They teach "
-        "group-based algorithms nothing: near 1 the prompts are too easy or too hard. Empty with one sample a prompt.",
+        "Share of prompts whose responses all have exactly the same score, of those with at least two scores. They "
+        "teach group-based algorithms nothing: near 1 the prompts are too easy or too hard. Empty with one sample a prompt.",
     ),
     Metric(
         "response/length_mean",
         "tokens",
-        "Mean response length, counted in tokens that the policy sampled. A steady climb to the limit often means that the reward model likes long answers; a"
-        " fall to a few tokens that it likes none.",
+        "Mean response length, counted in tokens that the policy sampled. A steady climb to the limit often means that "
+        "the reward model likes long answers; a fall to a few tokens that it likes none.",
     ),
     Metric(
         "response/truncated_fraction",
@@ -252,8 +252,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "response/masked",
         "samples",
-        "Responses left out of the policy loss because they were cut off (`algorithm.mask_truncated`). Where it is most "
-        "of the step, raise `sampling.max_response_tokens`.",
+        "Responses left out of the policy loss because they were cut off (`algorithm.mask_truncated`). Where it is "
+        "most of the step, raise `sampling.max_response_tokens`.",
     ),
     Metric(
         "response/not_sampled",

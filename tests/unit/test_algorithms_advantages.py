@@ -153,7 +153,7 @@ def test_an_estimator_sees_only_what_it_says_it_needs(name: str) -> None:
     for i in range(len(lengths)):
         tokens = (mask & (sample == i)).nonzero()[:, 0]
         others = [j for j in range(len(lengths)) if group_ids[j] == group_ids[i] and ok[j] and j != i]
-        if not ok[i] or needs.group and not others:
+        if not ok[i] or (needs.group and not others):
             continue
         group = sums[[i, *others]]
         if name == "gae":

@@ -111,13 +111,23 @@ def test_the_result_does_not_depend_on_how_shards_are_spread(
     ranks = SimulatedRanks(2)
 
     def run(rank: int) -> Experience:
-        return build_experience([shards[index] for index in spread[rank]], algorithm, 0.1, MAX_TOKENS, ranks.all_reduce(rank))
+        return build_experience(
+            [shards[index] for index in spread[rank]], algorithm, 0.1, MAX_TOKENS, ranks.all_reduce(rank)
+        )
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, range(2)))
     for rank, result in enumerate(results):
         assert vars(result.stats) == pytest.approx(vars(whole.stats), rel=1e-12, abs=1e-12)
-        for name in ("weights", "normalizer", "value_weights", "engine_logprobs", "old_logprobs", "advantages", "returns"):
+        for name in (
+            "weights",
+            "normalizer",
+            "value_weights",
+            "engine_logprobs",
+            "old_logprobs",
+            "advantages",
+            "returns",
+        ):
             flat = vars(whole)[name]
             if flat is None:
                 assert vars(result)[name] is None
@@ -320,9 +330,14 @@ def with_unsampled_tokens(shard: ExperienceShard, garbage: float) -> ExperienceS
     lengths = rollout.response_lengths
     inserted = [random.integers(0, 4, length + 1) for length in lengths]
     mask = np.concatenate(
-        [np.concatenate([[False] * before + [True] for before in each[:-1]] + [[False] * each[-1]]) for each in inserted]
+        [
+            np.concatenate([[False] * before + [True] for before in each[:-1]] + [[False] * each[-1]])
+            for each in inserted
+        ]
     ).astype(bool)
-    new_lengths = np.array([length + each.sum() for length, each in zip(lengths, inserted, strict=True)], dtype=np.int32)
+    new_lengths = np.array(
+        [length + each.sum() for length, each in zip(lengths, inserted, strict=True)], dtype=np.int32
+    )
 
     def spread(values: Any) -> Any:
         wide = np.full(len(mask), garbage).astype(values.dtype)
@@ -393,7 +408,12 @@ def test_uniform_groups_are_always_counted_and_dropped_only_if_asked() -> None:
     scores = shards[1].rewards.scores.copy()
     scores[:GROUP] = np.where(np.isnan(scores[:GROUP]), math.nan, 0.5)
     shards[1] = replace(shards[1], rewards=replace(shards[1].rewards, scores=scores))
-    settings = {"advantage": "grpo", "reward_whiten": False, "missing_eos_penalty": 0.0, "kl": KLSettings(coefficient=0)}
+    settings = {
+        "advantage": "grpo",
+        "reward_whiten": False,
+        "missing_eos_penalty": 0.0,
+        "kl": KLSettings(coefficient=0),
+    }
     kept, dropped = build(shards, changed(**settings)), build(shards, changed(**settings, drop_uniform_groups=True))
     for experience in (kept, dropped):
         assert (experience.stats.num_groups, experience.stats.num_uniform_groups) == (4, 1)

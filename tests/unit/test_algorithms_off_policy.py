@@ -49,7 +49,9 @@ def test_a_sequence_weighs_the_product_of_its_active_tokens_ratios() -> None:
 
 
 @pytest.mark.parametrize("sequences", [None, LENGTHS])
-def test_a_sequence_or_token_outside_the_mask_weighs_nothing_and_is_counted_once(sequences: torch.Tensor | None) -> None:
+def test_a_sequence_or_token_outside_the_mask_weighs_nothing_and_is_counted_once(
+    sequences: torch.Tensor | None,
+) -> None:
     proximal, behaviour = log_ratios()
     ratios = importance_log_ratios(proximal, behaviour, ACTIVE, sequences)
     shares = importance_shares(ACTIVE, sequences)

@@ -71,7 +71,7 @@ def naive_loss(name: str, new: torch.Tensor, old: torch.Tensor, advantages: torc
     """The aggregated loss, response by response, of sampled tokens only."""
     of_responses = []
     for i in range(len(LENGTHS)):
-        tokens = (COUNTED & (SAMPLE == i)).nonzero()[:, 0]
+        tokens = (COUNTED & (i == SAMPLE)).nonzero()[:, 0]
         if len(tokens):
             of_responses.append(NAIVE[name](new[tokens], old[tokens], advantages[i]))
     if mean == "token":
@@ -172,9 +172,7 @@ def test_tokens_that_do_not_count_have_no_influence(name: str, garbage: float) -
     found = summed(name, spoilt_new, spoilt_old, advantages, weights)
     for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
         assert torch.equal(one, other)
-    gradients = [
-        torch.autograd.grad(each.loss_sum, leaf)[0] for each, leaf in ((found, spoilt_new), (expected, new))
-    ]
+    gradients = [torch.autograd.grad(each.loss_sum, leaf)[0] for each, leaf in ((found, spoilt_new), (expected, new))]
     assert torch.equal(*gradients)
     assert not gradients[0][~COUNTED].any()
 

@@ -183,9 +183,7 @@ def test_columns_of_tokens_that_the_policy_did_not_sample_change_nothing(
 
             columns = {name: getattr(shard, name) for name in ("reference", "values", "policy")}
             changed = {name: TokenColumn(spoilt(given.data)) for name, given in columns.items() if given is not None}
-            shards.append(
-                replace(shard, rollout=replace(rollout, logprobs=spoilt(rollout.logprobs)), **changed)
-            )
+            shards.append(replace(shard, rollout=replace(rollout, logprobs=spoilt(rollout.logprobs)), **changed))
         report = policy.train(0, shards, KL_COEFFICIENT)
         critic_shards = [replace(shard, policy=TokenColumn(shard.rollout.logprobs)) for shard in shards]
         results.append((report, critic.train(0, critic_shards, KL_COEFFICIENT), trained(policy), trained(critic)))
@@ -194,6 +192,25 @@ def test_columns_of_tokens_that_the_policy_did_not_sample_change_nothing(
     for spoilt_result in results[1:]:
         assert spoilt_result[:2] == clean[:2]
         assert largest_difference(spoilt_result[2], clean[2]) == largest_difference(spoilt_result[3], clean[3]) == 0
+
+
+def test_importance_by_sequence_is_measured_over_whole_responses(policy_model: str, single_rank: Rank):
+    """By hand from the columns: the product of a response's ratios, whatever pack it is in."""
+    algorithm = AlgorithmSettings(importance=ImportanceSettings(level="sequence", truncate=1.1, mask=(0.5, 1.5)))
+    learner = policy_learner(policy_model, single_rank, algorithm=algorithm, micro_batch_tokens=48)
+    rollouts = [masked_rollout(rollout) for rollout in ROLLOUTS]
+    shards = [shard_of(rollout, learner.logprobs(rollout)) for rollout in rollouts]
+    weights = []
+    for shard in shards:
+        assert shard.policy is not None
+        log_ratios = np.where(shard.rollout.sampled(), shard.policy.data - shard.rollout.logprobs, 0.0)
+        weights += np.exp(np.add.reduceat(log_ratios, shard.rollout.response_starts()[:-1])).tolist()
+    found, w = learner.train(0, shards, KL_COEFFICIENT), np.array(weights)
+    kept = (w >= 0.5) & (w <= 1.5)
+    assert 0 < kept.sum() < 12
+    assert found.importance_effective_fraction == pytest.approx(w.sum() ** 2 / (12 * (w**2).sum()), rel=1e-4)
+    assert found.importance_masked_fraction == pytest.approx((~kept).mean())
+    assert found.importance_truncated_fraction == pytest.approx((kept & (w > 1.1)).mean())
 
 
 def test_truncated_responses_are_left_to_the_critic(policy_model: str, single_rank: Rank):
