@@ -155,8 +155,8 @@ PPO_METRICS: tuple[Metric, ...] = (
         "",
         "Effective sample size of the importance weights before truncation and mask, (Σ w)² / (n Σ w²): the share of "
         "the step's tokens (or responses, with `importance.level: sequence`) that they are worth to the policy that "
-        "learns from them. 1 when engine and learner agree; below 0.5 there is an event `samples_off_policy`: lower the "
-        "staleness, or look at `mismatch/*`. Empty when the correction is off.",
+        "learns from them. 1 when engine and learner agree; below 0.5 there is an event `samples_off_policy`: lower "
+        "the staleness, or look at `mismatch/*`. Empty when the correction is off.",
     ),
     Metric(
         "importance/truncated_fraction",
@@ -230,7 +230,8 @@ PPO_METRICS: tuple[Metric, ...] = (
         "group/uniform_fraction",
         "",
         "Share of prompts whose responses all have exactly the same score, of those with at least two scores. They "
-        "teach group-based algorithms nothing: near 1 the prompts are too easy or too hard. Empty with one sample a prompt.",
+        "teach group-based algorithms nothing: near 1 the prompts are too easy or too hard. Empty with one sample a "
+        "prompt.",
     ),
     Metric(
         "response/length_mean",
