@@ -106,9 +106,11 @@ class Rollout(Shipped):
                 raise ValueError(f"Rollout.{name} has shape {found}, expected ({length},)")
         if num_samples and int(self.response_lengths.min()) < 1:
             raise ValueError("Rollout.response_lengths: every response has at least one token")
-        if self.loss_mask is not None and self.loss_mask.dtype != np.bool_:
+        if self.loss_mask is None:
+            return
+        if self.loss_mask.dtype != np.bool_:
             raise ValueError(f"Rollout.loss_mask is {self.loss_mask.dtype}, expected bool")
-        if num_samples and not np.logical_or.reduceat(self.sampled(), self.response_starts()[:-1]).all():
+        if num_samples and not np.logical_or.reduceat(self.loss_mask, self.response_starts()[:-1]).all():
             raise ValueError("Rollout.loss_mask: the policy sampled at least one token of every response")
 
     @property
