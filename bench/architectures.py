@@ -214,7 +214,9 @@ def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3) -> Agreeme
     """Train policy and critic on what the engine samples, and compare after every sync."""
     learner = learner_settings(micro_batch_tokens=128)
     policy = PolicyLearner(PolicySettings(model=model, learner=learner), ALGORITHM, rank, total_steps=20)
-    critic = CriticLearner(CriticSettings(learner=learner), model, ALGORITHM, rank, total_steps=20, seed=0)
+    critic = CriticLearner(
+        CriticSettings(learner=learner), model, ALGORITHM, rank, total_steps=20, max_response_tokens=16, seed=0
+    )
     frozen = Reference(model, ReferenceSettings(dtype="float32"), 1.0)
     # Where vLLM runs transformers' own class, it patches it, for the learners of this process too.
     type(policy._engine.unwrapped.language_model.base_model).do_not_compile = True

@@ -138,6 +138,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return " or ".join(_allowed(option) for option in schema["anyOf"] if option.get("type") != "null")
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return f"[{', '.join(_allowed(item) for item in schema['prefixItems'])}]"
     kinds = {"boolean": "`true`, `false`", "object": "mapping"}
     symbols = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{symbol} {schema[name]:g}" for name, symbol in symbols.items() if name in schema]

@@ -73,6 +73,9 @@ class Rollout(Shipped):
         finish_reasons: `[B]` int8, `FINISH_STOP` or `FINISH_LENGTH`.
         sample_ids: `[B]` int64, unique in a run: `prompt_id * samples_per_prompt + sample`.
         prompt_ids: `[B]` int64, the prompt's draw in the run; samples of one prompt form a group.
+        loss_mask: `[R]` bool, true for tokens that the policy sampled, at least one in each response. The others (of
+            tools, of other speakers) weigh 0 everywhere: their log-probs and columns may be any number. None: it
+            sampled all of them.
     """
 
     tokens: NDArray[np.int32]
@@ -83,6 +86,7 @@ class Rollout(Shipped):
     finish_reasons: NDArray[np.int8]
     sample_ids: NDArray[np.int64]
     prompt_ids: NDArray[np.int64]
+    loss_mask: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         num_samples = len(self.prompt_lengths)
@@ -95,12 +99,20 @@ class Rollout(Shipped):
             "sample_ids": num_samples,
             "prompt_ids": num_samples,
         }
+        if self.loss_mask is not None:
+            expected["loss_mask"] = expected["logprobs"]
         for name, length in expected.items():
             found = getattr(self, name).shape
             if found != (length,):
                 raise ValueError(f"Rollout.{name} has shape {found}, expected ({length},)")
         if num_samples and int(self.response_lengths.min()) < 1:
             raise ValueError("Rollout.response_lengths: every response has at least one token")
+        if self.loss_mask is None:
+            return
+        if self.loss_mask.dtype != np.bool_:
+            raise ValueError(f"Rollout.loss_mask is {self.loss_mask.dtype}, expected bool")
+        if num_samples and not np.logical_or.reduceat(self.loss_mask, self.response_starts()[:-1]).all():
+            raise ValueError("Rollout.loss_mask: the policy sampled at least one token of every response")
 
     @property
     def num_samples(self) -> int:
@@ -119,6 +131,10 @@ class Rollout(Shipped):
         """`[B + 1]` where each sample's response starts in the `[R]` arrays."""
         return offsets(self.response_lengths)
 
+    def sampled(self) -> NDArray[np.bool_]:
+        """`[R]` true for tokens that the policy sampled: the loss mask, whether there is one or not."""
+        return np.ones(len(self.logprobs), dtype=bool) if self.loss_mask is None else self.loss_mask
+
     def sample_tokens(self, index: int) -> NDArray[np.int32]:
         """Prompt and response of one sample."""
         starts = self.token_starts()
@@ -126,14 +142,16 @@ class Rollout(Shipped):
 
     def header(self) -> RolloutHeader:
         """What the driver may know of these rows."""
+        versions = self.policy_versions if self.loss_mask is None else self.policy_versions[self.loss_mask]
         return RolloutHeader(
             num_samples=self.num_samples,
             num_tokens=len(self.tokens),
             num_response_tokens=len(self.logprobs),
             num_truncated=int((self.finish_reasons == FINISH_LENGTH).sum()),
-            version_min=int(self.policy_versions.min()),
-            version_max=int(self.policy_versions.max()),
-            version_sum=int(self.policy_versions.astype(np.int64).sum()),
+            num_sampled_tokens=len(versions),
+            version_min=int(versions.min()),
+            version_max=int(versions.max()),
+            version_sum=int(versions.astype(np.int64).sum()),
             digest=self.digest(),
         )
 
@@ -149,9 +167,10 @@ class Rollout(Shipped):
             return cls(**arrays)
 
     def digest(self) -> str:
-        """Hash of the tokens and their log-probs: equal for shards that are the same to the bit."""
+        """Hash of the tokens, their log-probs and the loss mask: equal for shards that are equal bit-for-bit."""
         state = hashlib.blake2b(digest_size=8)
-        for array in (self.tokens, self.prompt_lengths, self.response_lengths, self.logprobs, self.finish_reasons):
+        arrays = (self.tokens, self.prompt_lengths, self.response_lengths, self.logprobs, self.finish_reasons)
+        for array in arrays if self.loss_mask is None else (*arrays, self.loss_mask):
             state.update(np.ascontiguousarray(array).tobytes())
         return state.hexdigest()
 
@@ -161,6 +180,7 @@ class RolloutHeader:
     """Counts and versions of one shard; the only part of a rollout that reaches the driver.
 
     Attributes:
+        num_sampled_tokens: response tokens that the policy sampled; versions are those of these.
         digest: see `Rollout.digest`.
     """
 
@@ -168,6 +188,7 @@ class RolloutHeader:
     num_tokens: int
     num_response_tokens: int
     num_truncated: int
+    num_sampled_tokens: int
     version_min: int
     version_max: int
     version_sum: int

@@ -1,10 +1,17 @@
-"""How much better an action was than expected: with a critic (GAE) or against the other samples of a prompt."""
+"""How much better an action was than expected: with a critic, against the other samples of a prompt, or neither.
+
+`ESTIMATORS` has each one under its name in the settings; what it needs of a run is in `config.algorithm.ADVANTAGES`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 import torch
 
-from rlhf_ray.algorithms.segments import Moments, segment_ids
+from rlhf_ray.algorithms.segments import Moments, group_sum, segment_ids, segment_sum
+from rlhf_ray.config.algorithm import AlgorithmSettings
 
 WHITEN_EPSILON = 1e-8
 
@@ -63,15 +70,20 @@ def gae(
     return advantages.to(dtype), returns.to(dtype)
 
 
-def _group_sum(values: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
-    """`[B]` sum of `values` over the group of each sample."""
-    groups, index = torch.unique(group_ids, return_inverse=True)
-    return torch.zeros(len(groups), dtype=values.dtype, device=values.device).index_add(0, index, values)[index]
+def return_to_go(
+    rewards: torch.Tensor, lengths: torch.Tensor, gamma: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[R]` discounted rewards from each token on, `A_t = Σ_l γ^l r_{t+l}` (REINFORCE++, Hu et al. 2025).
+
+    The paper has the KL of the tokens to come in it, which is `kl.placement: reward`, and standardises over the step,
+    which is `advantage_whiten`. Arguments as for `gae`, of which this is the case λ = 1 with a critic that says 0.
+    """
+    return gae(rewards, torch.zeros_like(rewards), lengths, gamma, 1.0, mask)[0]
 
 
 def comparable(group_ids: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
     """`[B]` bool: valid samples (`ok`) with at least one other valid sample in their group to compare with."""
-    return ok & (_group_sum(ok.long(), group_ids) >= 2)
+    return ok & (group_sum(ok.long(), group_ids) >= 2)
 
 
 def rloo(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
@@ -86,8 +98,8 @@ def rloo(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> tor
         `[B]` in the type of `scores`; 0 for samples that are not valid or have no other valid one in their group.
     """
     valid = torch.where(ok, scores.double(), 0.0)
-    others = (_group_sum(ok.double(), group_ids) - 1).clamp(min=1)
-    baseline = (_group_sum(valid, group_ids) - valid) / others
+    others = (group_sum(ok.double(), group_ids) - 1).clamp(min=1)
+    baseline = (group_sum(valid, group_ids) - valid) / others
     return torch.where(comparable(group_ids, ok), valid - baseline, 0.0).to(scores.dtype)
 
 
@@ -97,11 +109,130 @@ def grpo(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor, epsilo
     The paper writes `std` without saying which; this is the unbiased one (n − 1), as in verl and TRL. Arguments and
     result as for `rloo`.
     """
-    count = _group_sum(ok.double(), group_ids)
+    count = group_sum(ok.double(), group_ids)
     valid = torch.where(ok, scores.double(), 0.0)
-    deviation = torch.where(ok, valid - _group_sum(valid, group_ids) / count.clamp(min=1), 0.0)
-    std = (_group_sum(deviation.square(), group_ids) / (count - 1).clamp(min=1)).sqrt()
+    deviation = torch.where(ok, valid - group_sum(valid, group_ids) / count.clamp(min=1), 0.0)
+    std = (group_sum(deviation.square(), group_ids) / (count - 1).clamp(min=1)).sqrt()
     return torch.where(comparable(group_ids, ok), deviation / (std + epsilon), 0.0).to(scores.dtype)
+
+
+def group_mean(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
+    """Score minus the mean score of the group, without a standard deviation.
+
+    Dr. GRPO (Liu et al. 2025, section 3.2) uses it as it is; the baseline form of REINFORCE++ (Hu et al. 2025)
+    standardises it over the step, which is `advantage_whiten`. Arguments and result as for `rloo`, of which it is
+    (n − 1) / n times.
+    """
+    valid = torch.where(ok, scores.double(), 0.0)
+    baseline = group_sum(valid, group_ids) / group_sum(ok.double(), group_ids).clamp(min=1)
+    return torch.where(comparable(group_ids, ok), valid - baseline, 0.0).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class AdvantageInputs:
+    """What advantages are made of.
+
+    Attributes:
+        rewards: `[R]`; 0 outside the mask.
+        lengths: `[B]` response lengths.
+        mask: `[R]` bool, tokens that the policy sampled, of valid samples.
+        values: `[R]`; None without a critic.
+        group_ids: `[B]` int64, equal for samples of one prompt.
+        ok: `[B]` bool, valid samples.
+    """
+
+    rewards: torch.Tensor
+    lengths: torch.Tensor
+    mask: torch.Tensor
+    values: torch.Tensor | None
+    group_ids: torch.Tensor
+    ok: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an estimator gives.
+
+    Attributes:
+        advantages: `[R]`, 0 outside the mask.
+        returns: `[R]` targets of the critic; None without one.
+        informative: `[R]` bool, tokens whose advantage means something, which whitening is over.
+    """
+
+    advantages: torch.Tensor
+    returns: torch.Tensor | None
+    informative: torch.Tensor
+
+
+Estimator = Callable[[AdvantageInputs, AlgorithmSettings], Advantages]
+
+
+def _with_critic(inputs: AdvantageInputs, algorithm: AlgorithmSettings) -> Advantages:
+    if inputs.values is None:
+        raise ValueError("gae needs values")
+    advantages, returns = gae(
+        inputs.rewards, inputs.values, inputs.lengths, algorithm.gamma, algorithm.gae_lambda, inputs.mask
+    )
+    return Advantages(advantages, returns, inputs.mask)
+
+
+def _alone(inputs: AdvantageInputs, algorithm: AlgorithmSettings) -> Advantages:
+    advantages = return_to_go(inputs.rewards, inputs.lengths, algorithm.gamma, inputs.mask)
+    return Advantages(advantages, None, inputs.mask)
+
+
+def _against_group(compare: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> Estimator:
+    """Every token of a response gets what its summed rewards are worth beside those of its group.
+
+    A sample alone in its group has nothing to compare with: its advantage is 0, and it is kept out of the whitening,
+    which would give it the opposite of the mean.
+    """
+
+    def estimate(inputs: AdvantageInputs, algorithm: AlgorithmSettings) -> Advantages:
+        sample, group_ids, ok = segment_ids(inputs.lengths), inputs.group_ids, inputs.ok
+        advantages = compare(segment_sum(inputs.rewards, inputs.lengths), group_ids, ok)[sample]
+        return Advantages(
+            torch.where(inputs.mask, advantages, 0.0), None, comparable(group_ids, ok)[sample] & inputs.mask
+        )
+
+    return estimate
+
+
+ESTIMATORS: Mapping[str, Estimator] = {
+    "gae": _with_critic,
+    "rloo": _against_group(rloo),
+    "grpo": _against_group(grpo),
+    "group_mean": _against_group(group_mean),
+    "return_to_go": _alone,
+}
+
+
+@dataclass(frozen=True)
+class UniformGroups:
+    """Groups that say nothing, because all their scores are equal: every advantage in them is 0.
+
+    Attributes:
+        samples: `[B]` bool, in such a group.
+        num_groups: groups with at least two valid samples.
+        num_uniform: those of them whose valid samples have exactly one score.
+    """
+
+    samples: torch.Tensor
+    num_groups: int
+    num_uniform: int
+
+    @classmethod
+    def of(cls, scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> UniformGroups:
+        """Arguments as for `rloo`. What dynamic sampling leaves out (DAPO, Yu et al. 2025, eq. 11)."""
+        compared = comparable(group_ids, ok)
+        groups, index = torch.unique(group_ids[compared], return_inverse=True)
+        bounds = scores.new_zeros(len(groups))
+        lowest, highest = (
+            bounds.scatter_reduce(0, index, scores[compared], reduce, include_self=False) for reduce in ("amin", "amax")
+        )
+        uniform = lowest == highest
+        samples = torch.zeros_like(ok).masked_scatter(compared, uniform[index])
+        return cls(samples, len(groups), int(uniform.sum()))
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:

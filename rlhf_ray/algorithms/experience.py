@@ -4,7 +4,8 @@ Both learners must see the same numbers, so both call `build_experience` with th
 samples reaches over one shard at most (the samples of a prompt are never split over shards) or goes through
 `all_reduce` as a sum, so the result does not depend on how the shards are spread over ranks, apart from the order of
 floating-point additions. A sample whose reward failed has no part in anything: not in a baseline, not in a moment, not
-in a mean, and its tokens weigh 0 in the losses.
+in a mean, and its tokens weigh 0 in the losses. Nor has a token that the policy did not sample (`Rollout.loss_mask`):
+lengths, sums and means are over the tokens that it did.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.advantages import comparable, gae, grpo, rloo, whiten
+from rlhf_ray.algorithms.advantages import ESTIMATORS, AdvantageInputs, UniformGroups, whiten
 from rlhf_ray.algorithms.kl import kl_estimate
-from rlhf_ray.algorithms.losses import token_weights
-from rlhf_ray.algorithms.rewards import shape_scores, token_rewards
-from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, segment_sum, single_rank
-from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.algorithms.losses import normalizer_weights, token_weights
+from rlhf_ray.algorithms.rewards import length_penalty, rescale_by_length, shape_scores, token_rewards
+from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_counts, segment_ids, single_rank
+from rlhf_ray.config.algorithm import ADVANTAGES, AlgorithmSettings
 from rlhf_ray.rollout import FINISH_STOP, RewardColumn, Rollout, TokenColumn, TrunkColumn
 
 
@@ -61,7 +62,7 @@ class ExperienceStats:
     Attributes:
         num_samples: all samples.
         num_valid: samples with a score.
-        num_valid_tokens: their response tokens.
+        num_valid_tokens: their response tokens that the policy sampled.
         score_mean: mean of the scores as the reward model gave them.
         score_std: their population standard deviation.
         shaped_reward_mean: mean over sequences of the summed token rewards, what the advantages are made of: the shaped
@@ -72,6 +73,9 @@ class ExperienceStats:
         advantage_std: over tokens, before whitening.
         response_length_mean: tokens.
         truncated_fraction: share of responses that did not end by themselves.
+        num_masked: valid samples left out of the policy loss because they were cut off.
+        num_groups: prompts with at least two valid samples.
+        num_uniform_groups: those of them whose scores are all equal.
     """
 
     num_samples: int
@@ -85,6 +89,9 @@ class ExperienceStats:
     advantage_std: float
     response_length_mean: float
     truncated_fraction: float
+    num_masked: int
+    num_groups: int
+    num_uniform_groups: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,13 @@ class Experience:
     Attributes:
         lengths: `[B]` int64 response lengths.
         ok: `[B]` bool, samples with a score.
-        weights: `[R]` loss weights, 0 for tokens of failed samples; see `token_weights`.
+        samples: `[R]` int64, which sample each token belongs to.
+        sampled: `[R]` bool, tokens that the policy sampled.
+        counted: `[R]` bool, those of samples with a score.
+        weights: `[R]` of the policy loss, 0 for what has no part in it; see `token_weights`.
+        normalizer: `[R]` what each token adds to what the policy loss is divided by; see `normalizer_weights`.
+        value_weights: `[R]` of the critic's loss, which is divided by their sum. They are the policy's, except that the
+            critic also learns from samples that the policy leaves out.
         engine_logprobs: `[R]` as the engine gave them.
         old_logprobs: `[R]` what the ratio is taken to; None where that is what the training pass itself computes.
         reference_logprobs: `[R]`, or None.
@@ -106,7 +119,12 @@ class Experience:
 
     lengths: torch.Tensor
     ok: torch.Tensor
+    samples: torch.Tensor
+    sampled: torch.Tensor
+    counted: torch.Tensor
     weights: torch.Tensor
+    normalizer: torch.Tensor
+    value_weights: torch.Tensor
     engine_logprobs: torch.Tensor
     old_logprobs: torch.Tensor | None
     reference_logprobs: torch.Tensor | None
@@ -131,6 +149,7 @@ def build_experience(
     shards: Sequence[ExperienceShard],
     algorithm: AlgorithmSettings,
     kl_coefficient: float,
+    max_response_tokens: int,
     all_reduce: AllReduce = single_rank,
 ) -> Experience:
     """Advantages, returns and statistics of one step, in float64.
@@ -140,6 +159,7 @@ def build_experience(
             prompt are in one shard.
         algorithm: how.
         kl_coefficient: β of this step.
+        max_response_tokens: where responses were cut off.
         all_reduce: sums over ranks; called twice.
 
     Raises:
@@ -158,33 +178,43 @@ def build_experience(
     old_logprobs = _column([shard.policy for shard in shards])
     if old_logprobs is None and algorithm.old_logprobs == "engine":
         old_logprobs = engine_logprobs
-    counted = ok[segment_ids(lengths)]
+    samples = segment_ids(lengths)
+    sampled = _joined([rollout.sampled() for rollout in rollouts], torch.bool)
+    counted = sampled & ok[samples]
+    sampled_lengths = segment_counts(sampled, lengths)
 
     def kl(estimator: Any) -> torch.Tensor:
-        """`[R]` nats against the reference; 0 where it is not known and for failed samples."""
+        """`[R]` nats against the reference; 0 where it is not known and for tokens that do not count."""
         if reference_logprobs is None or old_logprobs is None:
             return torch.zeros_like(engine_logprobs)
         return torch.where(counted, kl_estimate(old_logprobs, reference_logprobs, estimator), 0.0)
 
     score_moments = Moments.of(scores, ok).reduced(all_reduce)
-    shaped = shape_scores(scores, ok, ended, algorithm, score_moments)
+    rescaled = rescale_by_length(scores, ok, sampled_lengths, group_ids, algorithm.length.rescale)
+    shaped = shape_scores(rescaled, ok, ended, algorithm, score_moments)
+    shaped = shaped - torch.where(ok, length_penalty(sampled_lengths, algorithm.length, max_response_tokens), 0.0)
     in_reward = kl_coefficient if algorithm.kl.placement == "reward" else 0.0
-    rewards = token_rewards(shaped, kl(algorithm.kl.estimator), lengths, in_reward)
-    if algorithm.advantage == "gae":
-        assert values is not None, "checked by _check_columns"
-        informative = counted
-        advantages, returns = gae(rewards, values, lengths, algorithm.gamma, algorithm.gae_lambda, counted)
-    else:
-        # A sample alone in its group has nothing to compare with: its advantage stays 0, and it is kept out of the
-        # whitening, which would give it the opposite of the mean.
-        informative, returns = comparable(group_ids, ok)[segment_ids(lengths)], None
-        compare = rloo if algorithm.advantage == "rloo" else grpo
-        advantages = compare(segment_sum(rewards, lengths), group_ids, ok)[segment_ids(lengths)]
+    rewards = token_rewards(shaped, kl(algorithm.kl.estimator), lengths, in_reward, sampled)
+    estimated = ESTIMATORS[algorithm.advantage](
+        AdvantageInputs(rewards, lengths, counted, values, group_ids, ok), algorithm
+    )
 
-    sums = [len(ok), ok.sum(), lengths[ok].sum(), (ok & ~ended).sum(), rewards.sum(), kl("k1").sum()]
-    local = torch.tensor([*map(float, sums), *Moments.of(advantages, informative).vector()], dtype=torch.float64)
-    num_samples, num_valid, num_valid_tokens, truncated, reward_sum, kl_sum, *moments = all_reduce(local).tolist()
-    advantage_moments = Moments(*moments)
+    uniform = UniformGroups.of(scores, group_ids, ok)
+    cut = ok & ~ended if algorithm.mask_truncated else torch.zeros_like(ok)
+    kept = ~(cut | uniform.samples) if algorithm.drop_uniform_groups else ~cut
+    value_weights = token_weights(lengths, counted, algorithm.loss_aggregation)
+    weights = torch.where(kept[samples], value_weights, 0.0)
+    advantages, informative = estimated.advantages, estimated.informative & kept[samples]
+
+    sums = [len(ok), ok.sum(), sampled_lengths[ok].sum(), (ok & ~ended).sum(), rewards.sum(), kl("k1").sum()]
+    counts = [cut.sum(), uniform.num_groups, uniform.num_uniform]
+    local = torch.tensor(
+        [*map(float, [*sums, *counts]), *Moments.of(advantages, informative).vector()], dtype=torch.float64
+    )
+    reduced = all_reduce(local).tolist()
+    num_samples, num_valid, num_valid_tokens, truncated, reward_sum, kl_sum = reduced[: len(sums)]
+    num_masked, num_groups, num_uniform = map(int, reduced[len(sums) : len(sums) + len(counts)])
+    advantage_moments = Moments(*reduced[len(sums) + len(counts) :])
     if algorithm.advantage_whiten:
         advantages = whiten(advantages, informative, advantage_moments)
 
@@ -194,13 +224,18 @@ def build_experience(
     return Experience(
         lengths=lengths,
         ok=ok,
-        weights=token_weights(lengths, ok, algorithm.loss_aggregation),
+        samples=samples,
+        sampled=sampled,
+        counted=counted,
+        weights=weights,
+        normalizer=normalizer_weights(weights, lengths, algorithm.loss_aggregation, max_response_tokens),
+        value_weights=value_weights,
         engine_logprobs=engine_logprobs,
         old_logprobs=old_logprobs,
         reference_logprobs=reference_logprobs,
         advantages=advantages,
         values=values,
-        returns=returns,
+        returns=estimated.returns,
         stats=ExperienceStats(
             num_samples=int(num_samples),
             num_valid=int(num_valid),
@@ -213,6 +248,9 @@ def build_experience(
             advantage_std=advantage_moments.std,
             response_length_mean=mean(num_valid_tokens),
             truncated_fraction=mean(truncated),
+            num_masked=num_masked,
+            num_groups=num_groups,
+            num_uniform_groups=num_uniform,
         ),
     )
 
@@ -228,7 +266,7 @@ def _column(columns: Sequence[TokenColumn | None]) -> torch.Tensor | None:
 
 def _check_columns(shards: Sequence[ExperienceShard], algorithm: AlgorithmSettings, kl_coefficient: float) -> None:
     needed = {
-        "values": algorithm.advantage == "gae",
+        "values": ADVANTAGES[algorithm.advantage].critic,
         "reference": kl_coefficient != 0,
         "policy": algorithm.asks_old_logprobs,
     }

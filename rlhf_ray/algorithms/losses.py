@@ -8,12 +8,20 @@ no influence whatever its values are, also where they are not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from rlhf_ray.algorithms.segments import AllReduce, Moments, segment_ids, single_rank
+from rlhf_ray.algorithms.segments import (
+    AllReduce,
+    Moments,
+    segment_counts,
+    segment_ids,
+    segment_sum,
+    single_rank,
+)
 from rlhf_ray.config.algorithm import AlgorithmSettings
 
 MAX_LOG_RATIO = 20.0
@@ -27,8 +35,8 @@ class PolicyLoss:
     """Sums over the tokens of one micro-batch; scalars, of which only `loss_sum` carries a gradient.
 
     Attributes:
-        loss_sum: weighted clipped surrogate, to be minimised.
-        clip_fraction_sum: weight of the tokens where clipping is active and so the gradient is zero.
+        loss_sum: weighted surrogate, to be minimised.
+        clip_fraction_sum: weight of the tokens where clipping is active.
         approx_kl_sum: weighted k3 estimate of KL(old || new), `(r − 1) − log r`, nats; never negative.
         ratio_sum: weighted probability ratio r = new / old.
         max_abs_log_ratio: largest |log r|; the maximum, not the sum, is what adds up over micro-batches.
@@ -74,32 +82,24 @@ def _counted(values: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
     return torch.where(active, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
 
-def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    weights: torch.Tensor,
-    algorithm: AlgorithmSettings,
-    importance_weights: torch.Tensor | None = None,
-) -> PolicyLoss:
+def clipped_surrogate(
+    logprobs: torch.Tensor, log_ratios: torch.Tensor, advantages: torch.Tensor, algorithm: AlgorithmSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped surrogate of PPO (Schulman et al. 2017, eq. 7), `−min(r A, clip(r, 1 − low, 1 + high) A)` a token.
 
     Separate bounds as in DAPO (Yu et al. 2025, "clip-higher"). The dual clip (Ye et al. 2020) bounds the loss of a
     negative advantage at `−c A`, where a large ratio would make it unbounded.
 
     Args:
-        logprobs: `[R]` under the policy in training; carries the gradient.
-        old_logprobs: `[R]` under the policy that the ratio is taken to.
+        logprobs: `[R]` under the policy in training.
+        log_ratios: `[R]` log r, with the gradient.
         advantages: `[R]`.
-        weights: `[R]` from `token_weights`.
         algorithm: `clip_low`, `clip_high` and `dual_clip`.
-        importance_weights: `[R]` from `truncated_importance_weights`, multiply the loss; None: 1.
+
+    Returns:
+        `[R]` losses, and `[R]` bool where clipping is active and so the gradient is zero.
     """
-    active = weights != 0
-    advantages = _counted(advantages, active)
-    distance = _counted(logprobs, active) - _counted(old_logprobs, active)
-    log_ratio = distance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    ratio = log_ratios.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     loss = torch.maximum(unclipped, clipped)
@@ -109,10 +109,107 @@ def policy_loss(
         is_bounded = (advantages < 0) & (loss > bound)
         loss = torch.where(is_bounded, bound, loss)
         is_clipped = is_clipped | is_bounded
+    return loss, is_clipped
+
+
+def clipped_weight(
+    logprobs: torch.Tensor, log_ratios: torch.Tensor, advantages: torch.Tensor, algorithm: AlgorithmSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO (MiniMax-M1, Chen et al. 2025, eq. 4-5), `−sg(clip(r, 1 − low, 1 + high)) A log π` a token.
+
+    The clipped ratio is a constant weight, so that every token keeps a gradient: also one whose ratio is outside.
+    Arguments as for `clipped_surrogate`; the second result is where the weight is clipped.
+    """
+    ratio = log_ratios.detach().exp()
+    weight = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    return -weight * advantages * logprobs, weight != ratio
+
+
+@dataclass(frozen=True)
+class PolicyLossRule:
+    """One entry of `POLICY_LOSSES`.
+
+    Attributes:
+        surrogate: a token's loss; see `clipped_surrogate`.
+        by_sequence: the ratio is that of the token's sequence, `sequence_log_ratios`.
+    """
+
+    surrogate: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, AlgorithmSettings], tuple[torch.Tensor, torch.Tensor]
+    ]
+    by_sequence: bool = False
+
+
+POLICY_LOSSES: Mapping[str, PolicyLossRule] = {
+    "ppo": PolicyLossRule(clipped_surrogate),
+    "gspo": PolicyLossRule(clipped_surrogate, by_sequence=True),
+    "cispo": PolicyLossRule(clipped_weight),
+}
+"""Every loss of the policy by its name in the settings."""
+
+
+def sequence_log_ratios(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, active: torch.Tensor, sequences: torch.Tensor
+) -> torch.Tensor:
+    """`[R]` log of the sequence ratio of GSPO (Zheng et al. 2025, eq. 7): the mean of log r over a sequence's tokens,
+    for each of them. Without gradient.
+
+    Args:
+        logprobs: `[R]` under the policy in training.
+        old_logprobs: `[R]`.
+        active: `[R]` bool; the others may hold anything, and have no part in a mean.
+        sequences: `[S]` lengths of the whole sequences that the tokens make up.
+    """
+    log_ratios = torch.where(active, logprobs - old_logprobs, 0.0).detach()
+    means = segment_sum(log_ratios, sequences) / segment_counts(active, sequences).clamp(min=1)
+    return means[segment_ids(sequences)]
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    algorithm: AlgorithmSettings,
+    importance_weights: torch.Tensor | None = None,
+    sequence_ratios: torch.Tensor | None = None,
+) -> PolicyLoss:
+    """Weighted sum of the chosen loss over tokens, and what is measured beside it, by token whichever loss it is.
+
+    With a sequence ratio s, a token's loss has the value of s and the gradient of its own log-prob: r is
+    `sg(s) · π / sg(π)` (GSPO-token, Zheng et al. 2025, eq. 13-14). Where advantage and weight are the same for all
+    tokens of a sequence, sum and gradient are those of the sequence form (eq. 5, 10), so tokens can be summed in any
+    partition.
+
+    Args:
+        logprobs: `[R]` under the policy in training; carries the gradient.
+        old_logprobs: `[R]` under the policy that the ratio is taken to.
+        advantages: `[R]`.
+        weights: `[R]` from `token_weights`.
+        algorithm: `policy_loss`, and what it needs.
+        importance_weights: `[R]` multiply the loss (`off_policy.py`); None: 1.
+        sequence_ratios: `[R]` from `sequence_log_ratios`, for a loss by sequence.
+
+    Raises:
+        ValueError: a loss by sequence has no sequence ratios.
+    """
+    rule = POLICY_LOSSES[algorithm.policy_loss]
+    active = weights != 0
+    logprobs, advantages = _counted(logprobs, active), _counted(advantages, active)
+    distance = logprobs - _counted(old_logprobs, active)
+    log_ratio = distance.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    surrogate_log_ratio = log_ratio
+    if rule.by_sequence:
+        if sequence_ratios is None:
+            raise ValueError(f"'{algorithm.policy_loss}' needs the ratios of sequences")
+        own_gradient = logprobs - logprobs.detach()
+        surrogate_log_ratio = (sequence_ratios + own_gradient).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    loss, is_clipped = rule.surrogate(logprobs, surrogate_log_ratio, advantages, algorithm)
     if importance_weights is not None:
         loss = loss * _counted(importance_weights, active)
 
-    log_ratio, ratio = log_ratio.detach(), ratio.detach()
+    log_ratio = log_ratio.detach()
+    ratio = log_ratio.exp()
     # Rounding can make `ratio - 1 - log_ratio` negative; expm1 keeps the digits that decide it.
     approx_kl = torch.expm1(log_ratio) - log_ratio
     return PolicyLoss(
@@ -148,27 +245,49 @@ def value_loss(
     return ValueLoss((weights * 0.5 * torch.maximum(error, clipped_error)).sum(), (weights * is_clipped).sum())
 
 
-def token_weights(lengths: torch.Tensor, ok: torch.Tensor, aggregation: Literal["token", "sequence"]) -> torch.Tensor:
-    """Weights that turn a sum over tokens into the wanted mean, once it is divided by the sum of the weights.
+Aggregation = Literal["token", "sequence", "constant"]
 
-    `token`: 1 each, so the result is the mean over all tokens. `sequence`: 1 / length, so it is the mean over
-    sequences of each one's token mean.
+
+def token_weights(lengths: torch.Tensor, counted: torch.Tensor, aggregation: Aggregation) -> torch.Tensor:
+    """Weights that turn a sum over tokens into the wanted mean, once it is divided by the sum of the normalizer's.
+
+    `token`: 1 each, so the result is the mean over all tokens. `sequence`: 1 / tokens of the sequence, so it is the
+    mean over sequences of each one's token mean. `constant`: 1 each, over a `normalizer_weights` of its own.
 
     Args:
         lengths: `[B]` response lengths.
-        ok: `[B]` bool; tokens of the other samples weigh 0.
+        counted: `[R]` bool; the other tokens weigh 0, and are none of their sequence's.
         aggregation: which mean.
 
     Returns:
         `[R]` float32.
     """
-    if aggregation == "token":
-        each = ok.float()
-    elif aggregation == "sequence":
-        each = ok.float() / lengths
-    else:
-        raise ValueError(f"unknown loss aggregation {aggregation!r}; one of token, sequence")
-    return each[segment_ids(lengths)]
+    if aggregation in ("token", "constant"):
+        return counted.float()
+    if aggregation == "sequence":
+        return counted.float() / segment_counts(counted, lengths).clamp(min=1)[segment_ids(lengths)]
+    raise ValueError(f"unknown loss aggregation {aggregation!r}; one of token, sequence, constant")
+
+
+def normalizer_weights(
+    weights: torch.Tensor, lengths: torch.Tensor, aggregation: Aggregation, max_response_tokens: int
+) -> torch.Tensor:
+    """`[R]` what each token adds to what a minibatch's loss is divided by.
+
+    Its weight, except with `constant`: there every sequence adds `max_response_tokens`, however long it is, so that a
+    token's gradient does not depend on the lengths (Dr. GRPO, Liu et al. 2025, section 3.2).
+
+    Args:
+        weights: `[R]` from `token_weights`, 0 for what has no part in the loss.
+        lengths: `[B]` response lengths.
+        aggregation: which mean.
+        max_response_tokens: where responses are cut off.
+    """
+    if aggregation != "constant":
+        return weights
+    counted = weights != 0
+    shares = max_response_tokens / segment_counts(counted, lengths).clamp(min=1)
+    return torch.where(counted, shares[segment_ids(lengths)], 0.0)
 
 
 def explained_variance(
@@ -191,27 +310,20 @@ def explained_variance(
     return 1 - error.variance / target.variance if target.variance > 0 else math.nan
 
 
-def truncated_importance_weights(
-    learner_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, cap: float
-) -> torch.Tensor:
-    """`[R]` `min(π_learner / π_engine, cap)`, without gradient (truncated importance sampling, Yao et al. 2025).
-
-    Corrects for the engine, which samples from a slightly different distribution than the learner computes.
+def mismatch(
+    learner_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, sampled: torch.Tensor | None = None
+) -> Mismatch:
+    """Distance between learner's and engine's log-probs (`[R]` each) of the same tokens under the same weights.
 
     Args:
-        learner_logprobs: `[R]` of the sampled tokens, recomputed by the learner before its first update.
-        engine_logprobs: `[R]` as the engine gave them.
-        cap: largest weight.
+        sampled: `[R]` bool, tokens that the policy sampled; the others may hold anything. None: all.
     """
-    return (learner_logprobs - engine_logprobs).detach().exp().clamp(max=cap)
-
-
-def mismatch(learner_logprobs: torch.Tensor, engine_logprobs: torch.Tensor) -> Mismatch:
-    """Distance between learner's and engine's log-probs (`[R]` each) of the same tokens under the same weights."""
     log_ratio = learner_logprobs.detach().double() - engine_logprobs.detach().double()
-    distance = log_ratio.abs()
+    distance, ratio = log_ratio.abs(), log_ratio.abs().exp()
+    if sampled is not None:
+        log_ratio, distance, ratio = (torch.where(sampled, each, 0.0) for each in (log_ratio, distance, ratio))
     return Mismatch(
         kl_sum=(torch.expm1(log_ratio) - log_ratio).sum(),
         max_abs=distance.max() if len(distance) else distance.new_zeros(()),
-        ratio_sum=distance.exp().sum(),
+        ratio_sum=ratio.sum(),
     )

@@ -27,9 +27,28 @@ def segment_sum(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
-def last_index(lengths: torch.Tensor) -> torch.Tensor:
-    """`[B]` int64: where each sample's last token is in the flat data."""
-    return torch.cumsum(lengths, 0) - 1
+def segment_counts(mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`[B]` int64: how many tokens of each sample are true in `mask` (`[R]` bool)."""
+    return segment_sum(mask.double(), lengths).long()
+
+
+def last_index(lengths: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`[B]` int64: where each sample's last token is in the flat data.
+
+    Args:
+        lengths: `[B]`.
+        mask: `[R]` bool, true for the tokens that count, at least one in each sample; None: all.
+    """
+    if mask is None:
+        return torch.cumsum(lengths, 0) - 1
+    places = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
+    return torch.full_like(lengths, -1).scatter_reduce(0, segment_ids(lengths), places, "amax")
+
+
+def group_sum(values: torch.Tensor, group_ids: torch.Tensor) -> torch.Tensor:
+    """`[B]` sum of `values` (`[B]`) over the group of each sample; the samples of a group need not be neighbours."""
+    groups, index = torch.unique(group_ids, return_inverse=True)
+    return torch.zeros(len(groups), dtype=values.dtype, device=values.device).index_add(0, index, values)[index]
 
 
 @dataclass(frozen=True)

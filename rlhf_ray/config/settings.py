@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.algorithm import AlgorithmSettings
+from rlhf_ray.config.algorithm import ADVANTAGES, AlgorithmSettings
 from rlhf_ray.config.base import (
     ActorSettings,
     DType,
@@ -374,7 +374,7 @@ class PPOConfig(RunConfig):
     steps: PositiveInt = Field(100, description="Steps of sampling and training.")
     prompts: PromptSettings = Field(description="Prompts to train on.")
     policy: PolicySettings = Field(description="The policy.")
-    critic: CriticSettings | None = Field(None, description="The critic; only with `algorithm.advantage: gae`.")
+    critic: CriticSettings | None = Field(None, description="The critic; only where `algorithm.advantage` needs one.")
     reference: ReferenceSettings | None = Field(
         default_factory=ReferenceSettings, description="The reference; null only when `algorithm.kl.coefficient` is 0."
     )
@@ -389,20 +389,34 @@ class PPOConfig(RunConfig):
     @model_validator(mode="after")
     def _roles_fit_the_algorithm(self) -> PPOConfig:
         algorithm, sampling = self.algorithm, self.sampling
-        if algorithm.advantage == "gae" and self.critic is None:
+        needs = ADVANTAGES[algorithm.advantage]
+        if needs.critic and self.critic is None:
+            without = " or ".join(f"'{name}'" for name, each in ADVANTAGES.items() if not each.critic)
             raise ValueError(
-                "critic: algorithm.advantage is 'gae', which needs a critic section; use 'rloo' or 'grpo' without"
+                f"critic: algorithm.advantage is '{algorithm.advantage}', which needs a critic section; use {without} "
+                "without"
             )
-        if algorithm.advantage != "gae" and self.critic is not None:
+        if not needs.critic and self.critic is not None:
             raise ValueError(
                 f"critic: algorithm.advantage is '{algorithm.advantage}', which has no critic; remove the section"
             )
-        if algorithm.advantage != "gae" and algorithm.critic_warmup_steps:
+        if not needs.critic and algorithm.critic_warmup_steps:
             raise ValueError(f"algorithm.critic_warmup_steps: '{algorithm.advantage}' has no critic to warm up")
-        if algorithm.advantage != "gae" and sampling.samples_per_prompt < 2:
+        if needs.group and sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"sampling.samples_per_prompt: '{algorithm.advantage}' compares the samples of a prompt; at least 2"
             )
+        if algorithm.length.rescale and sampling.samples_per_prompt < 2:
+            raise ValueError("sampling.samples_per_prompt: algorithm.length.rescale compares lengths; at least 2")
+        for name, tokens in (
+            ("target", algorithm.length.target),
+            ("overlong_buffer", algorithm.length.overlong_buffer),
+        ):
+            if tokens is not None and tokens > sampling.max_response_tokens:
+                raise ValueError(
+                    f"algorithm.length.{name}: {tokens} is more than sampling.max_response_tokens "
+                    f"({sampling.max_response_tokens})"
+                )
         if algorithm.kl.placement == "loss" and algorithm.kl.estimator == "k1":
             raise ValueError("algorithm.kl.estimator: 'k1' in the loss has no gradient on average; use 'k2' or 'k3'")
         if algorithm.kl.controller == "adaptive" and (algorithm.kl.coefficient == 0 or self.reference is None):

@@ -16,9 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Objective = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
+TokenObjective = Callable[[slice, torch.Tensor, torch.Tensor], torch.Tensor]
 """A loss that is a sum over tokens: of a slice of the batch's `[R]` predicted tokens, their log-probs and the entropies
 of their distributions (nats, float32). It may be evaluated on any partition of the tokens."""
+
+
+@dataclass(frozen=True)
+class SequenceObjective:
+    """A loss whose terms depend on the log-probs of a whole sequence, such as that of GSPO.
+
+    A sequence may lie in several chunks, so its log-probs are computed first, without gradient: the projection runs
+    twice.
+
+    Attributes:
+        given: the objective, from the `[R]` log-probs of the batch's predicted tokens.
+    """
+
+    given: Callable[[torch.Tensor], TokenObjective]
+
+
+Objective = TokenObjective | SequenceObjective
 
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Float32 logits of one chunk: enough rows to keep a matrix product efficient."""
@@ -131,9 +148,13 @@ class ChunkedHead:
     def _chunked(self, hidden: torch.Tensor, targets: torch.Tensor, objective: Objective | None) -> Any:
         weight, bias = self._projection.weight, self._projection.bias
         head = _Head(weight.detach(), None if bias is None else bias.detach(), self.transform, self._float32)
-        if objective is None:
+        if objective is None or isinstance(objective, SequenceObjective):
             with torch.no_grad():
-                return torch.cat([head.logprobs(hidden[part], targets[part]) for part in head.chunks(len(targets))])
+                parts = [head.logprobs(hidden[part], targets[part]) for part in head.chunks(len(targets))]
+                logprobs = torch.cat(parts)
+            if objective is None:
+                return logprobs
+            objective = objective.given(logprobs)
         return _TokenLoss.apply(hidden, weight, bias, targets, head, objective, torch.is_grad_enabled())
 
 
@@ -248,7 +269,7 @@ class _TokenLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         head: _Head,
-        objective: Objective,
+        objective: TokenObjective,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants_hidden, wants_weight, wants_bias = (needed and with_gradient for needed in ctx.needs_input_grad[:3])
@@ -308,5 +329,7 @@ def _evaluated(logits: torch.Tensor, targets: torch.Tensor, objective: Objective
     logprobs = distribution.gather(-1, targets[:, None])[:, 0]
     if objective is None:
         return logprobs.detach()
+    if isinstance(objective, SequenceObjective):
+        objective = objective.given(logprobs.detach())
     entropy = -(distribution.exp() * distribution).sum(-1)
     return objective(slice(0, len(targets)), logprobs, entropy), logprobs.detach(), entropy.detach()

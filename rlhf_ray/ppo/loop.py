@@ -14,7 +14,7 @@ from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
-from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row
+from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn_if_off_policy
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
@@ -141,6 +141,7 @@ class PPO:
 
         sampled_for = state.step
         state.advance(headers.num_samples, headers.num_response_tokens)
+        warn_if_off_policy(self._run.tracker.events, state.step, policy_report)
         kl = policy_report.stats.kl_reference
         if kl is not None:
             self._kl.update(kl, headers.num_samples)

@@ -15,6 +15,10 @@ from rlhf_ray.roles.policy_learner import PolicyReport
 from rlhf_ray.rollout import RewardHeader, RolloutHeader
 from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.tracking.display import Column
+from rlhf_ray.tracking.logs import EventLog
+
+MIN_EFFECTIVE_FRACTION = 0.5
+"""Below this effective sample size, as a share, a step is warned of."""
 
 COLUMNS = (
     Column("reward/mean", "reward", "+.3f", curve=True, better="higher"),
@@ -57,9 +61,25 @@ class StepHeaders:
         return causes
 
     def staleness(self, version: int) -> tuple[float, int]:
-        """Mean and largest distance of the tokens' weights from the learner's, in versions."""
-        total = sum(header.num_response_tokens * version - header.version_sum for header in self.rollouts)
-        return total / self.num_response_tokens, version - min(header.version_min for header in self.rollouts)
+        """Mean and largest distance of the sampled tokens' weights from the learner's, in versions."""
+        sampled = sum(header.num_sampled_tokens for header in self.rollouts)
+        total = sampled * version - sum(header.version_sum for header in self.rollouts)
+        return total / sampled, version - min(header.version_min for header in self.rollouts)
+
+
+def warn_if_off_policy(events: EventLog, step: int, policy: PolicyReport) -> None:
+    """An event where the step's samples are worth less than half their number under the policy that learns from them.
+
+    Args:
+        step: number of the step.
+    """
+    fraction = policy.importance_effective_fraction
+    if fraction is not None and fraction < MIN_EFFECTIVE_FRACTION:
+        cause = (
+            f"importance/effective_sample_fraction is {fraction:.3f}: the policy that sampled is far from the one that "
+            "is trained; lower the staleness, or look at mismatch/*"
+        )
+        events.write("samples_off_policy", step=step, cause=cause, effective_sample_fraction=fraction)
 
 
 class StepClock:
@@ -141,13 +161,19 @@ def step_row(
         "policy/approx_kl": policy.approx_kl,
         "policy/ratio_max": math.exp(min(policy.max_abs_log_ratio, 80.0)),
         "policy/importance_weight_mean": policy.importance_weight_mean,
+        "importance/effective_sample_fraction": policy.importance_effective_fraction,
+        "importance/truncated_fraction": policy.importance_truncated_fraction,
+        "importance/masked_fraction": policy.importance_masked_fraction,
         "policy/grad_norm": policy.grad_norm,
         "policy/lr": policy.learning_rate,
         "advantage/mean": stats.advantage_mean,
         "advantage/std": stats.advantage_std,
+        "group/uniform_fraction": stats.num_uniform_groups / stats.num_groups if stats.num_groups else None,
         "response/length_mean": stats.response_length_mean,
         "response/truncated_fraction": stats.truncated_fraction,
         "response/eos_fraction": 1.0 - stats.truncated_fraction,
+        "response/masked": stats.num_masked,
+        "response/not_sampled": headers.num_response_tokens - sum(each.num_sampled_tokens for each in headers.rollouts),
         "mismatch/kl": policy.mismatch_kl,
         "mismatch/max_abs_dlogp": policy.mismatch_max_abs,
         "mismatch/mean_ratio": policy.mismatch_mean_ratio,

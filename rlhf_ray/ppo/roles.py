@@ -145,6 +145,7 @@ def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleCl
                 rank,
                 total_steps=updates,
                 temperature=temperature,
+                max_response_tokens=config.sampling.max_response_tokens,
                 seed=seed,
                 shares_trunk="policy" in roles.trunk_sharers,
             )
@@ -169,6 +170,7 @@ def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleCl
                     algorithm,
                     rank,
                     total_steps=updates,
+                    max_response_tokens=config.sampling.max_response_tokens,
                     seed=seed,
                     shares_trunk="critic" in roles.trunk_sharers,
                 )

@@ -51,6 +51,7 @@ class CriticLearner:
         algorithm: of the run.
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
+        max_response_tokens: where responses are cut off.
         seed: keys the minibatches.
         shares_trunk: shards may come with the states behind the frozen layers.
     """
@@ -63,13 +64,14 @@ class CriticLearner:
         rank: Rank,
         *,
         total_steps: int,
+        max_response_tokens: int,
         seed: int,
         shares_trunk: bool = False,
     ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
         dtype = resolve_dtype(learner.dtype, on_gpu)
-        self._algorithm, self._seed = algorithm, seed
+        self._algorithm, self._max_response_tokens, self._seed = algorithm, max_response_tokens, seed
         self._micro_batch_tokens = learner.micro_batch_tokens
 
         def build() -> CriticModel:
@@ -99,18 +101,18 @@ class CriticLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows, experience = read_shards(shards, algorithm, kl_coefficient, engine)
+        rows, experience = read_shards(shards, algorithm, kl_coefficient, self._max_response_tokens, engine)
         values, returns = experience.values, experience.returns
         if values is None or returns is None:
             raise ValueError("the critic learns from values and returns; the shards have none")
-        counted = experience.weights != 0
+        counted = experience.counted
         variance = explained_variance(values, returns, counted, engine.all_reduce)
         return_moments = Moments.of(returns, counted).reduced(engine.all_reduce)
         meter = Meter(engine, ("loss", "clip", "weight"))
         updates: list[StepReport] = []
         for samples in minibatches(rows, rollouts, algorithm, self._seed, step):
             packs = balanced_packs(rows, samples, self._micro_batch_tokens, engine)
-            normalizer = total_weight(experience.weights, packs, engine)
+            normalizer = total_weight(experience.value_weights, packs, engine)
             loss = partial(self._loss, experience, meter, normalizer)
             updates.append(engine.optimizer_step(packs, loss))
         total = meter.total()
@@ -132,7 +134,7 @@ class CriticLearner:
         at = batch.columns
         assert experience.values is not None, "checked by train"
         assert experience.returns is not None, "checked by train"
-        weights = experience.weights[at]
+        weights = experience.value_weights[at]
         parts = value_loss(
             self._engine.module(batch),
             experience.values[at],

@@ -37,15 +37,20 @@ def minibatches(
 
 
 def read_shards(
-    shards: Sequence[ExperienceShard], algorithm: AlgorithmSettings, kl_coefficient: float, engine: DeepSpeedEngine
+    shards: Sequence[ExperienceShard],
+    algorithm: AlgorithmSettings,
+    kl_coefficient: float,
+    max_response_tokens: int,
+    engine: DeepSpeedEngine,
 ) -> tuple[RolloutRows, Experience]:
     """This rank's samples, ready to be packed, and what the losses need of them, on its device. A collective.
 
     Args:
         kl_coefficient: β.
+        max_response_tokens: where responses were cut off.
     """
     rows = RolloutRows([shard.rollout for shard in shards], [shard.trunk for shard in shards])
-    experience = build_experience(shards, algorithm, kl_coefficient, engine.all_reduce)
+    experience = build_experience(shards, algorithm, kl_coefficient, max_response_tokens, engine.all_reduce)
     return rows, experience.to(engine.device, torch.float32)
 
 
@@ -61,7 +66,7 @@ def balanced_packs(
 
 
 def total_weight(weights: torch.Tensor, packs: Sequence[PackedBatch], engine: DeepSpeedEngine) -> float:
-    """What the sums of a minibatch are divided by: its weight over all ranks, 1 where no sample of it has a score."""
+    """What the sums of a minibatch are divided by: its weight over all ranks, 1 where nothing of it counts."""
     columns = torch.cat([pack.columns for pack in packs]).to(weights.device)
     return float(engine.all_reduce(weights[columns].double().sum()[None])) or 1.0
 

@@ -14,13 +14,22 @@ from numpy.typing import NDArray
 
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard, ExperienceStats
 from rlhf_ray.algorithms.kl import kl_estimate
-from rlhf_ray.algorithms.losses import mismatch, policy_loss, truncated_importance_weights
+from rlhf_ray.algorithms.losses import POLICY_LOSSES, mismatch, policy_loss, sequence_log_ratios
+from rlhf_ray.algorithms.off_policy import (
+    ImportanceSums,
+    effective_sample_fraction,
+    importance_log_ratios,
+    importance_shares,
+    importance_sums,
+    importance_weights,
+)
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import PolicySettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
+from rlhf_ray.models.token_loss import Objective, SequenceObjective, TokenObjective
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import (
@@ -38,7 +47,8 @@ from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn, TrunkColumn
 
 _PREFIX = "language_model."
 _SUMS = (
-    *("loss", "entropy", "clip", "approx_kl", "ratio", "weight", "importance"),
+    *("loss", "normalizer", "entropy", "clip", "approx_kl", "ratio", "weight", "importance"),
+    *("importance_count", "importance_plain", "importance_square", "importance_truncated", "importance_masked"),
     *("kl_reference", "mismatch_kl", "mismatch_ratio", "tokens"),
 )
 _MAXIMA = ("max_abs_log_ratio", "mismatch_max_abs")
@@ -49,6 +59,8 @@ class PolicyReport:
     """What one step of PPO did to the policy, over all ranks. Means are over response tokens with a score.
 
     Attributes:
+        importance_effective_fraction: see `effective_sample_fraction`; None without importance weights, as are the
+            shares of tokens or sequences whose weight was truncated or masked.
         first_approx_kl, first_ratio_error: of the first minibatch before its update; both are 0 where the old log-probs
             are the learner's own.
     """
@@ -62,6 +74,9 @@ class PolicyReport:
     grad_norm: float
     learning_rate: float
     importance_weight_mean: float
+    importance_effective_fraction: float | None
+    importance_truncated_fraction: float | None
+    importance_masked_fraction: float | None
     first_approx_kl: float
     first_ratio_error: float
     mismatch_kl: float
@@ -87,7 +102,7 @@ class PolicyLearner:
         algorithm: of the run; supervised training has no use for it.
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
-        temperature: of the sampling, 1 for supervised training.
+        temperature, max_response_tokens: of the sampling, 1 for supervised training.
         seed: keys the minibatches.
         shares_trunk: shards may come with the states behind the frozen layers.
     """
@@ -100,13 +115,14 @@ class PolicyLearner:
         *,
         total_steps: int,
         temperature: float = 1.0,
+        max_response_tokens: int = 1,
         seed: int = 0,
         shares_trunk: bool = False,
     ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
         self._dtype = resolve_dtype(learner.dtype, on_gpu)
-        self._algorithm, self._seed = algorithm, seed
+        self._algorithm, self._max_response_tokens, self._seed = algorithm, max_response_tokens, seed
         self._micro_batch_tokens = learner.micro_batch_tokens
         self._model = settings.model
 
@@ -144,14 +160,14 @@ class PolicyLearner:
         """
         engine, algorithm = self._engine, self._algorithm
         rollouts = [shard.rollout for shard in shards]
-        rows, experience = read_shards(shards, algorithm, kl_coefficient, engine)
+        rows, experience = read_shards(shards, algorithm, kl_coefficient, self._max_response_tokens, engine)
         run = engine.measure if step < algorithm.critic_warmup_steps else engine.optimizer_step
         meter = Meter(engine, _SUMS, _MAXIMA)
         before_update: dict[str, float] = {}
         updates: list[StepReport] = []
         for samples in minibatches(rows, rollouts, algorithm, self._seed, step):
             packs = balanced_packs(rows, samples, self._micro_batch_tokens, engine)
-            normalizer = total_weight(experience.weights, packs, engine)
+            normalizer = total_weight(experience.normalizer, packs, engine)
             loss = _MinibatchLoss(engine, algorithm, experience, kl_coefficient, normalizer, meter)
             updates.append(run(packs, loss))
             before_update = before_update or meter.total()
@@ -159,9 +175,10 @@ class PolicyLearner:
         # The engine's log-probs are not the learner's own: those are only computed with the old weights at first.
         apart = before_update if algorithm.old_logprobs == "engine" else total
         weight, first_weight = total["weight"] or 1.0, before_update["weight"] or 1.0
+        num_weights = total["importance_count"]
         return PolicyReport(
             stats=_with_own_kl(experience, total["kl_reference"]),
-            loss=total["loss"] / weight,
+            loss=total["loss"] / (total["normalizer"] or 1.0),
             entropy=total["entropy"] / weight,
             clip_fraction=total["clip"] / weight,
             approx_kl=total["approx_kl"] / weight,
@@ -169,6 +186,11 @@ class PolicyLearner:
             grad_norm=mean_grad_norm(updates),
             learning_rate=updates[-1].learning_rate,
             importance_weight_mean=total["importance"] / weight,
+            importance_effective_fraction=effective_sample_fraction(
+                num_weights, total["importance_plain"], total["importance_square"]
+            ),
+            importance_truncated_fraction=total["importance_truncated"] / num_weights if num_weights else None,
+            importance_masked_fraction=total["importance_masked"] / num_weights if num_weights else None,
             first_approx_kl=before_update["approx_kl"] / first_weight,
             first_ratio_error=abs(before_update["ratio"] - before_update["weight"]) / first_weight,
             mismatch_kl=apart["mismatch_kl"] / apart["tokens"],
@@ -263,27 +285,65 @@ class _MinibatchLoss:
 
     def __call__(self, batch: PackedBatch, counts: bool) -> torch.Tensor:
         batch = batch.to(self.engine.device)
-        loss, _, _ = self.engine.module(batch, partial(self._of_tokens, batch.columns, counts))
+        objective: Objective = partial(self._of_tokens, batch.columns, counts, None)
+        if POLICY_LOSSES[self.algorithm.policy_loss].by_sequence or self._importance_by_sequence:
+            objective = SequenceObjective(partial(self._of_sequences, batch.columns, counts))
+        loss, _, _ = self.engine.module(batch, objective)
         return loss / self.normalizer
 
+    @property
+    def _importance_by_sequence(self) -> bool:
+        return self.algorithm.importance is not None and self.algorithm.importance.level == "sequence"
+
+    def _of_sequences(self, columns: torch.Tensor, counts: bool, logprobs: torch.Tensor) -> TokenObjective:
+        """The loss of a batch's tokens, given what depends on whole sequences, which are never split over batches."""
+        _, sequences = torch.unique_consecutive(self.experience.samples[columns], return_counts=True)
+        return partial(self._of_tokens, columns, counts, self._terms(columns, logprobs, sequences))
+
+    def _terms(self, at: torch.Tensor, logprobs: torch.Tensor, sequences: torch.Tensor | None) -> _OffPolicyTerms:
+        """How far some tokens are off-policy, without gradient.
+
+        Args:
+            at: where they stand in the experience.
+            logprobs: of the policy in training.
+            sequences: `[S]` lengths of the whole sequences that they make up; None: not whole sequences.
+        """
+        experience, by_sequence = self.experience, sequences if self._importance_by_sequence else None
+        active = experience.weights[at] != 0
+        old_logprobs = logprobs if experience.old_logprobs is None else experience.old_logprobs[at]
+        return _OffPolicyTerms(
+            None if sequences is None else sequence_log_ratios(logprobs, old_logprobs, active, sequences),
+            importance_log_ratios(old_logprobs, experience.engine_logprobs[at], active, by_sequence),
+            importance_shares(active, by_sequence),
+        )
+
     def _of_tokens(
-        self, columns: torch.Tensor, counts: bool, part: slice, logprobs: torch.Tensor, entropies: torch.Tensor
+        self,
+        columns: torch.Tensor,
+        counts: bool,
+        terms: _OffPolicyTerms | None,
+        part: slice,
+        logprobs: torch.Tensor,
+        entropies: torch.Tensor,
     ) -> torch.Tensor:
-        """Weighted sum over some tokens: clipped surrogate, entropy bonus, KL penalty.
+        """Weighted sum over some tokens: surrogate, entropy bonus, KL penalty.
 
         Args:
             columns: where the batch's tokens stand in the experience.
             counts: false where nothing may be measured again.
+            terms: of the whole batch, where the loss needs whole sequences.
             part: of the batch.
         """
         experience, algorithm, at = self.experience, self.algorithm, columns[part]
         weights, engine_logprobs = experience.weights[at], experience.engine_logprobs[at]
         # Where there is one update only, the old log-probs are those of this very pass.
         old_logprobs = logprobs.detach() if experience.old_logprobs is None else experience.old_logprobs[at]
-        importance = torch.ones_like(weights)
-        if algorithm.old_logprobs == "learner" and algorithm.importance_cap is not None:
-            importance = truncated_importance_weights(old_logprobs, engine_logprobs, algorithm.importance_cap)
-        surrogate = policy_loss(logprobs, old_logprobs, experience.advantages[at], weights, algorithm, importance)
+        here = self._terms(at, logprobs.detach(), None) if terms is None else terms.of(part)
+        corrected = importance_weights(here.importance, algorithm.importance) if algorithm.importance else None
+        importance = torch.ones_like(weights) if corrected is None else corrected.used
+        surrogate = policy_loss(
+            logprobs, old_logprobs, experience.advantages[at], weights, algorithm, importance, here.log_ratios
+        )
         entropy_sum = _weighted_sum(weights, entropies)
         loss = surrogate.loss_sum
         if algorithm.entropy_coefficient:
@@ -291,28 +351,53 @@ class _MinibatchLoss:
         kl_sum = torch.zeros_like(entropy_sum)
         if experience.reference_logprobs is not None:
             reference_logprobs = experience.reference_logprobs[at]
-            kl_sum = torch.where(weights != 0, old_logprobs - reference_logprobs, 0.0).sum()
+            kl_sum = torch.where(experience.counted[at], old_logprobs - reference_logprobs, 0.0).sum()
             if algorithm.kl.placement == "loss":
                 penalty = kl_estimate(logprobs, reference_logprobs, algorithm.kl.estimator)
                 loss = loss + self.kl_coefficient * _weighted_sum(weights, penalty)
         if counts:
-            apart = mismatch(logprobs if algorithm.old_logprobs == "engine" else old_logprobs, engine_logprobs)
+            sampled = experience.sampled[at]
+            own = logprobs if algorithm.old_logprobs == "engine" else old_logprobs
+            apart = mismatch(own, engine_logprobs, sampled)
+            off_policy = importance_sums(corrected, here.shares) if corrected else ImportanceSums()
             self.meter.add(
                 loss=surrogate.loss_sum,
+                normalizer=experience.normalizer[at].sum(),
                 entropy=entropy_sum,
                 clip=surrogate.clip_fraction_sum,
                 approx_kl=surrogate.approx_kl_sum,
                 ratio=surrogate.ratio_sum,
                 weight=weights.sum(),
                 importance=_weighted_sum(weights, importance),
+                **{f"importance_{name}": value for name, value in vars(off_policy).items()},
                 kl_reference=kl_sum,
                 mismatch_kl=apart.kl_sum,
                 mismatch_ratio=apart.ratio_sum,
-                tokens=len(at),
+                tokens=sampled.sum(),
                 max_abs_log_ratio=surrogate.max_abs_log_ratio,
                 mismatch_max_abs=apart.max_abs,
             )
         return loss
+
+
+@dataclass(frozen=True)
+class _OffPolicyTerms:
+    """`[R]` each, of a batch's tokens or some of them.
+
+    Attributes:
+        log_ratios: see `sequence_log_ratios`; None where the loss is by token.
+        importance: see `importance_log_ratios`.
+        shares: see `importance_shares`.
+    """
+
+    log_ratios: torch.Tensor | None
+    importance: torch.Tensor
+    shares: torch.Tensor
+
+    def of(self, part: slice) -> _OffPolicyTerms:
+        """The same of some tokens."""
+        log_ratios = None if self.log_ratios is None else self.log_ratios[part]
+        return _OffPolicyTerms(log_ratios, self.importance[part], self.shares[part])
 
 
 def _weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -117,7 +117,7 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/loss",
         "",
-        "Clipped surrogate loss, mean over the step's updates. Near 0 by construction and no measure of progress: "
+        "Surrogate loss, mean over the step's updates. Near 0 by construction and no measure of progress: "
         "look at `reward/mean`.",
     ),
     Metric(
@@ -129,8 +129,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/clip_fraction",
         "",
-        "Share of tokens whose ratio was clipped. 0 with one update a step; above about 0.3 the updates are too "
-        "large: fewer `epochs`, lower learning rate.",
+        "Share of tokens whose ratio was clipped (with `gspo`, whose response's was). 0 with one update a step; above "
+        "about 0.3 the updates are too large: fewer `epochs`, lower learning rate.",
     ),
     Metric(
         "policy/approx_kl",
@@ -147,8 +147,28 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/importance_weight_mean",
         "",
-        "Mean of the truncated weights that correct for the difference between engine and learner. Near 1 when "
-        "they agree; see `mismatch/*` when it does not. 1 when the correction is off.",
+        "Mean of the importance weights as they are used, truncated and masked. Near 1 when engine and learner agree; "
+        "see `mismatch/*` when it is not. 1 when the correction is off.",
+    ),
+    Metric(
+        "importance/effective_sample_fraction",
+        "",
+        "Effective sample size of the importance weights before truncation and mask, (Σ w)² / (n Σ w²): the share of "
+        "the step's tokens (or responses, with `importance.level: sequence`) that they are worth to the policy that "
+        "learns from them. 1 when engine and learner agree; below 0.5 there is an event `samples_off_policy`: lower "
+        "the staleness, or look at `mismatch/*`. Empty when the correction is off.",
+    ),
+    Metric(
+        "importance/truncated_fraction",
+        "",
+        "Share of tokens or responses whose importance weight was above `importance.truncate`. More than a few "
+        "percent: the samples are too old, or the engine computes something else than the learner.",
+    ),
+    Metric(
+        "importance/masked_fraction",
+        "",
+        "Share of tokens or responses left out of the policy loss, because their importance weight was outside "
+        "`importance.mask`. 0 without a mask.",
     ),
     Metric(
         "policy/grad_norm",
@@ -207,10 +227,17 @@ PPO_METRICS: tuple[Metric, ...] = (
         "Learning rate of the critic's last update in this step.",
     ),
     Metric(
+        "group/uniform_fraction",
+        "",
+        "Share of prompts whose responses all have exactly the same score, of those with at least two scores. They "
+        "teach group-based algorithms nothing: near 1 the prompts are too easy or too hard. Empty with one sample a "
+        "prompt.",
+    ),
+    Metric(
         "response/length_mean",
         "tokens",
-        "Mean response length. A steady climb to the limit often means that the reward model likes long answers; a"
-        " fall to a few tokens that it likes none.",
+        "Mean response length, counted in tokens that the policy sampled. A steady climb to the limit often means that "
+        "the reward model likes long answers; a fall to a few tokens that it likes none.",
     ),
     Metric(
         "response/truncated_fraction",
@@ -222,6 +249,18 @@ PPO_METRICS: tuple[Metric, ...] = (
         "response/eos_fraction",
         "",
         "Share of responses that ended by themselves; 1 minus the share that was cut.",
+    ),
+    Metric(
+        "response/masked",
+        "samples",
+        "Responses left out of the policy loss because they were cut off (`algorithm.mask_truncated`). Where it is "
+        "most of the step, raise `sampling.max_response_tokens`.",
+    ),
+    Metric(
+        "response/not_sampled",
+        "tokens",
+        "Response tokens that the policy did not sample, but a tool or another speaker wrote: they weigh 0 everywhere. "
+        "0 without environments.",
     ),
     Metric(
         "mismatch/kl",

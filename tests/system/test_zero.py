@@ -55,7 +55,7 @@ class Learners:
         )
         policy, critic = PolicySettings(model=model, learner=settings), CriticSettings(learner=settings)
         self.policy = PolicyLearner(policy, ALGORITHM, rank, total_steps=20)
-        self.critic = CriticLearner(critic, model, ALGORITHM, rank, total_steps=20, seed=0)
+        self.critic = CriticLearner(critic, model, ALGORITHM, rank, total_steps=20, max_response_tokens=16, seed=0)
         self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
 
     def values_are_zero(self) -> bool:

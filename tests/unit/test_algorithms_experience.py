@@ -13,10 +13,10 @@ import torch
 
 from rlhf_ray.algorithms.experience import Experience, ExperienceShard, build_experience
 from rlhf_ray.algorithms.segments import segment_ids, segment_sum
-from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings, LengthSettings
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
-SAMPLES, GROUP = 8, 4
+SAMPLES, GROUP, MAX_TOKENS = 8, 4, 12
 KL = KLSettings(estimator="k3")
 ALGORITHM = AlgorithmSettings(
     gamma=0.99,
@@ -37,6 +37,14 @@ ALGORITHMS = [
     changed(advantage="rloo", kl=KLSettings(estimator="k1"), loss_aggregation="token"),
     changed(advantage="grpo", reward_whiten=False, kl=KLSettings(estimator="k3", placement="loss")),
     changed(advantage_whiten=False, score_clip=None, kl=KLSettings(estimator="k2")),
+    changed(advantage="return_to_go", loss_aggregation="constant", length=LengthSettings(overlong_buffer=4)),
+    changed(
+        advantage="group_mean",
+        reward_whiten=False,
+        length=LengthSettings(rescale=0.5, penalty=0.1, target=6),
+        drop_uniform_groups=True,
+        mask_truncated=True,
+    ),
 ]
 
 
@@ -67,7 +75,7 @@ def make_shard(index: int, failed: tuple[int, ...] = (2, 5)) -> ExperienceShard:
 
 
 def build(shards: list[ExperienceShard], algorithm: AlgorithmSettings = ALGORITHM) -> Experience:
-    return build_experience(shards, algorithm, kl_coefficient=0.1)
+    return build_experience(shards, algorithm, 0.1, MAX_TOKENS)
 
 
 def of_shard(flat: torch.Tensor, shards: list[ExperienceShard], index: int) -> torch.Tensor:
@@ -103,13 +111,23 @@ def test_the_result_does_not_depend_on_how_shards_are_spread(
     ranks = SimulatedRanks(2)
 
     def run(rank: int) -> Experience:
-        return build_experience([shards[index] for index in spread[rank]], algorithm, 0.1, ranks.all_reduce(rank))
+        return build_experience(
+            [shards[index] for index in spread[rank]], algorithm, 0.1, MAX_TOKENS, ranks.all_reduce(rank)
+        )
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(run, range(2)))
     for rank, result in enumerate(results):
         assert vars(result.stats) == pytest.approx(vars(whole.stats), rel=1e-12, abs=1e-12)
-        for name in ("weights", "engine_logprobs", "old_logprobs", "advantages", "returns"):
+        for name in (
+            "weights",
+            "normalizer",
+            "value_weights",
+            "engine_logprobs",
+            "old_logprobs",
+            "advantages",
+            "returns",
+        ):
             flat = vars(whole)[name]
             if flat is None:
                 assert vars(result)[name] is None
@@ -152,7 +170,9 @@ def test_failed_samples_have_no_influence(algorithm: AlgorithmSettings, garbage:
     assert torch.equal(clean.advantages, spoilt.advantages)
     assert torch.equal(clean.weights, spoilt.weights)
     assert (clean.weights[failed] == 0).all()
-    assert (clean.weights[~failed] > 0).all()
+    assert (clean.value_weights[failed] == 0).all()
+    assert (clean.value_weights[~failed] > 0).all()
+    assert (clean.normalizer[failed] == 0).all()
     assert (clean.advantages[failed] == 0).all()
     assert (clean.returns is None) == (spoilt.returns is None)
     if clean.returns is not None:
@@ -245,8 +265,8 @@ def test_a_sample_without_valid_peers_keeps_advantage_0_through_whitening() -> N
 def test_a_penalty_in_the_loss_is_not_in_the_reward() -> None:
     shard = make_shard(0)
     algorithm = changed(kl=KLSettings(estimator="k3", placement="loss"))
-    with_kl = build_experience([shard], algorithm, kl_coefficient=5.0)
-    without = build_experience([shard], algorithm, kl_coefficient=0.0)
+    with_kl = build_experience([shard], algorithm, 5.0, MAX_TOKENS)
+    without = build_experience([shard], algorithm, 0.0, MAX_TOKENS)
     assert torch.equal(with_kl.advantages, without.advantages)
     assert with_kl.reference_logprobs is not None
     assert with_kl.stats.kl_reference == without.stats.kl_reference
@@ -258,7 +278,7 @@ def test_which_logprobs_are_the_old_ones() -> None:
     recomputed = build([shard]).to(torch.device("cpu"), torch.float32)
     assert np.array_equal(recomputed.old_logprobs.numpy(), shard.policy.data)
     assert np.array_equal(recomputed.engine_logprobs.numpy(), shard.rollout.logprobs)
-    engines = build([replace(shard, policy=None)], changed(old_logprobs="engine"))
+    engines = build([replace(shard, policy=None)], changed(old_logprobs="engine", importance=None))
     assert torch.equal(engines.old_logprobs, engines.engine_logprobs)
     one_update = build([replace(shard, policy=None)], changed(kl=KLSettings(estimator="k3", placement="loss")))
     assert one_update.old_logprobs is None
@@ -273,7 +293,7 @@ def test_which_logprobs_are_the_old_ones() -> None:
         ({"epochs": 1, "minibatches": 1, "kl": KLSettings()}, True),
         ({"epochs": 2, "kl": KLSettings(coefficient=0.0)}, True),
         ({"minibatches": 2, "kl": KLSettings(coefficient=0.0)}, True),
-        ({"minibatches": 2, "old_logprobs": "engine"}, False),
+        ({"minibatches": 2, "old_logprobs": "engine", "importance": None}, False),
     ],
 )
 def test_old_logprobs_are_asked_for_only_where_the_training_pass_comes_too_late(
@@ -299,5 +319,129 @@ def test_missing_and_misfitting_columns_are_refused() -> None:
         build([shard, replace(make_shard(1), values=None)], changed(advantage="rloo"))
     with pytest.raises(ValueError, match="values: column of shape"):
         replace(shard, values=TokenColumn(np.zeros(3, dtype=np.float32)))
-    free = build_experience([replace(shard, reference=None)], ALGORITHM, kl_coefficient=0.0)
+    free = build_experience([replace(shard, reference=None)], ALGORITHM, 0.0, MAX_TOKENS)
     assert free.stats.kl_reference is None
+
+
+def with_unsampled_tokens(shard: ExperienceShard, garbage: float) -> ExperienceShard:
+    """The same shard with tokens that the policy did not sample inserted before, between and behind its own."""
+    random = np.random.default_rng(3)
+    rollout = shard.rollout
+    lengths = rollout.response_lengths
+    inserted = [random.integers(0, 4, length + 1) for length in lengths]
+    mask = np.concatenate(
+        [
+            np.concatenate([[False] * before + [True] for before in each[:-1]] + [[False] * each[-1]])
+            for each in inserted
+        ]
+    ).astype(bool)
+    new_lengths = np.array(
+        [length + each.sum() for length, each in zip(lengths, inserted, strict=True)], dtype=np.int32
+    )
+
+    def spread(values: Any) -> Any:
+        wide = np.full(len(mask), garbage).astype(values.dtype)
+        wide[mask] = values
+        return wide
+
+    def column(given: TokenColumn | None) -> TokenColumn | None:
+        return None if given is None else TokenColumn(spread(given.data))
+
+    return replace(
+        shard,
+        rollout=replace(
+            rollout,
+            tokens=random.integers(0, 99, len(mask) + rollout.num_samples).astype(np.int32),
+            response_lengths=new_lengths,
+            logprobs=spread(rollout.logprobs),
+            policy_versions=np.zeros(len(mask), dtype=np.int32),
+            loss_mask=mask,
+        ),
+        reference=column(shard.reference),
+        values=column(shard.values),
+        policy=column(shard.policy),
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("garbage", [0.0, 1e6, -1e6])
+def test_tokens_that_the_policy_did_not_sample_are_as_if_they_were_not_there(
+    algorithm: AlgorithmSettings, garbage: float
+) -> None:
+    shards = [make_shard(0), make_shard(1, failed=(0, 1, 2))]
+    masked = [with_unsampled_tokens(shard, garbage) for shard in shards]
+    plain, found = build(shards, algorithm), build(masked, algorithm)
+    sampled = found.sampled
+    assert torch.equal(sampled, torch.tensor(np.concatenate([shard.rollout.loss_mask for shard in masked])))
+    assert vars(found.stats) == pytest.approx(vars(plain.stats), rel=1e-12, abs=1e-12)
+    for name in ("advantages", "weights", "normalizer", "value_weights", "returns"):
+        expected, flat = vars(plain)[name], vars(found)[name]
+        assert (expected is None) == (flat is None)
+        if expected is not None:
+            torch.testing.assert_close(flat[sampled], expected, rtol=1e-12, atol=1e-12)
+            assert not flat[~sampled].any()
+    assert torch.equal(found.counted[sampled], plain.counted)
+
+
+def test_truncated_responses_have_no_part_in_the_policy_loss_but_in_baselines_and_the_critics() -> None:
+    shard = make_shard(0, failed=(2,))
+    cut = torch.tensor((shard.rollout.finish_reasons == FINISH_LENGTH) & shard.rewards.ok)
+    assert 0 < cut.sum() < 7
+    without, masked = build([shard]), build([shard], changed(mask_truncated=True))
+    in_cut = cut[masked.samples]
+    assert not masked.weights[in_cut].any()
+    assert not masked.normalizer[in_cut].any()
+    assert torch.equal(masked.weights[~in_cut], without.weights[~in_cut])
+    assert torch.equal(masked.value_weights, without.weights)
+    assert torch.equal(masked.returns, without.returns)
+    assert (without.stats.num_masked, masked.stats.num_masked) == (0, int(cut.sum()))
+    # Whitening is over what the loss counts.
+    kept = masked.advantages[masked.weights > 0]
+    assert float(kept.mean()) == pytest.approx(0, abs=1e-12)
+    group = {"advantage": "rloo", "advantage_whiten": False}
+    plain, others = (build([shard], changed(**group, mask_truncated=mask)).advantages for mask in (False, True))
+    assert torch.equal(plain, others), "a truncated response is still somebody's baseline"
+
+
+def test_uniform_groups_are_always_counted_and_dropped_only_if_asked() -> None:
+    shards = [make_shard(0, failed=()), make_shard(1, failed=(1,))]
+    scores = shards[1].rewards.scores.copy()
+    scores[:GROUP] = np.where(np.isnan(scores[:GROUP]), math.nan, 0.5)
+    shards[1] = replace(shards[1], rewards=replace(shards[1].rewards, scores=scores))
+    settings = {
+        "advantage": "grpo",
+        "reward_whiten": False,
+        "missing_eos_penalty": 0.0,
+        "kl": KLSettings(coefficient=0),
+    }
+    kept, dropped = build(shards, changed(**settings)), build(shards, changed(**settings, drop_uniform_groups=True))
+    for experience in (kept, dropped):
+        assert (experience.stats.num_groups, experience.stats.num_uniform_groups) == (4, 1)
+    uniform = (kept.samples >= SAMPLES) & (kept.samples < SAMPLES + GROUP) & kept.counted
+    assert (kept.weights[uniform] > 0).all()
+    assert not dropped.weights[uniform].any()
+    assert not dropped.normalizer[uniform].any()
+    assert torch.equal(dropped.weights[~uniform], kept.weights[~uniform])
+
+
+def test_length_shaping_is_in_the_rewards_and_not_in_the_mean_score() -> None:
+    shard = make_shard(0, failed=(2,))
+    plain = {"reward_whiten": False, "score_clip": None, "missing_eos_penalty": 0.0, "kl": KLSettings(coefficient=0)}
+    lengths = LengthSettings(rescale=0.5, penalty=0.1, overlong_buffer=6, overlong_penalty=2.0)
+    stats = build_experience([shard], changed(**plain, length=lengths), 0.0, MAX_TOKENS).stats
+    ok = shard.rewards.ok
+    expected = []
+    for i in np.flatnonzero(ok):
+        group = ok & (shard.rollout.prompt_ids == shard.rollout.prompt_ids[i])
+        length, score = int(shard.rollout.response_lengths[i]), float(shard.rewards.scores[i])
+        if score > 0:
+            score /= 1 + 0.5 * length / shard.rollout.response_lengths[group].mean()
+        expected.append(score - 0.1 * length - 2.0 * max(length - 6, 0) / 6)
+    assert stats.shaped_reward_mean == pytest.approx(np.mean(expected))
+    assert stats.score_mean == pytest.approx(shard.rewards.scores[ok].mean())
+
+
+def test_the_constant_normalizer_is_the_responses_that_count_times_the_limit() -> None:
+    experience = build([make_shard(0), make_shard(1)], changed(loss_aggregation="constant"))
+    assert float(experience.normalizer.double().sum()) == pytest.approx(12 * MAX_TOKENS, rel=1e-6)
+    assert set(experience.weights.tolist()) == {0.0, 1.0}

@@ -11,9 +11,9 @@ from rlhf_ray.algorithms.losses import (
     mismatch,
     policy_loss,
     token_weights,
-    truncated_importance_weights,
     value_loss,
 )
+from rlhf_ray.algorithms.segments import segment_ids
 from rlhf_ray.config.algorithm import AlgorithmSettings
 
 
@@ -214,7 +214,7 @@ def test_weights_over_their_sum_give_the_two_means() -> None:
         ("token", torch.cat(parts).mean()),
         ("sequence", torch.stack([part.mean() for part in parts]).mean()),
     ):
-        weights = token_weights(lengths, ok, aggregation)  # type: ignore[arg-type]
+        weights = token_weights(lengths, ok[segment_ids(lengths)], aggregation)  # type: ignore[arg-type]
         assert float((weights * loss).sum() / weights.sum()) == pytest.approx(float(expected), rel=1e-6)
         assert (weights[4:9] == 0).all()
 
@@ -249,13 +249,6 @@ def test_explained_variance_of_perfect_constant_and_undefined_critics() -> None:
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(torch.full((4,), 9.0), returns, mask) == 0
     assert math.isnan(explained_variance(returns, torch.ones(4), mask))
-
-
-def test_importance_weights_are_truncated_and_carry_no_gradient() -> None:
-    learner = torch.log(torch.tensor([0.5, 0.2, 0.9])).requires_grad_()
-    weights = truncated_importance_weights(learner, torch.log(torch.tensor([0.5, 0.4, 0.1])), cap=2.0)
-    assert weights.tolist() == pytest.approx([1.0, 0.5, 2.0])
-    assert not weights.requires_grad
 
 
 def test_mismatch_by_hand_and_in_parts() -> None:

@@ -72,7 +72,12 @@ def test_settings_cannot_be_changed_afterwards(load):
         ("steps: many", 12, "steps is 'many'", "valid integer"),
         ("sampling: 3", 12, "sampling is 3", "a section with keys of its own"),
         ("steps: 0", 12, "steps is 0", "greater than or equal to 1"),
-        ("algorithm:\n  advantage: gea", 13, "algorithm.advantage is 'gea'", "'gae', 'rloo' or 'grpo'"),
+        (
+            "algorithm:\n  advantage: gea",
+            13,
+            "algorithm.advantage is 'gea'",
+            "'gae', 'rloo', 'grpo', 'group_mean' or 'return_to_go'",
+        ),
         ("steps: ${run.nothing}", 12, "steps: Interpolation key 'run.nothing' not found", "resolved"),
         ("steps: ${oc.env:SURELY_NOT_SET}", 12, "SURELY_NOT_SET", "resolved"),
         ("steps: ${steps}", 12, "Recursive interpolation", "resolved"),
@@ -105,14 +110,14 @@ def test_overrides_win_and_are_read_as_yaml(load):
         COMPLETE,
         "steps=7",
         "policy.learner.learning_rate=3e-6",
-        "algorithm.importance_cap=null",
+        "algorithm.importance=null",
         "reward.env={A: x}",
         "policy.model=a=b",
         "steps=8",
     )
     assert config.steps == 8
     assert config.policy.learner.learning_rate == 3e-6
-    assert config.algorithm.importance_cap is None
+    assert config.algorithm.importance is None
     assert config.reward.env == {"A": "x"}
     assert config.policy.model == "a=b"
 
@@ -160,6 +165,7 @@ def test_dump_and_load_give_the_same_settings(load):
         COMPLETE,
         "generator.engine={max_model_len: 64, sizes: [1, 2]}",
         "algorithm.score_clip=1e-7",
+        "algorithm.importance={level: sequence, truncate: null, mask: [0.25, 4]}",
         "policy.learner.deepspeed.zero_optimization.offload_optimizer.device=cpu",
         "run.name=nan",
     )
@@ -176,6 +182,22 @@ def test_dump_and_load_give_the_same_settings(load):
             ["algorithm.advantage=rloo", "critic=null", "algorithm.critic_warmup_steps=2"],
             "algorithm.critic_warmup_steps",
         ),
+        (["algorithm.advantage=return_to_go"], "critic"),
+        (
+            ["algorithm.advantage=group_mean", "critic=null", "sampling.samples_per_prompt=1"],
+            "sampling.samples_per_prompt",
+        ),
+        (["algorithm.length.rescale=0.5", "sampling.samples_per_prompt=1"], "sampling.samples_per_prompt"),
+        (["algorithm.length.overlong_buffer=500"], "algorithm.length.overlong_buffer"),
+        (["algorithm.length.penalty=0.1", "algorithm.length.target=500"], "algorithm.length.target"),
+        (["algorithm.length.target=5"], "algorithm.length: target"),
+        (["algorithm.length.rescale=0.5", "algorithm.reward_whiten=true"], "algorithm: length.rescale"),
+        (["algorithm.old_logprobs=engine"], "algorithm: importance"),
+        (["algorithm.importance.truncate=null"], "algorithm.importance: truncate"),
+        (["algorithm.importance.mask=[1.5, 2]"], "algorithm.importance: mask"),
+        (["algorithm.importance.mask=[0.5, 2]"], "algorithm.importance: truncate"),
+        (["algorithm.policy_loss=cispo", "algorithm.dual_clip=3"], "algorithm: dual_clip"),
+        (["algorithm.drop_uniform_groups=true"], "algorithm: drop_uniform_groups"),
         (["reference=null"], "reference"),
         (["sampling.prompts_per_step=12"], "sampling"),
         (["policy.learner.replicas=3"], "policy.learner.replicas"),
@@ -199,6 +221,10 @@ def test_what_the_rules_ask_for_is_accepted(load):
     load(COMPLETE, "weights.transport=nccl", "generator.gpus=1", "policy.learner.gpus=1")
     load(COMPLETE, "reference.sharded=true", "reference.replicas=2")
     load(COMPLETE, "reference.replicas=3")  # each holds the whole model: no pass is a collective
+    load(COMPLETE, "critic=null", "algorithm.advantage=return_to_go", "sampling.samples_per_prompt=1")
+    load(COMPLETE, "algorithm.old_logprobs=engine", "algorithm.importance=null")
+    load(COMPLETE, "algorithm.importance={truncate: null, mask: [0.5, 2]}")
+    load(COMPLETE, "algorithm.importance={level: sequence, truncate: 1.5, mask: [0.5, 2]}")
 
 
 @pytest.mark.parametrize(("gpus", "tensor_parallel"), [(1, 1), (8, 8), (0.5, 1)])

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.config.algorithm import AlgorithmSettings, KLSettings
+from rlhf_ray.config.algorithm import AlgorithmSettings, ImportanceSettings, KLSettings
 from rlhf_ray.config.settings import CriticSettings, LearnerSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
+from rlhf_ray.models import token_loss
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.models.packing import RolloutRows
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.rollout import TokenColumn
+from rlhf_ray.rollout import Rollout, TokenColumn
 from tests.making import (
     ALGORITHM,
     HIDDEN_SIZE,
@@ -43,12 +44,14 @@ def policy_learner(
     **settings: Any,
 ) -> PolicyLearner:
     policy = PolicySettings(model=model, learner=learner_settings(**settings))
-    return PolicyLearner(policy, algorithm, rank, total_steps=TOTAL_STEPS, temperature=temperature)
+    return PolicyLearner(
+        policy, algorithm, rank, total_steps=TOTAL_STEPS, temperature=temperature, max_response_tokens=16
+    )
 
 
 def critic_learner(model: str, rank: Rank, **settings: Any) -> CriticLearner:
     critic = CriticSettings(learner=learner_settings(**settings))
-    return CriticLearner(critic, model, ALGORITHM, rank, total_steps=TOTAL_STEPS, seed=0)
+    return CriticLearner(critic, model, ALGORITHM, rank, total_steps=TOTAL_STEPS, max_response_tokens=16, seed=0)
 
 
 def train_policy(learner: PolicyLearner, step: int = 0) -> PolicyReport:
@@ -104,6 +107,122 @@ def test_a_policy_step_does_not_depend_on_the_micro_batches(
     for name in ("loss", "entropy", "grad_norm", "clip_fraction"):
         assert getattr(small, name) == pytest.approx(getattr(large, name), rel=relative, abs=2 * relative), name
     assert large.grad_norm > 0.01
+
+
+TWICE = {"epochs": 2, "minibatches": 2, "entropy_coefficient": 0.01}
+BY_SEQUENCE = ImportanceSettings(level="sequence", truncate=1.5, mask=(0.05, 20.0))
+IN_LOSS = KLSettings(placement="loss", estimator="k3")
+
+
+def masked_rollout(rollout: Rollout) -> Rollout:
+    """Every third response token was not sampled by the policy."""
+    mask = np.arange(len(rollout.logprobs)) % 3 != 1
+    mask[rollout.response_starts()[:-1]] = True
+    return replace(rollout, loss_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        AlgorithmSettings(policy_loss="gspo", **TWICE),
+        AlgorithmSettings(policy_loss="gspo", loss_aggregation="sequence", importance=BY_SEQUENCE, kl=IN_LOSS),
+        AlgorithmSettings(policy_loss="cispo", loss_aggregation="constant", **TWICE),
+        AlgorithmSettings(importance=BY_SEQUENCE, **TWICE),
+        AlgorithmSettings(importance=BY_SEQUENCE, kl=IN_LOSS),
+        AlgorithmSettings(importance=ImportanceSettings(mask=(0.2, 5.0)), **TWICE),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_of_any_algorithm_does_not_depend_on_micro_batches_or_chunks_of_logits(
+    policy_model: str, single_rank: Rank, algorithm: AlgorithmSettings, masked: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Chunks of five positions cut nearly every response; packs of 32 tokens hold one or two."""
+    results = []
+    rollouts = [masked_rollout(rollout) if masked else rollout for rollout in ROLLOUTS]
+    for tokens, positions in ((32, 5), (4096, 4096)):
+        vocabulary = read_model_facts(policy_model, "policy.model").vocab_size
+        monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": positions * vocabulary * 4})
+        learner = policy_learner(policy_model, single_rank, algorithm=algorithm, micro_batch_tokens=tokens)
+        before = trained(learner)
+        asks = algorithm.asks_old_logprobs
+        shards = [shard_of(rollout, learner.logprobs(rollout) if asks else None) for rollout in rollouts]
+        results.append((learner.train(0, shards, KL_COEFFICIENT), trained(learner)))
+        assert largest_difference(before, results[-1][1]) > 1e-4
+    (small, small_weights), (large, large_weights) = results
+    assert largest_difference(small_weights, large_weights) <= 2e-6
+    for name in ("loss", "entropy", "grad_norm", "clip_fraction", "importance_weight_mean", "mismatch_kl"):
+        assert getattr(small, name) == pytest.approx(getattr(large, name), rel=2e-6, abs=4e-6), name
+    for name in ("effective", "truncated", "masked"):
+        name = f"importance_{name}_fraction"
+        assert getattr(small, name) == pytest.approx(getattr(large, name), rel=2e-6), name
+    assert 0 < large.importance_effective_fraction < 0.999
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        ALGORITHM.model_copy(update=TWICE),
+        AlgorithmSettings(policy_loss="gspo", importance=BY_SEQUENCE, kl=IN_LOSS),
+        AlgorithmSettings(policy_loss="cispo", old_logprobs="engine", importance=None, loss_aggregation="sequence"),
+    ],
+)
+def test_columns_of_tokens_that_the_policy_did_not_sample_change_nothing(
+    policy_model: str, single_rank: Rank, algorithm: AlgorithmSettings
+):
+    """Neither weights nor a single number of the report, bit-for-bit; of the policy and of the critic."""
+    results = []
+    for garbage in (None, 0.0, 1e4, -1e4):
+        policy = policy_learner(policy_model, single_rank, algorithm=algorithm, micro_batch_tokens=48)
+        critic = critic_learner(policy_model, single_rank)
+        shards = []
+        for rollout in map(masked_rollout, ROLLOUTS):
+            shard = shard_of(rollout, policy.logprobs(rollout) if algorithm.asks_old_logprobs else None)
+            unsampled = ~rollout.sampled()
+
+            def spoilt(column: Any, unsampled: Any = unsampled, garbage: float | None = garbage) -> Any:
+                return column if garbage is None else np.where(unsampled, np.float32(garbage), column)
+
+            columns = {name: getattr(shard, name) for name in ("reference", "values", "policy")}
+            changed = {name: TokenColumn(spoilt(given.data)) for name, given in columns.items() if given is not None}
+            shards.append(replace(shard, rollout=replace(rollout, logprobs=spoilt(rollout.logprobs)), **changed))
+        report = policy.train(0, shards, KL_COEFFICIENT)
+        critic_shards = [replace(shard, policy=TokenColumn(shard.rollout.logprobs)) for shard in shards]
+        results.append((report, critic.train(0, critic_shards, KL_COEFFICIENT), trained(policy), trained(critic)))
+    clean = results[0]
+    assert clean[0].stats.num_valid_tokens < sum(len(rollout.logprobs) for rollout in ROLLOUTS)
+    for spoilt_result in results[1:]:
+        assert spoilt_result[:2] == clean[:2]
+        assert largest_difference(spoilt_result[2], clean[2]) == largest_difference(spoilt_result[3], clean[3]) == 0
+
+
+def test_importance_by_sequence_is_measured_over_whole_responses(policy_model: str, single_rank: Rank):
+    """By hand from the columns: the product of a response's ratios, whatever pack it is in."""
+    algorithm = AlgorithmSettings(importance=ImportanceSettings(level="sequence", truncate=1.1, mask=(0.5, 1.5)))
+    learner = policy_learner(policy_model, single_rank, algorithm=algorithm, micro_batch_tokens=48)
+    rollouts = [masked_rollout(rollout) for rollout in ROLLOUTS]
+    shards = [shard_of(rollout, learner.logprobs(rollout)) for rollout in rollouts]
+    weights = []
+    for shard in shards:
+        assert shard.policy is not None
+        log_ratios = np.where(shard.rollout.sampled(), shard.policy.data - shard.rollout.logprobs, 0.0)
+        weights += np.exp(np.add.reduceat(log_ratios, shard.rollout.response_starts()[:-1])).tolist()
+    found, w = learner.train(0, shards, KL_COEFFICIENT), np.array(weights)
+    kept = (w >= 0.5) & (w <= 1.5)
+    assert 0 < kept.sum() < 12
+    assert found.importance_effective_fraction == pytest.approx(w.sum() ** 2 / (12 * (w**2).sum()), rel=1e-4)
+    assert found.importance_masked_fraction == pytest.approx((~kept).mean())
+    assert found.importance_truncated_fraction == pytest.approx((kept & (w > 1.1)).mean())
+
+
+def test_truncated_responses_are_left_to_the_critic(policy_model: str, single_rank: Rank):
+    """Where all were cut off, the policy gets no gradient and the critic all of it."""
+    algorithm = ALGORITHM.model_copy(update={"mask_truncated": True, "entropy_coefficient": 0.0})
+    learner = policy_learner(policy_model, single_rank, algorithm=algorithm)
+    rollouts = [replace(rollout, finish_reasons=np.ones(4, dtype=np.int8)) for rollout in ROLLOUTS]
+    shards = [shard_of(rollout, learner.logprobs(rollout)) for rollout in rollouts]
+    report = learner.train(0, shards, KL_COEFFICIENT)
+    assert (report.grad_norm, report.loss, report.stats.num_masked) == (0, 0, 12)
+    assert critic_learner(policy_model, single_rank).train(0, shards, KL_COEFFICIENT).grad_norm > 0.01
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -169,7 +288,7 @@ def test_dropout_is_off_while_policy_and_critic_train(single_rank: Rank, policy_
 
 
 def test_engine_logprobs_as_the_old_ones_give_a_ratio_other_than_one(policy_model: str, single_rank: Rank):
-    algorithm = ALGORITHM.model_copy(update={"old_logprobs": "engine"})
+    algorithm = ALGORITHM.model_copy(update={"old_logprobs": "engine", "importance": None})
     report = train_policy(policy_learner(policy_model, single_rank, algorithm=algorithm))
     assert report.first_ratio_error > 1e-3
     assert report.mismatch_max_abs > 1e-2

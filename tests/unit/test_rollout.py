@@ -55,6 +55,33 @@ def test_header_counts():
     assert (header.version_min, header.version_max, header.version_sum) == (3, 4, 11)
 
 
+def test_a_loss_mask_is_in_header_and_digest_and_versions_are_those_of_sampled_tokens():
+    plain = rollout_of([[5, 6], [7]], [[8], [9, 10, 11]])
+    plain = replace(plain, policy_versions=np.array([3, 9, 4, 0], dtype=np.int32))
+    masked = replace(plain, loss_mask=np.array([True, False, True, False]))
+    header = masked.header()
+    assert (header.num_response_tokens, header.num_sampled_tokens) == (4, 2)
+    assert (header.version_min, header.version_max, header.version_sum) == (3, 4, 7)
+    assert plain.header().num_sampled_tokens == 4
+    assert plain.sampled().all()
+    other = replace(plain, loss_mask=np.array([True, True, True, False]))
+    assert len({each.digest() for each in (plain, masked, other)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.ones(3, dtype=bool), r"loss_mask has shape \(3,\)"),
+        (np.ones(4, dtype=np.int8), "loss_mask is int8, expected bool"),
+        (np.array([False, True, True, True]), "at least one token of every response"),
+        (np.array([True, False, False, False]), "at least one token of every response"),
+    ],
+)
+def test_a_loss_mask_that_cannot_be_is_refused(mask: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        replace(rollout_of([[5, 6], [7]], [[8], [9, 10, 11]]), loss_mask=mask)
+
+
 def test_reward_header_counts_failures_by_cause():
     nan = float("nan")
     column = RewardColumn(np.array([1.0, nan, 3.0, nan]), ("", "slow", "", "slow"), "v1", num_truncated=1)
@@ -98,4 +125,4 @@ def test_a_shipped_rollout_is_the_same():
     arrived: Rollout = pickle.loads(pickle.dumps(rollout))
     for name, value in vars(rollout).items():
         assert np.array_equal(getattr(arrived, name), value)
-    assert arrived.nbytes() == sum(value.nbytes for value in vars(rollout).values())
+    assert arrived.nbytes() == sum(value.nbytes for value in vars(rollout).values() if value is not None)
