@@ -113,7 +113,8 @@ def test_overrides_win_and_are_read_as_yaml(load):
     assert config.steps == 8
     assert config.policy.learner.learning_rate == 3e-6
     assert config.algorithm.importance_cap is None
-    assert config.reward.env == {"A": "x"}
+    [reward] = config.reward
+    assert reward.env == {"A": "x"}
     assert config.policy.model == "a=b"
 
 
