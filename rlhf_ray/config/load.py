@@ -82,7 +82,8 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not separator or not key or not all(key.split(".")):
         raise BadInput(f"override '{override}'", "is not an override", "section.key=value")
     try:
-        return key, OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return key, parsed["value"]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(
             f"override '{override}'", f"cannot be read ({_one_line(error)})", "section.key=value, YAML on the right"
@@ -126,7 +127,9 @@ def _as_written(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
         if isinstance(part, int) and isinstance(values, dict):
             continue
         written.append(str(part))
-        inside = isinstance(values, dict) and part in values or isinstance(values, list) and part in range(len(values))
+        inside = (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and part in range(len(values))
+        )
         values = values[part] if inside else None
     return tuple(written)
 

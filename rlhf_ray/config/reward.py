@@ -131,7 +131,7 @@ class RewardSettings(ScorerSettings):
             self._check_url(self.url)
         elif not self.model:
             raise ValueError(
-                "model: it is empty; a directory, or url for the address of a reward service, or function for a function"
+                "model: it is empty; a directory, or url for the address of a reward service, or function for module:name"
             )
         return self
 

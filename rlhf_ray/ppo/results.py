@@ -44,8 +44,11 @@ def write_results(config: PPOConfig, inputs: Inputs, roles: Roles, run: Run, sna
         "steps": rows[-1]["step"],
         "samples": rows[-1]["samples"],
     }
-    if inputs.reward.card is not None:
-        summary["reward_model"] = inputs.reward.card.evaluation
+    evaluations = {source.settings.name: source.card.evaluation for source in inputs.rewards if source.card is not None}
+    if len(evaluations) == 1:
+        [summary["reward_model"]] = evaluations.values()
+    elif evaluations:
+        summary["reward_models"] = evaluations
     pairs = []
     if inputs.held_out is not None:
         tracker.phase("judging the policy after training")

@@ -16,12 +16,13 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.metrics import StepClock, StepHeaders
 from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.reward.core.protocol import Conversation, Scorer
+from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn, TrunkColumn
+from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
 
@@ -44,7 +45,7 @@ class Shard:
 class Columns:
     """What the roles add to one shard."""
 
-    rewards: Stored[RewardColumn]
+    rewards: ShardRewards
     trunk: Stored[TrunkColumn] | None
     reference: Stored[TokenColumn] | None
     values: Stored[TokenColumn] | None
@@ -114,11 +115,10 @@ def generate(
     ]
 
 
-def score(roles: Roles, shards: Sequence[Shard]) -> list[Stored[RewardColumn]]:
-    """Ask the reward scorers."""
+def score(roles: Roles, shards: Sequence[Shard]) -> list[ShardRewards]:
+    """Ask the scorers of every source."""
     return [
-        roles.scorers.of(index).keep(Scorer.score, shard.rollout.data, shard.prompts)
-        for index, shard in enumerate(shards)
+        ShardRewards.ask(roles.sources, index, shard.rollout.data, shard.prompts) for index, shard in enumerate(shards)
     ]
 
 
@@ -203,10 +203,11 @@ def wait_for_columns(shards: Sequence[Shard], columns: Sequence[Columns], clock:
     done = clock.wait(
         {
             "generate": [shard.rollout.header for shard in shards],
-            "reward": headers("rewards"),
+            "reward": [header for column in columns for header in column.rewards.headers],
             "reference": headers("trunk") + headers("reference"),
             "values": headers("values"),
             "old_logprobs": headers("policy"),
         }
     )
-    return StepHeaders(tuple(done["generate"]), tuple(done["reward"]))
+    rewards = SourceHeaders.by_source([column.rewards for column in columns], done["reward"])
+    return StepHeaders(tuple(done["generate"]), rewards)

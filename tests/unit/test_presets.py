@@ -103,7 +103,7 @@ def test_a_rebuild_that_fails_keeps_what_was_there(tmp_path, builds, monkeypatch
 
 
 def test_an_unknown_preset_names_the_known_ones(tmp_path):
-    with pytest.raises(BadInput, match="smollm2-135m, minilm, hutto-movie, tiny"):
+    with pytest.raises(BadInput, match="smollm2-135m, minilm, hutto-movie, chain-sum, tiny"):
         prepare("smollm", tmp_path, print)
 
 
