@@ -130,9 +130,7 @@ class RewardSettings(ScorerSettings):
         elif self.url is not None:
             self._check_url(self.url)
         elif not self.model:
-            raise ValueError(
-                "model: it is empty; a directory, or url for the address of a reward service, or function for module:name"
-            )
+            raise ValueError("model: it is empty; a directory, or url for the address of a reward service, or function")
         return self
 
     def _check_function(self, function: str) -> None:

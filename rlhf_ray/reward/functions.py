@@ -1,7 +1,7 @@
 """Ready-made reward functions, for `reward.function`: `rlhf_ray.reward.functions:last_number`.
 
-Each takes lists with one entry a sample and gives a score in 0…1 for each, or None (no score) where the prompt's row has
-no label to compare with. `docs/rewards.md` says how to write one's own.
+Each takes lists with one entry a sample and gives a score in 0…1 for each, or None (no score) where the prompt's row
+has no label to compare with. `docs/rewards.md` says how to write one's own.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from typing import Any
 from rlhf_ray.failures import PresetError
 
 FORMAT_VERSION = 1
-SEEDS = {"train": 1, "test": 2}
+SEEDS = {"train": 0, "test": 1_000_000}
+"""Far apart: reasoning-gym draws entry i with seed + i."""
 COUNTS = {"train": 1024, "test": 64}
 _TASK = "chain_sum"
 _DIFFICULTY = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
