@@ -279,8 +279,9 @@ def weighted_sum(columns: Sequence[RewardColumn], names: Sequence[str], weights:
         names, weights: of their sources.
     """
     scores = np.zeros(len(columns[0].scores))
-    for weight, column in zip(weights, columns, strict=True):
-        scores += weight * column.scores
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite gets a cause below
+        for weight, column in zip(weights, columns, strict=True):
+            scores += weight * column.scores
     failures = []
     for place, causes in enumerate(zip(*(column.failures for column in columns), strict=True)):
         cause = "; ".join(f"{name}: {cause}" for name, cause in zip(names, causes, strict=True) if cause)

@@ -101,3 +101,15 @@ def reacts_to_the_label(responses, labels):
 
 
 not_callable = 3
+
+
+def brief(num_tokens):
+    return [1.0 / count for count in num_tokens]
+
+
+def picky(responses, labels):
+    """Has a score for responses of an even length only."""
+    for response, label in zip(responses, labels, strict=True):
+        if len(response) % 2:
+            raise ValueError(f"cannot judge an answer to {label}")
+    return [float(len(response)) for response in responses]

@@ -1,6 +1,5 @@
 """Whatever a function does to its process, each sample gets a finite number or a cause, and the next call works."""
 
-import math
 import os
 import subprocess
 import sys
@@ -40,9 +39,7 @@ def test_a_function_scores_in_a_process_of_its_own_that_keeps_its_state():
 
 
 def test_the_function_gets_the_lists_it_names(capfd):
-    given = Batch(
-        ["p", [{"role": "user", "content": "q"}]], ["a", "b"], [{"answer": 3}, None], [5, 7], [False, True]
-    )
+    given = Batch(["p", [{"role": "user", "content": "q"}]], ["a", "b"], [{"answer": 3}, None], [5, 7], [False, True])
     with process("what_it_gets") as started:
         assert started.call(given, TIMEOUT_S) == [5.0, 7.0]
     assert repr(tuple(vars(given).values())) in capfd.readouterr().out
@@ -125,7 +122,9 @@ def test_a_hanging_function_does_not_outlive_whoever_called_it(tmp_path):
 from tests.unit.test_reward_function_process import batch, process
 process("hangs_with_a_child").call(batch(1, {str(file)!r}), 600)
 """
-    caller = subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": PATH[0]})
+    caller = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": PATH[0]}
+    )
     left = processes_of(file)
     caller.kill()
     caller.wait()
@@ -167,4 +166,4 @@ def test_the_version_follows_the_file(tmp_path):
             versions.append(started.version)
             assert started.call(batch(1), TIMEOUT_S) == [float(number)]
     assert versions[0] == versions[2] != versions[1]
-    assert math.prod(version.startswith("mine:f@") for version in versions)
+    assert all(version.startswith("mine:f@") for version in versions)
