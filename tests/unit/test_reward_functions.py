@@ -9,6 +9,7 @@ import pytest
 from rlhf_ray.reward.core.function_child import Batch, Failed
 from rlhf_ray.reward.core.function_process import FunctionProcess
 from rlhf_ray.reward.functions import contains_label, exact_match, last_number, reasoning_gym
+from tests.conftest import REPOSITORY
 
 
 def test_exact_match_looks_past_white_space_only():
