@@ -40,22 +40,6 @@ def last_number(responses: list[str], labels: list[Any]) -> list[float | None]:
     return scores
 
 
-def reasoning_gym(responses: list[str], labels: list[Any]) -> list[float]:
-    """The score that a reasoning-gym task gives the response, or its part in `<answer>` tags.
-
-    Needs the extra `rlhf-ray[verifiable]`. Labels are the task's own entries, with `answer` and `metadata`, as
-    `rlhf-ray prepare chain-sum` writes them.
-    """
-    from reasoning_gym import get_score_answer_fn
-    from reasoning_gym.utils import extract_answer
-
-    scores = []
-    for response, entry in zip(responses, labels, strict=True):
-        answer = extract_answer(response) or response.strip()
-        scores.append(float(get_score_answer_fn(entry["metadata"]["source_dataset"])(answer, entry)))
-    return scores
-
-
 def _last_number(text: str) -> float | None:
     found = _NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.reward.core.function_child import Batch, Failed
 from rlhf_ray.reward.core.function_process import FunctionProcess
-from rlhf_ray.reward.functions import contains_label, exact_match, last_number, reasoning_gym
+from rlhf_ray.reward.functions import contains_label, exact_match, last_number
 from tests.conftest import REPOSITORY
 
 
@@ -29,8 +29,10 @@ def test_the_last_number_counts():
 
 def test_reasoning_gym_scores_with_its_own_task():
     pytest.importorskip("reasoning_gym")
+    from rlhf_ray.reward.reasoning_gym import score
+
     entry = {"question": "2 + 2 =", "answer": "4", "metadata": {"source_dataset": "chain_sum"}}
-    right, tagged, wordy, wrong = reasoning_gym([" 4", "so <answer>4</answer>", "it is 4", "5"], [entry] * 4)
+    right, tagged, wordy, wrong = score([" 4", "so <answer>4</answer>", "it is 4", "5"], [entry] * 4)
     assert (right, tagged, wrong) == (1.0, 1.0, 0.0)
     assert 0 < wordy < 1
 

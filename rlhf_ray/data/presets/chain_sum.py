@@ -1,6 +1,6 @@
 """Sums and differences of small numbers, from reasoning-gym: prompts whose right answer is known.
 
-Every row has the task's own entry as its `label`, which `rlhf_ray.reward.functions:reasoning_gym` scores with.
+Every row has the task's own entry as its `label`, which `rlhf_ray.reward.reasoning_gym:score` scores with.
 """
 
 from __future__ import annotations
