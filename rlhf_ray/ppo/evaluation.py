@@ -123,7 +123,7 @@ def before_file(config: PPOConfig, inputs: Inputs) -> str:
     follows_from = {
         "policy": config.policy.model,
         "seed": config.run.seed,
-        "prompts": [(prompt.text, prompt.token_ids.tolist()) for prompt in inputs.held_out],
+        "prompts": [(prompt.text, prompt.token_ids.tolist(), repr(prompt.label)) for prompt in inputs.held_out],
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "temperature": config.sampling.temperature,
         "max_response_tokens": config.sampling.max_response_tokens,
