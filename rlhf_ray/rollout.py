@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,9 @@ FINISH_STOP = 0
 """The response ended with an end-of-sequence token."""
 FINISH_LENGTH = 1
 """The response was cut off at the token limit."""
+
+MAX_CAUSES = 8
+"""Different causes of failure in one header."""
 
 _refuse = False
 
@@ -158,7 +162,7 @@ class Rollout(Shipped):
     def write(self, path: Path) -> None:
         """Into a file, for a checkpoint."""
         with path.open("wb") as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+            np.savez(file, **{name: array for name, array in vars(self).items() if array is not None})
 
     @classmethod
     def read(cls, path: Path) -> Rollout:
@@ -254,6 +258,7 @@ class RewardColumn(Shipped):
         version: version of the reward model.
         num_truncated: how many texts were longer than the model's maximum and were cut.
         disagreement: `[B]` standard deviation over the members of an ensemble; None where there is one judge only.
+        time_s: how long the scorer took.
     """
 
     scores: NDArray[np.float64]
@@ -261,6 +266,7 @@ class RewardColumn(Shipped):
     version: str
     num_truncated: int = 0
     disagreement: NDArray[np.float64] | None = None
+    time_s: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.failures) != len(self.scores):
@@ -275,10 +281,6 @@ class RewardColumn(Shipped):
 
     def header(self) -> RewardHeader:
         good = self.scores[self.ok]
-        causes: dict[str, int] = {}
-        for cause in self.failures:
-            if cause:
-                causes[cause] = causes.get(cause, 0) + 1
         return RewardHeader(
             num_samples=len(self.scores),
             num_scored=len(good),
@@ -286,14 +288,51 @@ class RewardColumn(Shipped):
             score_square_sum=float((good**2).sum()),
             disagreement_sum=None if self.disagreement is None else float(self.disagreement[self.ok].sum()),
             num_truncated=self.num_truncated,
-            failure_causes=causes,
+            failed=tuple(np.flatnonzero(~self.ok).tolist()),
+            failure_causes=self._causes(),
             version=self.version,
+            time_s=self.time_s,
         )
+
+    def _causes(self) -> dict[str, int]:
+        """How often each cause occurred; where there are many, the rarest together, because a header is small."""
+        counted = Counter(cause for cause in self.failures if cause)
+        causes = dict(counted.most_common(MAX_CAUSES))
+        others = counted.total() - sum(causes.values())
+        return causes | ({"other causes": others} if others else {})
+
+
+def weighted_sum(columns: Sequence[RewardColumn], names: Sequence[str], weights: Sequence[float]) -> RewardColumn:
+    """One column of the columns of several sources: each sample's scores, times their weights, added.
+
+    A sample that one source could not score has no score, and its cause names the source.
+
+    Args:
+        columns: of the same shard.
+        names, weights: of their sources.
+    """
+    scores = np.zeros(len(columns[0].scores))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite gets a cause below
+        for weight, column in zip(weights, columns, strict=True):
+            scores += weight * column.scores
+    failures = []
+    for place, causes in enumerate(zip(*(column.failures for column in columns), strict=True)):
+        cause = "; ".join(f"{name}: {cause}" for name, cause in zip(names, causes, strict=True) if cause)
+        failures.append(cause or ("" if np.isfinite(scores[place]) else f"the weighted sum is {scores[place]}"))
+    version = ", ".join(f"{name} {column.version}" for name, column in zip(names, columns, strict=True))
+    truncated = sum(column.num_truncated for column in columns)
+    return RewardColumn(
+        np.where([not cause for cause in failures], scores, np.nan), tuple(failures), version, truncated
+    )
 
 
 @dataclass(frozen=True)
 class RewardHeader:
-    """Sums over one shard's scores, enough for mean and standard deviation over all shards."""
+    """Sums over one shard's scores, enough for mean and standard deviation over all shards.
+
+    Attributes:
+        failed: places of the samples without a score, so that those that several sources failed on are counted once.
+    """
 
     num_samples: int
     num_scored: int
@@ -301,8 +340,10 @@ class RewardHeader:
     score_square_sum: float
     disagreement_sum: float | None
     num_truncated: int
+    failed: tuple[int, ...]
     failure_causes: dict[str, int]
     version: str
+    time_s: float
 
 
 def offsets(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:

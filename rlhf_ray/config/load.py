@@ -45,9 +45,13 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
         raise BadInput(str(path), f"is not valid YAML ({_one_line(error)})", "a YAML mapping of sections") from None
     if not isinstance(document, DictConfig):
         raise BadInput(str(path), f"is a {type(document).__name__}", "a YAML mapping of sections")
-    layers = [OmegaConf.create(_defaults(cls)), document, *(_parse_override(override) for override in overrides)]
+    parsed = [_parse_override(override) for override in overrides]
     try:
-        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
+        merged = OmegaConf.merge(OmegaConf.create(_defaults(cls)), document)
+        for key, value in parsed:
+            # A list takes the place of whatever is there; `reward.0.weight` names an entry of one.
+            OmegaConf.update(merged, key, value, merge=not isinstance(value, list))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         where = _place(path, node, str(error.full_key or "").split("."))
         message = str(error).splitlines()[0]
@@ -57,7 +61,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        raise _explain(cls, error, path, node, overrides) from None
+        raise _explain(cls, error, values, path, node, overrides) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -72,12 +76,14 @@ def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
     return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in values.items()}
 
 
-def _parse_override(override: str) -> DictConfig:
-    key, separator, _ = override.partition("=")
+def _parse_override(override: str) -> tuple[str, Any]:
+    """Key and value; interpolations are kept as they are."""
+    key, separator, text = override.partition("=")
     if not separator or not key or not all(key.split(".")):
         raise BadInput(f"override '{override}'", "is not an override", "section.key=value")
     try:
-        return OmegaConf.from_dotlist([override])
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return key, parsed["value"]
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         raise BadInput(
             f"override '{override}'", f"cannot be read ({_one_line(error)})", "section.key=value, YAML on the right"
@@ -85,12 +91,12 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _explain(
-    cls: type[BaseModel], error: ValidationError, path: Path, node: yaml.Node, overrides: Sequence[str]
+    cls: type[BaseModel], error: ValidationError, values: Any, path: Path, node: yaml.Node, overrides: Sequence[str]
 ) -> BadInput:
     """One line for the first of pydantic's complaints, unknown keys first (they explain missing ones)."""
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    location = tuple(str(part) for part in first["loc"])
+    location = _as_written(first["loc"], values)
     key = ".".join(location)
     # Where a section's keys contradict each other (value_error), an override of one of them may be the right one.
     starts = (f"{key}=",) if first["type"] == "value_error" else (f"{key}=", f"{key}.")
@@ -114,10 +120,28 @@ def _explain(
     return BadInput(where, f"{key} is {found}", first["msg"][0].lower() + first["msg"][1:] + others)
 
 
+def _as_written(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
+    """The place in the file's own structure: one section in place of a list of them has no number there."""
+    written: list[str] = []
+    for part in location:
+        if isinstance(part, int) and isinstance(values, dict):
+            continue
+        written.append(str(part))
+        inside = (isinstance(values, dict) and part in values) or (
+            isinstance(values, list) and part in range(len(values))
+        )
+        values = values[part] if inside else None
+    return tuple(written)
+
+
 def _place(path: Path, node: yaml.Node, location: Sequence[str]) -> str:
     """`file:line` of the deepest part of the key that is in the file."""
     line = None
     for part in location:
+        if isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
+            node = node.value[int(part)]
+            line = node.start_mark.line + 1
+            continue
         if not isinstance(node, yaml.MappingNode):
             break
         found = next(((key, value) for key, value in node.value if key.value == part), None)
@@ -131,6 +155,8 @@ def _section(cls: type[BaseModel], location: Sequence[str]) -> type[BaseModel] |
     """The settings class that a key's parents lead to."""
     current: type[BaseModel] | None = cls
     for part in location:
+        if part.isdigit():  # in a list of sections
+            continue
         if current is None or part not in current.model_fields:
             return None
         annotation = current.model_fields[part].annotation

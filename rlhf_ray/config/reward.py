@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from rlhf_ray.config.base import ActorSettings, DType, PositiveFloat, PositiveInt
 
@@ -39,9 +41,24 @@ class ScorerSettings(ActorSettings):
         return self
 
 
-class RewardSettings(ScorerSettings):
-    """The reward model that scores responses."""
+_MODEL_ONLY = ("dtype", "max_length", "on_too_long", "batch_tokens", "batch_invariant", "apply_temperature")
+_SERVICE_TIMEOUT_S, _FUNCTION_TIMEOUT_S = 600.0, 10.0
 
+
+class RewardSettings(ScorerSettings):
+    """A source of rewards: a reward model in this run (`model`), a reward service (`url`), or a function (`function`).
+    [rewards.md](rewards.md) explains all three."""
+
+    name: str = Field(
+        "",
+        description="Names the source in metrics, causes of failures and logs; letters, digits, `_` and `-`. Empty: "
+        "`model`, `service`, or the function's own name.",
+    )
+    weight: float = Field(
+        1.0,
+        description="The reward is the sum of the sources' scores, each times its weight. A source with weight 0 is "
+        "only logged.",
+    )
     model: str = Field(
         description="Directory of a reward model (`rlhf-ray train-rm`), or of any "
         "`AutoModelForSequenceClassification` with one label. With `url`: name of the model in the service; empty "
@@ -52,15 +69,30 @@ class RewardSettings(ScorerSettings):
         description="Reward service (`rlhf-ray serve-rm`) that scores in place of a model in this run, such as "
         "`http://10.0.0.7:8000`. What concerns the model itself is set there.",
     )
+    function: str | None = Field(
+        None,
+        description="Function that scores in place of a model, as `module:name`. The module is looked for in the "
+        "folder where the run is started, on `PYTHONPATH`, and among installed packages.",
+    )
     token_file: str | None = Field(
         None,
         description="File with the service's bearer token, read where the run is started; empty: the environment "
         "variable `RLHF_RAY_TOKEN`, where it is set.",
     )
     timeout_s: PositiveFloat = Field(
-        600.0,
-        description="How long the service may take to score a shard. Until then what is lost or refused for overload "
-        "is sent again; then it is an infrastructure failure.",
+        _SERVICE_TIMEOUT_S,
+        description="How long the service may take to score a shard: until then what is lost or refused for overload "
+        "is sent again, then it is an infrastructure failure. How long one call of the function may take (default: "
+        f"`{_FUNCTION_TIMEOUT_S}`): then its process is ended, and the samples of that call have no score.",
+    )
+    batch_size: PositiveInt = Field(
+        64,
+        description="Texts in one forward pass or request. Of a function: samples in one call (default: `1`), which "
+        "succeeds or fails as a whole.",
+    )
+    on_failure: Literal["count", "fail"] = Field(
+        "count",
+        description="A sample without a score is counted and left out of training, or ends the run with its cause.",
     )
     apply_temperature: bool = Field(
         False,
@@ -74,24 +106,79 @@ class RewardSettings(ScorerSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_service_knows_its_model(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("url") is not None and values.get("model") is None:
-            return {**values, "model": ""}
-        return values
+    def _defaults_of_the_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        url, function = values.get("url"), values.get("function")
+        name = "model"
+        defaults: dict[str, Any] = {}
+        if url is not None or function is not None:
+            name = "service"
+            defaults["model"] = ""
+        if function is not None:
+            name = str(function).rpartition(":")[2].rpartition(".")[2]
+            defaults |= {"timeout_s": _FUNCTION_TIMEOUT_S, "batch_size": 1}
+        given = {key: value for key, value in values.items() if value is not None or key not in defaults}
+        return {**defaults, **given, "name": values.get("name") or name}
 
     @model_validator(mode="after")
-    def _model_or_service(self) -> RewardSettings:
-        if self.url is None:
-            if not self.model:
-                raise ValueError("model: it is empty; a directory, or url for the address of a reward service")
-            return self
-        place = urlsplit(self.url)
+    def _one_kind(self) -> RewardSettings:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"name: '{self.name}' may have letters, digits, _ and - only")
+        if self.function is not None:
+            self._check_function(self.function)
+        elif self.url is not None:
+            self._check_url(self.url)
+        elif not self.model:
+            raise ValueError("model: it is empty; a directory, or url for the address of a reward service, or function")
+        return self
+
+    def _check_function(self, function: str) -> None:
+        module, _, name = function.partition(":")
+        if not all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
+            raise ValueError(f"function: '{function}' is not module:name, such as my_rewards:exact_match")
+        self._refuse(("model", "url", "token_file", *_MODEL_ONLY, "require_release"), "with function nothing reads it")
+
+    def _check_url(self, url: str) -> None:
+        place = urlsplit(url)
         if place.scheme not in ("http", "https") or not place.hostname:
             raise ValueError("url: a reward service's address begins with http:// or https:// and names a host")
         if "@" in place.netloc:
             # The configuration is kept in the run's folder.
             raise ValueError("url: it holds a token; put that into token_file or RLHF_RAY_TOKEN")
-        for name in ("max_length", "batch_invariant", "gpus"):
-            if vars(self)[name] != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: with url the model is the service's; set it there")
-        return self
+        self._refuse(("max_length", "batch_invariant", "gpus"), "with url the model is the service's; set it there")
+
+    def _refuse(self, keys: Sequence[str], reason: str) -> None:
+        """Keys that belong to another kind of source, where they differ from their defaults."""
+        for key in keys:
+            default = "" if key == "model" else type(self).model_fields[key].default
+            if vars(self)[key] != default:
+                raise ValueError(f"{key}: {reason}")
+
+
+def _as_sources(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping | RewardSettings) else value
+
+
+def _as_written(sources: tuple[RewardSettings, ...]) -> Any:
+    written = [source.model_dump(mode="json") for source in sources]
+    return written[0] if len(written) == 1 else written
+
+
+def _check_sources(sources: tuple[RewardSettings, ...]) -> tuple[RewardSettings, ...]:
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two sources have the name '{name}'; give each a name of its own")
+    if not any(source.weight for source in sources):
+        raise ValueError("no source has a weight other than 0, so that nothing would be a reward")
+    return sources
+
+
+RewardSources = Annotated[
+    tuple[RewardSettings, ...],
+    BeforeValidator(_as_sources),
+    AfterValidator(_check_sources),
+    PlainSerializer(_as_written, return_type=Any),
+]
+"""One source, written as a section, or a list of them."""

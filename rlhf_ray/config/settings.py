@@ -21,7 +21,7 @@ from rlhf_ray.config.base import (
     PositiveInt,
     Settings,
 )
-from rlhf_ray.config.reward import RewardSettings
+from rlhf_ray.config.reward import RewardSources
 
 
 class PathSettings(Settings):
@@ -378,7 +378,9 @@ class PPOConfig(RunConfig):
     reference: ReferenceSettings | None = Field(
         default_factory=ReferenceSettings, description="The reference; null only when `algorithm.kl.coefficient` is 0."
     )
-    reward: RewardSettings = Field(description="The reward model.")
+    reward: RewardSources = Field(
+        description="Where rewards come from: one source, or a list of sources whose weighted scores are added."
+    )
     generator: GeneratorSettings = Field(default_factory=GeneratorSettings, description="The engine.")
     sampling: SamplingSettings = Field(default_factory=SamplingSettings, description="How much is sampled, and how.")
     algorithm: AlgorithmSettings = Field(default_factory=AlgorithmSettings, description="The algorithm.")

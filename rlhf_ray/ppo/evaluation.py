@@ -134,14 +134,17 @@ def before_file(config: PPOConfig, inputs: Inputs) -> str:
     follows_from = {
         "policy": config.policy.model,
         "seed": config.run.seed,
-        "prompts": [(prompt.text, prompt.token_ids.tolist()) for prompt in inputs.held_out],
+        "prompts": [(prompt.text, prompt.token_ids.tolist(), repr(prompt.label)) for prompt in inputs.held_out],
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "temperature": config.sampling.temperature,
         "max_response_tokens": config.sampling.max_response_tokens,
         "stop": config.sampling.stop,
         "judge": config.evaluation.judge,
-        "reward": config.reward.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s"}),
-        "reward_version": inputs.reward.card and inputs.reward.card.version,
+        "rewards": [
+            source.model_dump(mode="json", exclude={*placement, "token_file", "timeout_s", "on_failure"})
+            for source in config.reward
+        ],
+        "reward_versions": [source.version for source in inputs.rewards],
     }
     key = hashlib.blake2b(json.dumps(follows_from, sort_keys=True).encode(), digest_size=6).hexdigest()
     return f"held_out_before-{key}.jsonl"

@@ -26,7 +26,7 @@ class Inputs:
         context_tokens: longest prompt and response together.
         prompts: to train on.
         held_out: to judge on, or None.
-        reward: where the rewards come from.
+        rewards: where they come from, in the order of the configuration.
         trunk_sharers: see `trunk_sharers`.
     """
 
@@ -34,7 +34,7 @@ class Inputs:
     context_tokens: int
     prompts: PromptSet
     held_out: PromptSet | None
-    reward: RewardSource
+    rewards: tuple[RewardSource, ...]
     trunk_sharers: frozenset[str] = frozenset()
 
 
@@ -62,7 +62,9 @@ def read_inputs(config: PPOConfig) -> Inputs:
             check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
-    reward = RewardSource.read(config.reward)
+    rewards = tuple(
+        RewardSource.read(source, key) for source, key in zip(config.reward, source_keys(config), strict=True)
+    )
     wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
 
     def prompts(settings: PromptSettings, key: str) -> PromptSet:
@@ -82,13 +84,20 @@ def read_inputs(config: PPOConfig) -> Inputs:
         context_tokens=min(facts.context_tokens, wanted),
         prompts=prompts(config.prompts, "prompts.path"),
         held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
-        reward=reward,
+        rewards=rewards,
         trunk_sharers=trunk_sharers(config, facts.num_layers),
     )
     for chosen in (inputs.prompts, inputs.held_out):
         first_chat = [prompt.messages for prompt in chosen or () if prompt.messages is not None][:1]
-        reward.check_prompts(first_chat)
+        for reward in rewards:
+            reward.check_prompts(first_chat)
     return inputs
+
+
+def source_keys(config: PPOConfig) -> list[str]:
+    """Where each source of rewards is in the configuration: `reward`, or `reward.<place>` in a list."""
+    several = len(config.reward) > 1
+    return [f"reward.{place}" if several else "reward" for place in range(len(config.reward))]
 
 
 def trunk_sharers(config: PPOConfig, num_layers: int) -> frozenset[str]:

@@ -17,6 +17,7 @@ from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn_if_off_policy
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
+from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
@@ -179,6 +180,7 @@ class PPO:
         causes = headers.failure_causes
         if causes:
             self._run.tracker.events.write("scores_failed", step=self._state.step + 1, causes=causes)
+        refuse_failures(headers.rewards, self._state.step + 1)
         if headers.num_failures == headers.num_samples:
             raise RoleFailure(
                 FailureKind.FATAL, "reward", "?", f"not one sample of step {self._state.step + 1} has a score: {causes}"

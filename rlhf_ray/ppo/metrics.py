@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_ray.algorithms.parity import Parity
+from rlhf_ray.ppo.scoring import SourceHeaders, all_causes, num_failed
 from rlhf_ray.ppo.state import LoopState
 from rlhf_ray.roles.critic_learner import CriticReport
 from rlhf_ray.roles.policy_learner import PolicyReport
-from rlhf_ray.rollout import RewardHeader, RolloutHeader
+from rlhf_ray.rollout import RolloutHeader
 from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.logs import EventLog
@@ -37,7 +38,7 @@ class StepHeaders:
     """Sums over the headers of one step."""
 
     rollouts: tuple[RolloutHeader, ...]
-    rewards: tuple[RewardHeader, ...]
+    rewards: tuple[SourceHeaders, ...]
 
     @property
     def num_samples(self) -> int:
@@ -49,16 +50,13 @@ class StepHeaders:
 
     @property
     def num_failures(self) -> int:
-        return sum(header.num_samples - header.num_scored for header in self.rewards)
+        """Samples without a reward."""
+        return num_failed(self.rewards)
 
     @property
     def failure_causes(self) -> dict[str, int]:
         """How often each cause occurred."""
-        causes: dict[str, int] = {}
-        for header in self.rewards:
-            for cause, count in header.failure_causes.items():
-                causes[cause] = causes.get(cause, 0) + count
-        return causes
+        return all_causes(self.rewards)
 
     def staleness(self, version: int) -> tuple[float, int]:
         """Mean and largest distance of the sampled tokens' weights from the learner's, in versions."""
@@ -149,7 +147,7 @@ def step_row(
         "reward/std": stats.score_std,
         "reward/shaped_mean": stats.shaped_reward_mean,
         "reward/failures": headers.num_failures,
-        "reward/truncated": sum(header.num_truncated for header in headers.rewards),
+        "reward/truncated": sum(header.num_truncated for each in headers.rewards for header in each.shards),
         "kl/reference": stats.kl_reference,
         "kl/reference_per_token": None
         if stats.kl_reference is None
@@ -189,10 +187,11 @@ def step_row(
         "throughput/samples_per_s": headers.num_samples / step_s,
         "throughput/tokens_per_s": headers.num_response_tokens / step_s,
     }
-    disagreements = [header.disagreement_sum for header in headers.rewards]
-    if all(total is not None for total in disagreements):
-        scored = sum(header.num_scored for header in headers.rewards)
-        row["reward/disagreement"] = sum(total or 0.0 for total in disagreements) / max(scored, 1)
+    for each in headers.rewards:
+        row |= each.metrics()
+    ensembles = [(each.source.weight, each.disagreement) for each in headers.rewards if each.disagreement is not None]
+    if ensembles:
+        row["reward/disagreement"] = sum(abs(weight) * disagreement for weight, disagreement in ensembles)
     if critic is not None:
         row |= {
             "value/loss": critic.loss,

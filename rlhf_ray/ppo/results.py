@@ -74,8 +74,11 @@ def write_results(
         "steps": rows[-1]["step"],
         "samples": rows[-1]["samples"],
     }
-    if inputs.reward.card is not None:
-        summary["reward_model"] = inputs.reward.card.evaluation
+    evaluations = {source.settings.name: source.card.evaluation for source in inputs.rewards if source.card is not None}
+    if len(evaluations) == 1:
+        [summary["reward_model"]] = evaluations.values()
+    elif evaluations:
+        summary["reward_models"] = evaluations
     if state.best:
         summary["best"] = {**state.best, "metric": config.evaluation.keep_best}
     pairs = []

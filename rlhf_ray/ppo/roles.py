@@ -12,9 +12,9 @@ from ray.util.placement_group import PlacementGroup
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import PPOConfig
-from rlhf_ray.ppo.inputs import Inputs
+from rlhf_ray.ppo.inputs import Inputs, source_keys
+from rlhf_ray.ppo.scoring import SourceGroup
 from rlhf_ray.reward.core.evaluator import Evaluator
-from rlhf_ray.reward.core.protocol import Scorer
 from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
@@ -44,12 +44,13 @@ class Roles:
     """Actor groups of one PPO run.
 
     Attributes:
+        sources: of rewards, in the order of the configuration.
         trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
         reference_is_sharded: the references are ranks that share one model, and make every pass together.
     """
 
     generators: ActorGroup[Generator]
-    scorers: ActorGroup[Scorer]
+    sources: tuple[SourceGroup, ...]
     policy: ActorGroup[PolicyLearner]
     references: ActorGroup[Reference] | None
     critic: ActorGroup[CriticLearner] | None
@@ -59,7 +60,8 @@ class Roles:
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
-        every = (self.generators, self.scorers, self.policy, self.references, self.critic, self.evaluator)
+        scorers = [source.scorers for source in self.sources]
+        every = (self.generators, *scorers, self.policy, self.references, self.critic, self.evaluator)
         return [group for group in every if group is not None]
 
     def save_checkpoint(self, folder: str) -> list[Answer[None]]:
@@ -73,11 +75,20 @@ class Roles:
         return asked + [rank.ask(CriticLearner.load_checkpoint, folder) for rank in self.critic or ()]
 
 
+def scorer_names(config: PPOConfig) -> list[str]:
+    """The role of each source: `reward`, or `reward-<name>` where there are several."""
+    several = len(config.reward) > 1
+    return [f"reward-{source.name}" if several else "reward" for source in config.reward]
+
+
 def role_requests(config: PPOConfig) -> list[RoleRequest]:
     """What each role asks of the cluster, with the key where that is said."""
     requests = [
         RoleRequest("generator", "generator", config.generator),
-        RoleRequest("reward", "reward", config.reward),
+        *(
+            RoleRequest(name, key, source)
+            for name, key, source in zip(scorer_names(config), source_keys(config), config.reward, strict=True)
+        ),
         RoleRequest("policy", "policy.learner", config.policy.learner),
     ]
     if config.reference is not None:
@@ -107,7 +118,9 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClas
         first_bundle += request.settings.replicas
     roles = Roles(
         generators=groups["generator"],
-        scorers=groups["reward"],
+        sources=tuple(
+            SourceGroup(source, groups[name]) for name, source in zip(scorer_names(config), config.reward, strict=True)
+        ),
         policy=groups["policy"],
         references=groups.get("reference"),
         critic=groups.get("critic"),
@@ -135,7 +148,8 @@ def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleCl
             algorithm.in_flight_updates,
         )
     )
-    answers += roles.scorers.build(inputs.reward.constructor(policy.model))
+    for group, source in zip(roles.sources, inputs.rewards, strict=True):
+        answers += group.scorers.build(source.constructor(policy.model))
     answers += roles.policy.build(
         *(
             partial(

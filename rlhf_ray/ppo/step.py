@@ -18,12 +18,13 @@ from rlhf_ray.data.prompts import Prompt
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.metrics import StepClock, StepHeaders
 from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.reward.core.protocol import Conversation, Scorer
+from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders
+from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn, TrunkColumn
+from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
 
@@ -46,7 +47,7 @@ class Shard:
 class Columns:
     """What the roles add to one shard."""
 
-    rewards: Stored[RewardColumn]
+    rewards: ShardRewards
     trunk: Stored[TrunkColumn] | None = None
     reference: Stored[TokenColumn] | None = None
     values: Stored[TokenColumn] | None = None
@@ -117,11 +118,10 @@ def generate(
     ]
 
 
-def score(roles: Roles, shards: Sequence[Shard]) -> list[Stored[RewardColumn]]:
-    """Ask the reward scorers."""
+def score(roles: Roles, shards: Sequence[Shard]) -> list[ShardRewards]:
+    """Ask the scorers of every source."""
     return [
-        roles.scorers.of(index).keep(Scorer.score, shard.rollout.data, shard.prompts)
-        for index, shard in enumerate(shards)
+        ShardRewards.ask(roles.sources, index, shard.rollout.data, shard.prompts) for index, shard in enumerate(shards)
     ]
 
 
@@ -139,7 +139,11 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
 
 
 def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
-    """Ask the roles that never change for their columns of every shard; each begins as soon as the shard is there."""
+    """Ask the roles that never change for their columns of every shard; each begins as soon as the shard is there.
+
+    The ranks of a sharded reference are asked for the same number of shards each, in the same order: their forward
+    passes are collectives.
+    """
     columns = []
     for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
         trunk = reference = None
@@ -159,8 +163,8 @@ def learner_columns(
 ) -> list[Columns]:
     """Ask the learners for their columns as well, as they are now.
 
-    The ranks of a learner, and those of a sharded reference, are asked for the same number of shards each, in the same
-    order: their forward passes are collectives.
+    The ranks of a learner are asked for the same number of shards each, in the same order: their forward passes are
+    collectives.
 
     Args:
         old_logprobs: ask the policy learner for its own log-probs.
@@ -221,10 +225,11 @@ def wait_for_columns(shards: Sequence[Shard], columns: Sequence[Columns], clock:
     done = clock.wait(
         {
             "generate": [shard.rollout.header for shard in shards],
-            "reward": headers("rewards"),
+            "reward": [header for column in columns for header in column.rewards.headers],
             "reference": headers("trunk") + headers("reference"),
             "values": headers("values"),
             "old_logprobs": headers("policy"),
         }
     )
-    return StepHeaders(tuple(done["generate"]), tuple(done["reward"]))
+    rewards = SourceHeaders.by_source([column.rewards for column in columns], done["reward"])
+    return StepHeaders(tuple(done["generate"]), rewards)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
@@ -61,14 +62,14 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "reward/mean",
         "score",
-        "Mean score of the reward model over the step's responses, before any clipping, penalty or KL. The one "
-        "number that should rise; if it rises while samples get worse to read, the policy is exploiting the reward"
-        " model: raise `algorithm.kl.coefficient` or stop earlier.",
+        "Mean reward over the step's responses, before any clipping, penalty or KL: the score, or the weighted sum of "
+        "several sources' scores. The one number that should rise; if it rises while samples get worse to read, the "
+        "policy is exploiting the reward: raise `algorithm.kl.coefficient` or stop earlier.",
     ),
     Metric(
         "reward/std",
         "score",
-        "Standard deviation of those scores. Close to 0 means that all responses look the same to the reward model"
+        "Standard deviation of those rewards. Close to 0 means that all responses look the same to whatever scores them"
         " and there is nothing to learn from: look at `policy/entropy` and the samples.",
     ),
     Metric(
@@ -81,7 +82,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "reward/failures",
         "samples",
-        "Responses of this step that the reward model could not score; they are left out of training and each "
+        "Responses of this step without a reward, because a source could not score them; they are left out of training "
+        "and each "
         "cause is in `events.jsonl`. Anything but 0 deserves a look at the causes.",
     ),
     Metric(
@@ -89,7 +91,31 @@ PPO_METRICS: tuple[Metric, ...] = (
         "score",
         "Mean standard deviation of the score over the members of a reward-model ensemble. Rising during training: the "
         "policy moves to where the reward model only guesses; use `aggregation.members: minimum` in its training, or "
-        "raise `algorithm.kl.coefficient`. Absent for a single judge.",
+        "raise `algorithm.kl.coefficient`. Of several ensembles, the sum, each times its weight. Absent without one.",
+    ),
+    Metric(
+        "reward/<source>/mean",
+        "score",
+        "Mean score of one source, by its `name`, over the responses that it could score, before its weight. Shows "
+        "which source the reward comes from; where one rises and another falls, look at their weights.",
+    ),
+    Metric(
+        "reward/<source>/std",
+        "score",
+        "Standard deviation of that source's scores. Times its weight, it is how much the source has to say: one that "
+        "is far below the others' is hardly learned from.",
+    ),
+    Metric(
+        "reward/<source>/failed_fraction",
+        "",
+        "Share of the responses that the source could not score. The causes are in `events.jsonl` under "
+        "`scores_failed`; of a function, the tracebacks are in the log of its role.",
+    ),
+    Metric(
+        "reward/<source>/time_s",
+        "s",
+        "Mean time that the source took to score a shard. Above the time that a shard takes to sample, the source "
+        "holds up the step: give it more `replicas`, or a function a larger `batch_size`.",
     ),
     Metric(
         "reward/truncated",
@@ -531,14 +557,16 @@ PHASE_COLORS: dict[str, str] = {
 
 
 def check_known(kind: MetricKind, names: Iterable[str]) -> None:
-    """Refuse names that have no sentence of meaning here.
+    """Refuse names that have no sentence of meaning here. A part in angle brackets stands for a name from the
+    configuration: `reward/<source>/mean`.
 
     Raises:
         ValueError: naming the first unknown metric and the nearest known one.
     """
     known = [metric.name for metric in METRICS[kind]]
+    patterns = [re.sub("<[a-z]+>", "[^/]+", metric_name) for metric_name in known]
     for name in names:
-        if name not in known:
+        if not any(re.fullmatch(pattern, name) for pattern in patterns):
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean '{nearest[0]}'?" if nearest else "describe it in rlhf_ray/tracking/metrics.py"
             raise ValueError(f"unknown metric '{name}' of a {kind} run; {hint}")

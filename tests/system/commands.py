@@ -150,5 +150,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in row.items()
-        if name != "wall_s" and not name.startswith(("time/", "throughput/", "utilization/"))
+        if name != "wall_s"
+        and not name.startswith(("time/", "throughput/", "utilization/"))
+        and not name.endswith("/time_s")
     }

@@ -118,7 +118,8 @@ def test_overrides_win_and_are_read_as_yaml(load):
     assert config.steps == 8
     assert config.policy.learner.learning_rate == 3e-6
     assert config.algorithm.importance is None
-    assert config.reward.env == {"A": "x"}
+    [reward] = config.reward
+    assert reward.env == {"A": "x"}
     assert config.policy.model == "a=b"
 
 
@@ -282,3 +283,59 @@ def test_validation_pairs_that_nothing_is_judged_on_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"validation: nothing is judged on it; set training\.evaluate_every too"):
         load_config(RewardModelConfig, path)
     assert load_config(RewardModelConfig, path, ["training.evaluate_every=5"]).validation is not None
+
+
+def rewards(written: str) -> str:
+    """The complete configuration with other sources of rewards, as YAML behind `reward:`."""
+    return COMPLETE.replace("reward:\n  model: models/reward\n", f"reward: {written}\n")
+
+
+def test_rewards_come_from_one_source_or_from_a_list_of_them(load, tmp_path):
+    several = (
+        "[{name: helpful, model: m}, {url: 'http://x'}, {function: 'my.rewards:exact', weight: 0.5, batch_size: 9}]"
+    )
+    assert [(each.name, each.weight) for each in load(COMPLETE).reward] == [("model", 1.0)]
+    sources = load(rewards(several)).reward
+    assert [each.name for each in sources] == ["helpful", "service", "exact"]
+    assert [each.weight for each in sources] == [1.0, 1.0, 0.5]
+    assert [each.batch_size for each in sources] == [64, 64, 9]
+    [function] = load(rewards("{function: 'my:exact'}")).reward
+    assert (function.batch_size, function.timeout_s) == (1, 10.0)
+    for text in (COMPLETE, rewards(several), rewards("[{function: 'my:exact', timeout_s: 5}]")):
+        (tmp_path / "again.yaml").write_text(dump_config(load(text)))
+        assert load_config(PPOConfig, tmp_path / "again.yaml") == load(text)
+
+
+def test_overrides_reach_a_source_alone_and_in_a_list(load):
+    [source] = load(COMPLETE, "reward.model=other").reward
+    assert source.model == "other"
+    one, other = load(rewards("[{model: m}, {function: 'my:f'}]"), "reward.1.weight=0.25", "reward.0.name=a").reward
+    assert (one.name, other.weight) == ("a", 0.25)
+    assert len(load(COMPLETE, "reward=[{model: m}, {function: my:f}]").reward) == 2
+    assert load(rewards("[{model: m}]"), "policy.model=${paths.runs}/x").policy.model == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("{function: 'my:f', model: m}", "reward: model: with function"),
+        ("{function: 'my:f', url: 'http://x'}", "reward: url: with function"),
+        ("[{model: m}, {function: 'my:f', max_length: 9}]", "reward.1: max_length: with function"),
+        ("[{model: m}, {function: 'my:f', require_release: false}]", "reward.1: require_release: with function"),
+        ("{url: 'http://x', batch_invariant: true}", "reward: batch_invariant: with url"),
+        ("{function: my.f}", "reward: function: 'my.f' is not module:name"),
+        ("{function: '../my:f'}", "reward: function: '../my:f' is not module:name"),
+        ("{model: m, name: a/b}", "reward: name: 'a/b' may have"),
+        ("[{model: m}, {model: n}]", "reward: two sources have the name 'model'"),
+        ("[{model: m, weight: 0}]", "reward: no source has a weight other than 0"),
+        ("[]", "reward: no source"),
+        ("[{modle: m}]", "unknown key 'reward.0.modle'"),
+        ("[{name: a}]", "'reward.0.model' is missing"),
+        ("[{model: m, weight: .inf}]", "reward.0.weight is inf"),
+        ("[3]", "reward.0 is 3"),
+    ],
+)
+def test_sources_that_contradict_themselves_are_refused_with_their_key(refuse, written, found):
+    error = refuse(rewards(written))
+    assert found in error.found
+    assert error.where == "ppo.yaml:10"

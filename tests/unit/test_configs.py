@@ -52,8 +52,9 @@ def actors(settings: BaseModel) -> Iterator[ActorSettings]:
         return
     for name in type(settings).model_fields:
         value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            yield from actors(value)
+        for section in value if isinstance(value, tuple) else (value,):
+            if isinstance(section, BaseModel):
+                yield from actors(section)
 
 
 def test_the_runs_that_the_readme_promises_are_there():
@@ -113,7 +114,8 @@ def test_ppo_takes_the_reward_model_that_its_folder_trains(folder):
     [ppo_file] = [name for name in GPU_FILES if name.startswith(f"{folder}/ppo")]
     ppo = load_ppo(ppo_file)
     assert isinstance(reward_model, RewardModelConfig)
-    assert ppo.reward.model == f"{reward_model.paths.runs}/{reward_model.run.name}/reward_model"
+    [reward] = ppo.reward
+    assert reward.model == f"{reward_model.paths.runs}/{reward_model.run.name}/reward_model"
     longest = ppo.sampling.max_prompt_tokens + ppo.sampling.max_response_tokens
     assert reward_model.training.max_length > longest
 

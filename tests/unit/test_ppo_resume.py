@@ -32,8 +32,8 @@ def prompt(index: int, text: str = "I think", **more: Any) -> Prompt:
 
 def inputs_of(*prompts: Prompt) -> Inputs:
     held_out = PromptSet(prompts or [prompt(0)], BadRows("fail", "evaluation.prompts.on_bad_row"))
-    reward = RewardSource(config_of().reward, texts=None)
-    return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, reward=reward)
+    rewards = tuple(RewardSource(source, "reward") for source in config_of().reward)
+    return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, rewards=rewards)
 
 
 @pytest.fixture
@@ -98,6 +98,7 @@ def _made(path: Path) -> Path:
         "sampling.max_response_tokens=5",
         "reward.model=other",
         "reward.on_too_long=truncate",
+        "reward.weight=2",
     ],
 )
 def test_samples_before_training_are_not_taken_for_those_of_another_evaluation(override: str):
@@ -107,9 +108,15 @@ def test_samples_before_training_are_not_taken_for_those_of_another_evaluation(o
 def test_samples_before_training_are_those_of_their_prompts_alone():
     names = [
         before_file(config_of(), inputs_of(*prompts))
-        for prompts in ([prompt(0)], [prompt(0, "I hope")], [prompt(1)], [prompt(0), prompt(1)])
+        for prompts in (
+            [prompt(0)],
+            [prompt(0, "I hope")],
+            [prompt(1)],
+            [prompt(0), prompt(1)],
+            [prompt(0, label="better")],
+        )
     ]
-    assert len(set(names)) == 4
+    assert len(set(names)) == 5
     elsewhere = config_of("reward.replicas=2", "generator.replicas=2", "steps=3", "policy.learner.learning_rate=1")
     assert before_file(elsewhere, inputs_of()) == names[0]
 

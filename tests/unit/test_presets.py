@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -103,7 +104,7 @@ def test_a_rebuild_that_fails_keeps_what_was_there(tmp_path, builds, monkeypatch
 
 
 def test_an_unknown_preset_names_the_known_ones(tmp_path):
-    with pytest.raises(BadInput, match="smollm2-135m, minilm, hutto-movie, tiny"):
+    with pytest.raises(BadInput, match="smollm2-135m, minilm, hutto-movie, chain-sum, tiny"):
         prepare("smollm", tmp_path, print)
 
 
@@ -457,3 +458,25 @@ def test_tiny_data_loads_with_the_loaders(tiny):
         for name in ("prompts.jsonl", "prompts_test.jsonl")
     )  # fmt: skip
     assert not {prompt.text for prompt in train} & {prompt.text for prompt in test}
+
+
+def test_sums_have_their_own_entry_as_label_and_no_problem_is_on_both_sides(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    place = prepare("chain-sum", tmp_path, print)
+    sides = {
+        side: [json.loads(line) for line in (place / f"prompts_{side}.jsonl").read_text().splitlines()]
+        for side in ("train", "test")
+    }
+    assert {side: len(rows) for side, rows in sides.items()} == {"train": 1024, "test": 64}
+    rows = [row for side in sides.values() for row in side]
+    assert len({row["label"]["question"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["prompt"] == [{"role": "user", "content": row["label"]["question"]}]
+        assert eval(row["label"]["metadata"]["expression"]) == int(row["label"]["answer"])
+
+
+def test_sums_without_their_package_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(PresetError, match=r"pip install 'rlhf-ray\[verifiable\]'"):
+        prepare("chain-sum", tmp_path, print)
+    assert not (tmp_path / "chain-sum").exists()

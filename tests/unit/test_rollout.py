@@ -15,6 +15,7 @@ from rlhf_ray.rollout import (
     TokenColumn,
     offsets,
     refuse_rollouts_in_this_process,
+    weighted_sum,
 )
 from tests.making import random_rollout, rollout_of
 
@@ -89,6 +90,34 @@ def test_reward_header_counts_failures_by_cause():
     assert (header.num_samples, header.num_scored, header.num_truncated) == (4, 2, 1)
     assert (header.score_sum, header.score_square_sum) == (4.0, 10.0)
     assert header.failure_causes == {"slow": 2}
+
+
+def test_reward_header_says_where_scores_failed_and_sums_up_rare_causes():
+    causes = ("", *(f"cause {number}" for number in range(10)), "cause 7", "cause 9")
+    column = RewardColumn(np.where([not cause for cause in causes], 1.0, np.nan), causes, "v1", time_s=0.5)
+    header = column.header()
+    assert header.failed == tuple(range(1, 13))
+    assert header.time_s == 0.5
+    assert len(header.failure_causes) == 9
+    assert (header.failure_causes["cause 7"], header.failure_causes["cause 9"]) == (2, 2)
+    assert header.failure_causes["other causes"] == 2
+    assert sum(header.failure_causes.values()) == 12
+
+
+def test_scores_of_several_sources_add_up_by_their_weights():
+    nan = float("nan")
+    one = RewardColumn(np.array([1.0, 2.0, nan, nan]), ("", "", "late", "late"), "v1", num_truncated=2)
+    other = RewardColumn(np.array([-4.0, nan, 8.0, nan]), ("", "odd", "", "odd"), "v2")
+    total = weighted_sum([one, other], ["a", "b"], [0.5, -0.25])
+    assert total.scores[0] == 0.5 * 1.0 + -0.25 * -4.0
+    assert np.isnan(total.scores[1:]).all()
+    assert total.failures == ("", "b: odd", "a: late", "a: late; b: odd")
+    assert (total.version, total.num_truncated) == ("a v1, b v2", 2)
+
+
+def test_a_weighted_sum_beyond_floats_is_a_failure():
+    column = RewardColumn(np.array([1e308, 1.0]), ("", ""), "v1")
+    assert weighted_sum([column], ["a"], [10.0]).failures == ("the weighted sum is inf", "")
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])

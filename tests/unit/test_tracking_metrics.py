@@ -20,6 +20,13 @@ def test_a_metric_without_a_meaning_is_refused_with_the_nearest_name():
         check_known("sft", ["reward/mean"])
 
 
+def test_a_name_from_the_configuration_stands_where_the_registry_has_a_placeholder():
+    check_known("ppo", ["reward/helpful/mean", "reward/exact_match/failed_fraction"])
+    for name in ("reward/helpful/median", "reward/a/b/mean", "reward//mean"):
+        with pytest.raises(ValueError, match="unknown metric"):
+            check_known("ppo", [name])
+
+
 def test_every_timed_phase_has_a_colour():
     timed = {metric.name for metric in PPO_METRICS if metric.name.startswith("time/")} - {"time/step_s"}
     assert {f"time/{phase.replace(' ', '_')}_s" for phase in PHASE_COLORS if phase != "other"} == timed

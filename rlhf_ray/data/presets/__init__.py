@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlhf_ray.data.presets import hutto, minilm, smollm2, tiny
+from rlhf_ray.data.presets import chain_sum, hutto, minilm, smollm2, tiny
 from rlhf_ray.data.presets.packages import PinnedPackage, fetch
 from rlhf_ray.failures import BadInput, PresetError
 
@@ -55,6 +55,9 @@ PRESETS = {
         hutto.FORMAT_VERSION,
         hutto.PACKAGE,
         hutto.build,
+    ),
+    "chain-sum": Preset(
+        "sums of small numbers with their answers, from reasoning-gym", chain_sum.FORMAT_VERSION, None, chain_sum.build
     ),
     "tiny": Preset("made-up models and data for tests, in seconds", tiny.FORMAT_VERSION, None, tiny.build),
 }

@@ -26,7 +26,7 @@ class Conversation:
 
 class Scorer(Protocol):
     """Scores rollouts. One kind has the model in its process (`RewardScorer`), another asks a service
-    (`RemoteScorer`)."""
+    (`RemoteScorer`), a third calls a user's function (`FunctionScorer`)."""
 
     def score(self, rollout: Rollout, prompts: dict[int, Conversation]) -> RewardColumn:
         """A score, or the cause why there is none, for every sample of a shard.

@@ -100,8 +100,11 @@ class RemoteScorer:
         return PromptResponse(prompt.text if prompt.messages is None else prompt.messages, response)
 
 
-def service_token(token_file: str | None) -> str | None:
+def service_token(token_file: str | None, key: str = "reward") -> str | None:
     """The token of the file, or of the environment; None where there is neither.
+
+    Args:
+        key: of the section that names the file, for messages.
 
     Raises:
         BadInput: the file cannot be read, or is empty.
@@ -111,41 +114,45 @@ def service_token(token_file: str | None) -> str | None:
     try:
         token = Path(token_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("reward.token_file", f"'{token_file}' cannot be read ({error})", "a file with a token") from None
+        where = f"{key}.token_file"
+        raise BadInput(where, f"'{token_file}' cannot be read ({error})", "a file with a token") from None
     if not token:
-        raise BadInput("reward.token_file", f"'{token_file}' is empty", "a file with a token")
+        raise BadInput(f"{key}.token_file", f"'{token_file}' is empty", "a file with a token")
     return token
 
 
-def check_reward_service(settings: RewardSettings) -> None:
+def check_reward_service(settings: RewardSettings, key: str = "reward") -> None:
     """Ask the service for its models, before anything starts.
+
+    Args:
+        key: of the section that names the service, for messages.
 
     Raises:
         BadInput: it cannot be reached, refuses the token, is no reward service, or has no such model.
     """
     assert settings.url is not None, "there is a service to check"
     timeout_s = min(settings.timeout_s, _CHECK_TIMEOUT_S)
-    token = service_token(settings.token_file)
+    token = service_token(settings.token_file, key)
     with RewardClient(settings.url, token, timeout_s=timeout_s, retries=2) as client:
         try:
             models = client.models()
         except Unauthorized:
             raise BadInput(
-                "reward.url",
+                f"{key}.url",
                 f"the service at {settings.url} {'refuses the' if token else 'wants a'} token",
-                f"its token in reward.token_file or {TOKEN_VARIABLE}",
+                f"its token in {key}.token_file or {TOKEN_VARIABLE}",
             ) from None
         except RewardServiceError as error:
             raise BadInput(
-                "reward.url", f"{settings.url} does not answer as a reward service ({error})", "`rlhf-ray serve-rm`"
+                f"{key}.url", f"{settings.url} does not answer as a reward service ({error})", "`rlhf-ray serve-rm`"
             ) from None
-    _chosen(models, settings)
+    _chosen(models, settings, key)
 
 
-def _chosen(models: tuple[ServedModel, ...], settings: RewardSettings) -> ServedModel:
+def _chosen(models: tuple[ServedModel, ...], settings: RewardSettings, key: str = "reward") -> ServedModel:
     """The model that will score; where the service chooses, the one with the largest share."""
     for model in models:
         if not settings.model or settings.model in (model.id, model.version):
             return model
     names = ", ".join(model.id for model in models) or "none"
-    raise BadInput("reward.model", f"the service at {settings.url} has no model '{settings.model}'", f"one of {names}")
+    raise BadInput(f"{key}.model", f"the service at {settings.url} has no model '{settings.model}'", f"one of {names}")
