@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 
 Batch = TypeVar("Batch")
@@ -98,6 +99,8 @@ class DeepSpeedEngine:
             # transformers partitions while it loads as long as this object is alive.
             self._partitioned_loading = HfDeepSpeedConfig(configuration)
         module = build()
+        if self._zero_stage == 3:
+            restore_rotary_frequencies(module)
         if settings.gradient_checkpointing:
             for part in module.children():
                 if hasattr(part, "gradient_checkpointing_enable"):
