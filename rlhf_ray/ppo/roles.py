@@ -31,6 +31,7 @@ class Roles:
     """Actor groups of one PPO run.
 
     Attributes:
+        policy_is_reference: the policy's learner, without its adapters, computes the reference's log-probs.
         trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
     """
 
@@ -40,7 +41,13 @@ class Roles:
     references: ActorGroup[Reference] | None
     critic: ActorGroup[CriticLearner] | None
     evaluator: ActorGroup[Evaluator] | None
+    policy_is_reference: bool
     trunk_sharers: frozenset[str]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are log-probs to measure the KL divergence against."""
+        return self.references is not None or self.policy_is_reference
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
@@ -65,8 +72,8 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
         RoleRequest("reward", "reward", config.reward),
         RoleRequest("policy", "policy.learner", config.policy.learner),
     ]
-    if config.reference is not None:
-        requests.append(RoleRequest("reference", "reference", config.reference))
+    if config.reference_role is not None:
+        requests.append(RoleRequest("reference", "reference", config.reference_role))
     if config.critic is not None:
         requests.append(RoleRequest("critic", "critic.learner", config.critic.learner))
     if config.evaluation.prompts is not None:
@@ -97,6 +104,7 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path) -> Roles:
         references=groups.get("reference"),
         critic=groups.get("critic"),
         evaluator=groups.get("evaluator"),
+        policy_is_reference=config.policy.lora is not None and config.reference is not None,
         trunk_sharers=inputs.trunk_sharers,
     )
     collect(_build(roles, config, inputs), deadlines.start_s)
@@ -126,10 +134,16 @@ def _build(roles: Roles, config: PPOConfig, inputs: Inputs) -> list[Answer[None]
             for rank in ranks(roles.policy)
         )
     )
-    if roles.references is not None and config.reference is not None:
-        model = config.reference.model or policy.model
+    reference = config.reference_role
+    if roles.references is not None and reference is not None:
         answers += roles.references.build(
-            partial(Reference, model, config.reference, temperature, trained if roles.trunk_sharers else None)
+            partial(
+                Reference,
+                reference.model or policy.model,
+                reference,
+                temperature,
+                trained if roles.trunk_sharers else None,
+            )
         )
     if roles.critic is not None and config.critic is not None:
         model = config.critic.model or policy.model

@@ -9,6 +9,8 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.runtime.run import read_state
 from rlhf_ray.tracking.run_folder import RunFolder
 
+_LORA = "policy.lora"
+
 
 @dataclass
 class LoopState:
@@ -45,7 +47,9 @@ def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
     if config.critic is not None:
         learners["critic.learner"] = config.critic.learner
     names = ("replicas", "zero_stage", "trainable_top_layers", "dtype")
-    return {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+    shapes = {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+    lora = config.policy.lora
+    return {**shapes, _LORA: None if lora is None else lora.model_dump_json()}
 
 
 def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
@@ -60,7 +64,7 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     step, path = latest
     written = read_state(path, LoopState).learners
     for key, now in learner_shapes(config).items() if written else ():
-        before = written.get(key, "no such learner")
+        before = written.get(key, None if key == _LORA else "no such learner")
         # What `auto` is becomes known on the learner's node.
         if before != now and "auto" not in (before, now):
             raise BadInput(

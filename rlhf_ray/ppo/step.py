@@ -123,13 +123,25 @@ def score(roles: Roles, shards: Sequence[Shard]) -> list[Stored[RewardColumn]]:
 
 
 def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | None:
-    """Ask the references for their log-probs; nothing without a reference."""
-    if roles.references is None:
+    """Ask for the reference's log-probs of all shards; nothing without a reference."""
+    if not roles.has_reference:
         return None
-    return [
-        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data, None)
-        for index, shard in enumerate(shards)
+    # A learner's ranks are asked for the same number each: the last shards again where they do not divide evenly.
+    surplus = -len(shards) % len(roles.policy) if roles.policy_is_reference else 0
+    columns = [
+        _refer_to(roles, index, shard.rollout.data, None)
+        for index, shard in enumerate([*shards, *shards[-1:] * surplus])
     ]
+    return columns[: len(shards)]
+
+
+def _refer_to(
+    roles: Roles, index: int, rows: Answer[Rollout], states: Answer[TrunkColumn] | None
+) -> Stored[TokenColumn]:
+    """Ask for the reference's log-probs of the shard in a place of the step."""
+    if roles.references is None:
+        return roles.policy.of(index).keep(PolicyLearner.reference_logprobs, rows)
+    return roles.references.of(index).keep(Reference.logprobs, rows, states)
 
 
 def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> list[Columns]:
@@ -146,12 +158,12 @@ def add_columns(roles: Roles, shards: Sequence[Shard], old_logprobs: bool) -> li
         rows = shard.rollout.data
         trunk = reference = values = policy = None
         states: Answer[TrunkColumn] | None = None
-        if roles.references is not None:
-            # Frozen layers first: everybody else waits for these.
-            if roles.trunk_sharers:
-                trunk = roles.references.of(index).keep(Reference.trunk, rows)
-                states = trunk.data
-            reference = roles.references.of(index).keep(Reference.logprobs, rows, states)
+        # Frozen layers first: everybody else waits for these.
+        if roles.references is not None and roles.trunk_sharers:
+            trunk = roles.references.of(index).keep(Reference.trunk, rows)
+            states = trunk.data
+        if roles.has_reference:
+            reference = _refer_to(roles, index, rows, states)
         if roles.critic is not None:
             begun_at = states if "critic" in roles.trunk_sharers else None
             values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 
@@ -205,17 +206,17 @@ class DeepSpeedEngine:
             yield batches[min(index, len(batches) - 1)], index < len(batches)
 
     def full_weights(self, strip: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight in full and in the compute type, under its Hugging Face name.
+        """Every weight in full and in the compute type, under its Hugging Face name, adapters merged in.
 
         A collective in ZeRO-3; only rank 0 is given anything.
 
         Args:
             strip: name prefix that our wrapper put before the Hugging Face names.
         """
-        for name, parameter in self.unwrapped.named_parameters():
-            with gathered([parameter], read_only=True):
+        for name, weight in plain_weights(self.unwrapped).items():
+            with gathered(weight.parts, read_only=True):
                 if self.rank.rank == 0:
-                    yield name.removeprefix(strip), parameter.data
+                    yield name.removeprefix(strip), weight.value()
 
     def save_checkpoint(self, folder: Path) -> None:
         """Weights, optimizer and step count of this rank."""

@@ -9,6 +9,7 @@ import torch
 from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
+from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 from rlhf_ray.runtime import weight_transfer
 from rlhf_ray.runtime.answers import Answer
@@ -46,7 +47,7 @@ def source(kind: type[LearnerWeightSource] = LearnerWeightSource) -> LearnerWeig
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.norm.to(torch.float32)
-    return kind(model, dict(model.named_parameters()))
+    return kind(model, plain_weights(model))
 
 
 def test_metadata_says_what_iteration_gives():
@@ -67,9 +68,9 @@ def test_metadata_of_partitioned_weights_has_their_full_shape():
     """ZeRO-3 leaves an empty tensor and notes the shape."""
     sent = source()
     before = sent.metadata()
-    for parameter in sent._parameters.values():
-        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
-        parameter.data = torch.empty(0)
+    for weight in sent._weights.values():
+        weight.parameter.ds_shape = weight.parameter.shape  # type: ignore[attr-defined]
+        weight.parameter.data = torch.empty(0)
     assert [meta.shape for meta in sent.metadata()] == [meta.shape for meta in before]
 
 
