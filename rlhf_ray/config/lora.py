@@ -10,10 +10,7 @@ from rlhf_ray.config.base import Fraction, PositiveInt, Settings
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021): the model's own weights W stay as they are, and W + scale · B A is learned.
-
-    There is no dropout: the ratio of new to old log-probs is about the weights, and would not be 1 before an update.
-    """
+    """Low-rank adapters (Hu et al. 2021): of W + scale · B A only B and A are trained."""
 
     rank: PositiveInt = Field(16, description="Rank of the adapters.")
     alpha: PositiveInt = Field(32, description="Adapters are scaled by `alpha / rank`.")
@@ -21,21 +18,10 @@ class LoraSettings(Settings):
         False,
         description="Scale by `alpha / √rank` instead (Kalajdzievski 2023): larger ranks do not learn more slowly.",
     )
+    dropout: Fraction = Field(0.0, description="Dropout in front of the adapters; of reward models only.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Linear layers that get an adapter, by the end of their names, such as `[q_proj, v_proj]`; "
         "`all-linear`: all but the output projection or head.",
         min_length=1,
     )
-
-    @property
-    def scale(self) -> float:
-        """What B A is multiplied by."""
-        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
-
-
-class RewardLoraSettings(LoraSettings):
-    """Low-rank adapters (Hu et al. 2021), merged into the weights when the model is written. The head is trained in
-    full."""
-
-    dropout: Fraction = Field(0.0, description="Dropout in front of the adapters.")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import Fraction, NonNegativeFloat, OffIsAWord, PositiveFloat, PositiveInt, Settings
-from rlhf_ray.config.lora import RewardLoraSettings
+from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.settings import CheckpointSettings, GeneratorSettings, LearnerSettings, PromptSettings, RunConfig
 
@@ -58,7 +58,7 @@ class RewardTrainingSettings(Settings):
         description="Attributes of the pairs (helpfulness, safety, …) that get a head of their own beside the "
         "preference; `found`: all that the pairs have. A pair need not have every attribute.",
     )
-    lora: RewardLoraSettings | None = Field(None, description="Train low-rank adapters and the head only; empty: off.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters and the head only; empty: off.")
     evaluate_every: PositiveInt | None = Field(
         None, description="Judge on `validation` every n steps and keep the best model; empty: keep the last."
     )

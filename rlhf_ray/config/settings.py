@@ -132,6 +132,11 @@ class PolicySettings(Settings):
                 f"lora: trains adapters only, but learner.trainable_top_layers is {self.learner.trainable_top_layers}; "
                 "leave one of them empty"
             )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: {self.lora.dropout:g}; the ratio of new to old log-probs would not be 1 before an "
+                "update, so a policy has none"
+            )
         return self
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlhf_ray.config.lora import LoraSettings, RewardLoraSettings
+from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.failures import BadInput
 
 Head = Literal["CausalLM", "SequenceClassification"]
@@ -97,7 +97,7 @@ def add_adapters(model: Any, settings: LoraSettings, key: str, seed: int) -> Non
         r=settings.rank,
         lora_alpha=settings.alpha,
         use_rslora=settings.rslora,
-        lora_dropout=settings.dropout if isinstance(settings, RewardLoraSettings) else 0.0,
+        lora_dropout=settings.dropout,
         target_modules=ends,
         # A head may have a layer of the same name as one of the layers below it.
         exclude_modules=[name for name in _linear_layers(model) if _ends_in(name, ends) and name not in targets],

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlhf_ray.config.base import ActorSettings
-from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
+from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import CriticSettings, PolicySettings
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.reward.train.learner import RewardLearner

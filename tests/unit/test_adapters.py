@@ -1,5 +1,6 @@
 """Adapters on the policy: merged, switched off, exported and resumed, they are what the arithmetic says."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.settings import PolicySettings, ReferenceSettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.adapters import adapters_off, add_adapters, check_adapters, find_targets, plain_weights
+from rlhf_ray.models.adapters import (
+    adapter_parameters,
+    adapters_off,
+    add_adapters,
+    check_adapters,
+    find_targets,
+    plain_weights,
+)
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
 from rlhf_ray.models.token_models import PolicyModel
@@ -124,7 +132,6 @@ def test_a_merged_weight_is_rounded_once():
             exact = weight.parameter.double() + 5 / 3**0.5 * (up @ down)
             assert weight.value().dtype == torch.bfloat16
             error = (weight.value().double() - exact).abs()
-            assert bool((error <= exact.abs() * 2.0**-8 / 2 * 2 + 1e-6).all())
             half = torch.finfo(torch.bfloat16).eps / 2
             assert bool((error <= exact.abs() * half * (1 + 1e-3) + 1e-6).all())
 
@@ -208,13 +215,15 @@ def test_both_exports_give_the_learners_logprobs(
         train(learner, step)
     learner.export(str(tmp_path / "policy"))
     learner.export_adapters(str(tmp_path / "adapters"))
+    columns = [learner.logprobs(rollout).data for rollout in ROLLOUTS]
+    del learner  # While there is a ZeRO-3 engine, transformers partitions what it loads.
+    gc.collect()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert set(weights_in(tmp_path / "policy")) == set(weights_in(Path(model)))
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<eos>"
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapters")
-    for rollout in ROLLOUTS:
-        expected = learner.logprobs(rollout).data
+    for rollout, expected in zip(ROLLOUTS, columns, strict=True):
         for loaded in (merged, adapted):
             np.testing.assert_allclose(plain_logprobs(loaded, rollout), expected, rtol=0, atol=LOGITS)
     assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
@@ -270,16 +279,22 @@ def test_a_checkpoint_brings_the_adapters_back(
     assert files[0] == files[1]
 
 
-def test_bfloat16_adapters_have_float32_master_weights(policy_model: str, single_rank: Rank):
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_bfloat16_adapters_have_float32_master_weights(policy_model: str, single_rank: Rank, zero_stage: int):
     """Updates too small for bfloat16 add up."""
-    learner = learner_of(policy_model, single_rank, dtype="bfloat16", learning_rate=1e-5, adam_epsilon=1e-8)
-    factors = {name: p for name, p in learner._engine.unwrapped.named_parameters() if "lora_A" in name}
-    before = {name: factor.detach().clone() for name, factor in factors.items()}
-    assert {factor.dtype for factor in factors.values()} == {torch.bfloat16}
-    for step in range(20):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    learner = learner_of(policy_model, single_rank, dtype="bfloat16", zero_stage=zero_stage)
+    factors = adapter_parameters(learner._engine.unwrapped)
+    before = {name: safe_get_full_fp32_param(factor).clone() for name, factor in factors.items()}
+    for step in range(2):  # The gradient of A is 0 while B is.
         train(learner, step)
-    moved = sum(float((factors[name] - before[name]).abs().float().sum()) for name in factors)
-    assert moved > 0
+    for name, factor in factors.items():
+        master = safe_get_full_fp32_param(factor)
+        assert master.dtype == torch.float32
+        assert factor.dtype == torch.bfloat16
+        assert not torch.equal(master, before[name])
+        assert not torch.equal(master, master.bfloat16().float())
 
 
 def test_supervised_training_takes_adapters(policy_model: str, single_rank: Rank):
