@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from rlhf_ray.config.load import dump_config, load_config
 from rlhf_ray.config.lora import LoraSettings
-from rlhf_ray.config.settings import PolicySettings, ReferenceSettings
+from rlhf_ray.config.settings import PolicySettings, PPOConfig, ReferenceSettings
 from rlhf_ray.data.text import TextExample
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.adapters import (
@@ -23,10 +25,12 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
 from rlhf_ray.models.token_models import PolicyModel
+from rlhf_ray.ppo.roles import role_requests
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.rollout import Rollout
+from tests.conftest import REPOSITORY
 from tests.making import (
     ALGORITHM,
     HIDDEN_SIZE,
@@ -42,6 +46,7 @@ from tests.making import (
 from tests.unit.test_token_models import GPT, LLAMA, mixture
 
 KEY = "policy.lora.target_modules"
+ADAPTED = ("policy.lora={rank: 4}", "reference.dtype=auto")
 ROLLOUTS = [random_rollout(index) for index in range(3)]
 BATCH = pack([np.arange(3, 23, dtype=np.int32)], [1])
 LOGITS = rounding(HIDDEN_SIZE, 8.0)
@@ -150,6 +155,42 @@ def test_only_layers_that_share_a_module_with_an_adapter_are_sent(name: str):
     assert {name for name, weight in weights.items() if weight.is_sent} == {
         name for name in weights if f".{block}." in name
     }
+
+
+def config_of(*overrides: str) -> PPOConfig:
+    return load_config(PPOConfig, REPOSITORY / "configs" / "tiny" / "ppo.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reference.dtype=float32", r"reference: with policy\.lora the policy without its adapters is the reference"),
+        ("reference.model=other", r"reference: with policy\.lora .* remove the section"),
+        ("reference=null", r"algorithm\.kl\.controller: 'adaptive' .* needs a reference section"),
+        (
+            "policy.learner.trainable_top_layers=1",
+            r"lora: trains adapters only, but .*trainable_top_layers is 1",
+        ),
+        ("policy.lora.dropout=0.1", r"lora\.dropout: 0\.1; the ratio .* would not be 1"),
+        ("policy.lora.rank=0", r"policy\.lora\.rank is 0"),
+        ("policy.lora.target_modules=[]", r"policy\.lora\.target_modules"),
+        ("policy.lora.target_modules=all", r"policy\.lora\.target_modules"),
+    ],
+)
+def test_contradictions_are_refused_by_name(override: str, message: str):
+    with pytest.raises(BadInput, match=message):
+        config_of(*ADAPTED, override)
+
+
+def test_adapters_take_the_references_place():
+    """A resolved configuration is read back as it was."""
+    roles = [request.role for request in role_requests(config_of(*ADAPTED))]
+    assert roles == ["generator", "reward", "policy", "critic", "evaluator"]
+    assert "reference" in [request.role for request in role_requests(config_of())]
+    written = yaml.safe_load(dump_config(config_of(*ADAPTED)))
+    assert PPOConfig.model_validate(written) == config_of(*ADAPTED)
+    without = config_of(*ADAPTED, "reference=null", "algorithm.kl={coefficient: 0, controller: fixed}")
+    assert without.reference is None
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])

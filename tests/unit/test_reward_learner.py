@@ -107,7 +107,7 @@ def test_reward_model_learns_its_pairs(bert: str, single_rank: Rank):
 def expected_loss(learner: RewardLearner, pairs: list[EncodedPair], layout: MemberLayout, centering: float) -> float:
     """The loss written out, one text at a time, in float64."""
     network = learner._engine.unwrapped
-    network.classifier.set_attn_implementation("eager")
+    network.network.set_attn_implementation("eager")
     shape = (len(layout.attributes), layout.heads)
 
     def score(ids: tuple[int, ...]) -> torch.Tensor:
