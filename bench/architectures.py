@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from bench.results import Report, Result
+from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.settings import (
     CriticSettings,
     GeneratorSettings,
@@ -210,10 +211,14 @@ class Agreement:
         return ", ".join(name for name, found in wrong.items() if found)
 
 
-def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3) -> Agreement:
-    """Train policy and critic on what the engine samples, and compare after every sync."""
+def agreement(model: str, tokenizer: Any, rank: Rank, steps: int = 3, lora: LoraSettings | None = None) -> Agreement:
+    """Train policy and critic on what the engine samples, and compare after every sync.
+
+    Args:
+        lora: train adapters on the policy.
+    """
     learner = learner_settings(micro_batch_tokens=128)
-    policy = PolicyLearner(PolicySettings(model=model, learner=learner), ALGORITHM, rank, total_steps=20)
+    policy = PolicyLearner(PolicySettings(model=model, learner=learner, lora=lora), ALGORITHM, rank, total_steps=20)
     critic = CriticLearner(
         CriticSettings(learner=learner), model, ALGORITHM, rank, total_steps=20, max_response_tokens=16, seed=0
     )
@@ -256,7 +261,7 @@ def _largest(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     return float(np.abs(one - other).max())
 
 
-def agreement_of(name: str, tied: bool, tokenizer_folder: str) -> Agreement:
+def agreement_of(name: str, tied: bool, tokenizer_folder: str, lora: LoraSettings | None = None) -> Agreement:
     """One case, in a process of its own: vLLM keeps one distributed group a process, and patches classes."""
     torch.set_num_threads(1)
     tokenizer = load_policy_tokenizer(tokenizer_folder, "tokenizer")
@@ -264,7 +269,7 @@ def agreement_of(name: str, tied: bool, tokenizer_folder: str) -> Agreement:
         listener.bind(("127.0.0.1", 0))
         rank = Rank(0, 1, "127.0.0.1", int(listener.getsockname()[1]))
     with TemporaryDirectory() as folder:
-        return agreement(write_model(name, tied, tokenizer, Path(folder)), tokenizer, rank)
+        return agreement(write_model(name, tied, tokenizer, Path(folder)), tokenizer, rank, lora=lora)
 
 
 def processes() -> ProcessPoolExecutor:

@@ -10,6 +10,7 @@ from functools import partial
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.data.text import TextExample, load_text
+from rlhf_ray.models.adapters import check_adapters
 from rlhf_ray.models.loading import (
     check_language_model,
     check_tokenizer_fits,
@@ -57,6 +58,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
     check_tokenizer_fits(tokenizer, facts, policy.model, "policy.model")
     check_language_model(facts, policy.model, "policy.model")
     check_top_layers(policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
+    check_adapters(policy.model, policy.lora, "policy.lora.target_modules")
     text = load_text(config.text, tokenizer)
     steps = config.steps or config.epochs * math.ceil(len(text.examples) / config.batch_size)
     request = RoleRequest("policy", "policy.learner", policy.learner)
@@ -72,7 +74,10 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
             tracker.display.message(f"{text.num_skipped} rows skipped, {text.num_truncated} cut")
         tracker.phase("loading the model")
         algorithm = AlgorithmSettings()
-        group.build_all(*(partial(PolicyLearner, policy, algorithm, rank, total_steps=steps) for rank in ranks(group)))
+        seed = config.run.seed
+        group.build_all(
+            *(partial(PolicyLearner, policy, algorithm, rank, total_steps=steps, seed=seed) for rank in ranks(group))
+        )
         state = TextState()
         restored = run.restore(TextState)
         if restored is not None:
@@ -100,6 +105,8 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
                 run.keep(state.step, state, partial(group.call_all, PolicyLearner.save_checkpoint))
         tracker.phase("writing the policy")
         group.call_all(PolicyLearner.export, str(run.folder.policy.absolute()))
+        if policy.lora is not None:
+            group.call_all(PolicyLearner.export_adapters, str(run.folder.policy_adapters.absolute()))
         plot_loss(run.folder.metrics, run.folder.plot, f"{config.run.name} · {policy.model}")
         loss = tracker.metrics.read().rows[-1]["loss"]
         tracker.finish({"name": config.run.name, "steps": steps, "loss": loss, "wall_s": tracker.wall_s})

@@ -111,8 +111,8 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max(float((one[name].float() - other[name].float()).abs().max()) for name in one)
 
 
-def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+def weights_in(folder: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
     """All tensors of a saved model."""
     from safetensors.torch import load_file
 
-    return load_file(folder / "model.safetensors")
+    return load_file(folder / name)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.base import Fraction, NonNegativeFloat, OffIsAWord, PositiveFloat, PositiveInt, Settings
+from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.settings import CheckpointSettings, GeneratorSettings, LearnerSettings, PromptSettings, RunConfig
 
@@ -30,17 +31,6 @@ class PreferenceSettings(Settings):
     limit: PositiveInt | None = Field(None, description="Use only the first n rows.")
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="A row that cannot be used ends the run, or is counted, listed and left out."
-    )
-
-
-class LoraSettings(Settings):
-    """Low-rank adapters (Hu et al. 2021), merged into the weights when the model is written."""
-
-    rank: PositiveInt = Field(16, description="Rank of the adapters.")
-    alpha: PositiveInt = Field(32, description="Adapters are scaled by `alpha / rank`.")
-    dropout: Fraction = Field(0.0, description="Dropout in front of the adapters.")
-    modules: list[str] = Field(
-        default_factory=list, description="Names of the linear layers that get an adapter; empty: all of the backbone."
     )
 
 

@@ -21,6 +21,7 @@ from rlhf_ray.config.base import (
     PositiveInt,
     Settings,
 )
+from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import RewardSources
 
 
@@ -122,6 +123,21 @@ class PolicySettings(Settings):
 
     model: str = Field(description="Hugging Face directory (or hub id) of the policy.")
     learner: LearnerSettings = Field(default_factory=LearnerSettings, description="How it is trained.")
+    lora: LoraSettings | None = Field(None, description="Train low-rank adapters only; empty: the weights themselves.")
+
+    @model_validator(mode="after")
+    def _adapters_are_all_that_is_trained(self) -> PolicySettings:
+        if self.lora is not None and self.learner.trainable_top_layers is not None:
+            raise ValueError(
+                f"lora: trains adapters only, but learner.trainable_top_layers is {self.learner.trainable_top_layers}; "
+                "leave one of them empty"
+            )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                f"lora.dropout: {self.lora.dropout:g}; the ratio of new to old log-probs would not be 1 before an "
+                "update, so a policy has none"
+            )
+        return self
 
 
 class CriticSettings(Settings):
@@ -376,7 +392,9 @@ class PPOConfig(RunConfig):
     policy: PolicySettings = Field(description="The policy.")
     critic: CriticSettings | None = Field(None, description="The critic; only where `algorithm.advantage` needs one.")
     reference: ReferenceSettings | None = Field(
-        default_factory=ReferenceSettings, description="The reference; null only when `algorithm.kl.coefficient` is 0."
+        default_factory=ReferenceSettings,
+        description="The reference; null only when `algorithm.kl.coefficient` is 0. Left out with `policy.lora`: the "
+        "policy without its adapters is the reference, and its learner computes the log-probs.",
     )
     reward: RewardSources = Field(
         description="Where rewards come from: one source, or a list of sources whose weighted scores are added."
@@ -426,6 +444,11 @@ class PPOConfig(RunConfig):
                 "algorithm.kl.controller: 'adaptive' multiplies the coefficient, which must start above 0, and needs "
                 "a reference section"
             )
+        if self.policy.lora is not None and self.reference not in (None, ReferenceSettings()):
+            raise ValueError(
+                "reference: with policy.lora the policy without its adapters is the reference, and no role has one of "
+                "its own; remove the section"
+            )
         if self.reference is None and algorithm.kl.coefficient > 0:
             raise ValueError("reference: algorithm.kl.coefficient is above 0, which needs a reference section")
         if sampling.prompts_per_shard * sampling.samples_per_prompt < algorithm.minibatches:
@@ -453,6 +476,11 @@ class PPOConfig(RunConfig):
                 "weights.transport: 'nccl' needs generator.gpus and policy.learner.gpus above 0; use 'object_store'"
             )
         return self
+
+    @property
+    def reference_role(self) -> ReferenceSettings | None:
+        """The reference where it is a role of its own: adapters can be switched off, so they need none."""
+        return None if self.policy.lora is not None else self.reference
 
 
 class TextSettings(Settings):

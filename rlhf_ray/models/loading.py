@@ -270,6 +270,18 @@ def train_only_top_layers(model: Any, num_layers: int | None) -> None:
         parameter.requires_grad_(True)
 
 
+def restore_rotary_frequencies(model: Any) -> None:
+    """Give rotary embeddings their float32 frequencies back.
+
+    Transformers keeps them in float32 whatever the type of the weights. ZeRO-3 in bfloat16 computes and stores every
+    tensor of a new module in bfloat16, and frequencies of 8 bits turn far positions by whole radians.
+    """
+    for module in list(model.modules()):
+        if "RotaryEmbedding" in type(module).__name__ and hasattr(module, "config"):
+            for name, buffer in type(module)(module.config).named_buffers(recurse=False):
+                setattr(module, name, buffer.to(getattr(module, name).device))
+
+
 def frozen_layers(model: Any, num_layers: int) -> list[Any]:
     """The layers that `train_only_top_layers` freezes, from the first on."""
     layers, _ = _layer_stack(model)

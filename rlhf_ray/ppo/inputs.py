@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.models.adapters import check_adapters
 from rlhf_ray.models.loading import (
     check_language_model,
     check_packed_rows,
@@ -50,8 +51,9 @@ def read_inputs(config: PPOConfig) -> Inputs:
     check_tokenizer_fits(tokenizer, facts, policy, "policy.model")
     check_language_model(facts, policy, "policy.model")
     check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
-    if config.reference is not None and config.reference.model is not None:
-        reference = config.reference.model
+    check_adapters(policy, config.policy.lora, "policy.lora.target_modules")
+    if config.reference_role is not None and config.reference_role.model is not None:
+        reference = config.reference_role.model
         reference_facts = read_model_facts(reference, "reference.model")
         check_tokenizer_fits(tokenizer, reference_facts, policy, "reference.model")
         check_language_model(reference_facts, reference, "reference.model")
@@ -108,7 +110,7 @@ def trunk_sharers(config: PPOConfig, num_layers: int) -> frozenset[str]:
     Args:
         num_layers: of the policy.
     """
-    policy, reference, critic = config.policy, config.reference, config.critic
+    policy, reference, critic = config.policy, config.reference_role, config.critic
     trained = policy.learner.trainable_top_layers
     if trained is None or trained >= num_layers or reference is None:
         return frozenset()

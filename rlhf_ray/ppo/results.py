@@ -89,13 +89,15 @@ def write_results(
         save_samples(folder.path / AFTER, after)
         held_out = held_out_summary(before, after)
         summary["held_out"] = held_out
-        summary["kl/reference"] = held_out_kl(after) if roles.references is not None else None
+        summary["kl/reference"] = held_out_kl(after) if roles.has_reference else None
         pairs = pair_samples(before, after)
         tracker.display.message(held_out_line(held_out))
     else:
         summary["kl/reference"] = rows[-1]["kl/reference"]
     tracker.phase("writing the policy")
     roles.policy.call_all(PolicyLearner.export, str(folder.policy.absolute()))
+    if config.policy.lora is not None:
+        roles.policy.call_all(PolicyLearner.export_adapters, str(folder.policy_adapters.absolute()))
     title = f"{config.run.name} · {config.policy.model}"
     plot_ppo(folder.metrics, folder.plot, title)
     summary["wall_s"] = tracker.wall_s

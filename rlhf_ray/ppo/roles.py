@@ -45,6 +45,7 @@ class Roles:
 
     Attributes:
         sources: of rewards, in the order of the configuration.
+        policy_is_reference: the policy's learner, without its adapters, computes the reference's log-probs.
         trunk_sharers: the learners that begin behind the frozen layers, whose states the reference computes for them.
         reference_is_sharded: the references are ranks that share one model, and make every pass together.
     """
@@ -55,8 +56,14 @@ class Roles:
     references: ActorGroup[Reference] | None
     critic: ActorGroup[CriticLearner] | None
     evaluator: ActorGroup[Evaluator] | None
+    policy_is_reference: bool
     trunk_sharers: frozenset[str]
     reference_is_sharded: bool
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there are log-probs to measure the KL divergence against."""
+        return self.references is not None or self.policy_is_reference
 
     def groups(self) -> list[ActorGroup[Any]]:
         """All groups there are."""
@@ -91,8 +98,8 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
         ),
         RoleRequest("policy", "policy.learner", config.policy.learner),
     ]
-    if config.reference is not None:
-        requests.append(RoleRequest("reference", "reference", config.reference))
+    if config.reference_role is not None:
+        requests.append(RoleRequest("reference", "reference", config.reference_role))
     if config.critic is not None:
         requests.append(RoleRequest("critic", "critic.learner", config.critic.learner))
     if config.evaluation.prompts is not None:
@@ -125,6 +132,7 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClas
         references=groups.get("reference"),
         critic=groups.get("critic"),
         evaluator=groups.get("evaluator"),
+        policy_is_reference=config.policy.lora is not None and config.reference is not None,
         trunk_sharers=inputs.trunk_sharers,
         reference_is_sharded=config.reference is not None and config.reference.sharded,
     )
@@ -166,12 +174,13 @@ def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleCl
             for rank in ranks(roles.policy)
         )
     )
-    if roles.references is not None and config.reference is not None:
-        model = config.reference.model or policy.model
+    reference = config.reference_role
+    if roles.references is not None and reference is not None:
+        model = reference.model or policy.model
         cut = trained if roles.trunk_sharers else None
         places = ranks(roles.references) if roles.reference_is_sharded else [None] * len(roles.references)
         answers += roles.references.build(
-            *(partial(classes.reference, model, config.reference, temperature, cut, place) for place in places)
+            *(partial(classes.reference, model, reference, temperature, cut, place) for place in places)
         )
     if roles.critic is not None and config.critic is not None:
         model = config.critic.model or policy.model

@@ -10,6 +10,9 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.runtime.run import read_state
 from rlhf_ray.tracking.run_folder import RunFolder
 
+_LORA = "policy.lora"
+_STALENESS = "algorithm.max_staleness"
+
 
 @dataclass
 class LoopState:
@@ -54,7 +57,9 @@ def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
     if config.critic is not None:
         learners["critic.learner"] = config.critic.learner
     names = ("replicas", "zero_stage", "trainable_top_layers", "dtype")
-    return {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+    shapes = {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+    lora = config.policy.lora
+    return {**shapes, _LORA: None if lora is None else lora.model_dump_json()}
 
 
 def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
@@ -68,11 +73,8 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
         return
     step, path = latest
     found = read_state(path, LoopState)
-    written = {**found.learners, "algorithm.max_staleness": found.max_staleness}
-    wanted = {
-        **(learner_shapes(config) if found.learners else {}),
-        "algorithm.max_staleness": config.algorithm.max_staleness,
-    }
+    written = {_LORA: None, **found.learners, _STALENESS: found.max_staleness}
+    wanted = {**(learner_shapes(config) if found.learners else {}), _STALENESS: config.algorithm.max_staleness}
     for key, now in wanted.items():
         before = written.get(key, "no such learner")
         # What `auto` is becomes known on the learner's node.

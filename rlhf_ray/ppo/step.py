@@ -126,16 +126,27 @@ def score(roles: Roles, shards: Sequence[Shard]) -> list[ShardRewards]:
 
 
 def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | None:
-    """Ask the references for their log-probs; nothing without a reference."""
-    if roles.references is None:
+    """Ask for the reference's log-probs of all shards; nothing without a reference."""
+    if not roles.has_reference:
         return None
-    # Ranks that share one model make every pass together: those whose turn does not come again repeat the last shard.
-    repeated = -len(shards) % len(roles.references) if roles.reference_is_sharded else 0
-    asked = [
-        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data, None)
-        for index, shard in enumerate([*shards, *shards[-1:] * repeated])
-    ]
-    return asked[: len(shards)]
+    # Where ranks make every pass together, all are asked for as many: the last shard again where they are not even.
+    ranks = 1
+    if roles.references is None:
+        ranks = len(roles.policy)
+    elif roles.reference_is_sharded:
+        ranks = len(roles.references)
+    surplus = shards[-1:] * (-len(shards) % ranks)
+    columns = [_refer_to(roles, index, shard.rollout.data, None) for index, shard in enumerate([*shards, *surplus])]
+    return columns[: len(shards)]
+
+
+def _refer_to(
+    roles: Roles, index: int, rows: Answer[Rollout], states: Answer[TrunkColumn] | None
+) -> Stored[TokenColumn]:
+    """Ask for the reference's log-probs of the shard in a place of the step."""
+    if roles.references is None:
+        return roles.policy.of(index).keep(PolicyLearner.reference_logprobs, rows)
+    return roles.references.of(index).keep(Reference.logprobs, rows, states)
 
 
 def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
@@ -151,9 +162,7 @@ def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
             # Frozen layers first: everybody else waits for these.
             if roles.trunk_sharers:
                 trunk = roles.references.of(index).keep(Reference.trunk, shard.rollout.data)
-            reference = roles.references.of(index).keep(
-                Reference.logprobs, shard.rollout.data, None if trunk is None else trunk.data
-            )
+            reference = _refer_to(roles, index, shard.rollout.data, None if trunk is None else trunk.data)
         columns.append(Columns(rewards, trunk, reference))
     return columns
 
@@ -173,13 +182,15 @@ def learner_columns(
     for index, (shard, column) in enumerate(zip(shards, columns, strict=True)):
         rows = shard.rollout.data
         states = None if column.trunk is None else column.trunk.data
-        values = policy = None
+        reference, values, policy = column.reference, None, None
+        if roles.policy_is_reference:
+            reference = _refer_to(roles, index, rows, None)
         if roles.critic is not None:
             begun_at = states if "critic" in roles.trunk_sharers else None
             values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)
         if old_logprobs:
             policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, states)
-        complete.append(replace(column, values=values, policy=policy))
+        complete.append(replace(column, reference=reference, values=values, policy=policy))
     return complete
 
 

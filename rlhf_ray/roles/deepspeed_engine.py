@@ -16,6 +16,8 @@ import torch
 
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.models.adapters import plain_weights
+from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 from rlhf_ray.roles.rank_group import Batch, Rank, RankEngine
 
@@ -61,6 +63,8 @@ class DeepSpeedEngine(RankEngine):
             # transformers partitions while it loads as long as this object is alive.
             self._partitioned_loading = HfDeepSpeedConfig(configuration)
         module = build()
+        if self._zero_stage == 3:
+            restore_rotary_frequencies(module)
         if settings.gradient_checkpointing:
             for part in module.children():
                 if hasattr(part, "gradient_checkpointing_enable"):
@@ -126,17 +130,17 @@ class DeepSpeedEngine(RankEngine):
         return StepReport(grad_norm=0.0, learning_rate=0.0)
 
     def full_weights(self, strip: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight in full and in the compute type, under its Hugging Face name.
+        """Every weight in full and in the compute type, under its Hugging Face name, adapters merged in.
 
         A collective in ZeRO-3; only rank 0 is given anything.
 
         Args:
             strip: name prefix that our wrapper put before the Hugging Face names.
         """
-        for name, parameter in self.unwrapped.named_parameters():
-            with gathered([parameter], read_only=True):
+        for name, weight in plain_weights(self.unwrapped).items():
+            with gathered(weight.parts, read_only=True):
                 if self.rank.rank == 0:
-                    yield name.removeprefix(strip), parameter.data
+                    yield name.removeprefix(strip), weight.value()
 
     def save_checkpoint(self, folder: Path) -> None:
         """Weights, optimizer and step count of this rank."""

@@ -26,11 +26,13 @@ from rlhf_ray.algorithms.off_policy import (
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import PolicySettings
 from rlhf_ray.data.text import TextExample
+from rlhf_ray.models.adapters import adapter_parameters, adapters_off, add_adapters, save_adapters
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.models.loading import load_tokenizer, resolve_attention, resolve_dtype, train_only_top_layers
 from rlhf_ray.models.packing import PackedBatch, micro_batches, pack
 from rlhf_ray.models.token_loss import Objective, SequenceObjective, TokenObjective
-from rlhf_ray.models.token_models import PolicyModel, load_policy_model
+from rlhf_ray.models.token_models import PolicyModel, gathered, load_policy_model
+from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, StepReport, mean_grad_norm
 from rlhf_ray.roles.learner import (
     Meter,
@@ -103,7 +105,7 @@ class PolicyLearner:
         rank: this process in its group.
         total_steps: optimizer steps of the whole run.
         temperature, max_response_tokens: of the sampling, 1 for supervised training.
-        seed: keys the minibatches.
+        seed: keys the minibatches and the adapters' first weights.
         shares_trunk: shards may come with the states behind the frozen layers.
     """
 
@@ -135,6 +137,10 @@ class PolicyLearner:
                 attention=resolve_attention(learner.attention, on_gpu),
             )
             train_only_top_layers(model.language_model, learner.trainable_top_layers)
+            if settings.lora is not None:
+                add_adapters(
+                    model.language_model, settings.lora, "policy.lora.target_modules", keyed_seed(seed, "adapters")
+                )
             if shares_trunk and learner.trainable_top_layers is not None:
                 model.cut_above(learner.trainable_top_layers)
             return model
@@ -149,6 +155,11 @@ class PolicyLearner:
             trunk: of the rollout, where its frozen layers have been computed already.
         """
         return token_column(self._engine, rollout, trunk, self._micro_batch_tokens, self._engine.module)
+
+    def reference_logprobs(self, rollout: Rollout) -> TokenColumn:
+        """Log-probs without the adapters: those of the model before training, bit for bit."""
+        with adapters_off(self._engine.unwrapped):
+            return self.logprobs(rollout)
 
     def train(self, step: int, shards: Sequence[ExperienceShard], kl_coefficient: float) -> PolicyReport:
         """All epochs and minibatches of one step.
@@ -261,10 +272,19 @@ class PolicyLearner:
         self._engine.load_checkpoint(checkpoint_folder(folder, "policy"))
 
     def export(self, folder: str) -> None:
-        """The policy as a Hugging Face directory with its tokenizer, written by rank 0."""
+        """The policy as a Hugging Face directory with its tokenizer, adapters merged in, written by rank 0."""
         self._engine.save_pretrained(Path(folder), self._engine.unwrapped.language_model, _PREFIX)
         if self._engine.rank.rank == 0:
             load_tokenizer(self._model, "policy.model").save_pretrained(folder)
+
+    def export_adapters(self, folder: str) -> None:
+        """The adapters as a directory that peft loads onto the model before training, written by rank 0."""
+        model = self._engine.unwrapped.language_model
+        adapters = adapter_parameters(model)
+        with gathered(list(adapters.values()), read_only=True):
+            if self._engine.rank.rank == 0:
+                factors = {name: factor.detach().to("cpu", copy=True) for name, factor in adapters.items()}
+                save_adapters(Path(folder), model, factors)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""The policy learner's trained weights on their way to the engines. Every method is a collective of all ranks."""
+"""The policy learner's trained weights on their way to the engines, with adapters merged in.
+
+Every method is a collective of all ranks.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.models.buckets import WeightBucket, bucket_names
 from rlhf_ray.models.token_models import gathered, named_as_saved, shapes_as_saved
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
@@ -21,7 +23,7 @@ class PolicyWeights:
 
     def __init__(self, engine: DeepSpeedEngine, model: Any) -> None:
         self._engine, self._model = engine, model
-        self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._weights = {name: weight for name, weight in plain_weights(model).items() if weight.is_sent}
         self._layout: list[tuple[str, ...]] = []
         self._sender: Any = None
 
@@ -32,24 +34,30 @@ class PolicyWeights:
             The names in each bucket.
         """
         sizes = [
-            (name, getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size())
-            for name, parameter in self._trained.items()
+            (name, getattr(weight.parameter, "ds_numel", weight.parameter.numel()) * weight.parameter.element_size())
+            for name, weight in self._weights.items()
         ]
         self._layout = bucket_names(sizes, max_bytes)
         return [
-            tuple(saved for name in names for saved, _ in shapes_as_saved(self._model, name, self._trained[name]))
+            tuple(
+                saved
+                for name in names
+                for saved, _ in shapes_as_saved(self._model, name, self._weights[name].parameter)
+            )
             for names in self._layout
         ]
 
     def bucket(self, index: int) -> WeightBucket | None:
         """One bucket; nothing on ranks other than the first."""
         names = self._layout[index]
-        parameters = [self._trained[name] for name in names]
-        with gathered(parameters, read_only=True), torch.no_grad():
+        weights = [self._weights[name] for name in names]
+        with gathered([part for weight in weights for part in weight.parts], read_only=True):
             if self._engine.rank.rank != 0:
                 return None
             # What ZeRO-3 gathers is gone with the block.
-            tensors = [each.clone() if hasattr(each, "ds_id") else each.data for each in parameters]
+            tensors = [
+                weight.value().clone() if hasattr(weight.parameter, "ds_id") else weight.value() for weight in weights
+            ]
             return WeightBucket.of(
                 saved
                 for name, tensor in zip(names, tensors, strict=True)
@@ -67,7 +75,7 @@ class PolicyWeights:
         """
         from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 
-        source = LearnerWeightSource(self._model, self._trained)
+        source = LearnerWeightSource(self._model, self._weights)
         self._sender = open_sender(source, self._engine.rank.rank, group)
         return update_info(source)
 

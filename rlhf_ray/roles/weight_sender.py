@@ -10,33 +10,34 @@ from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+from rlhf_ray.models.adapters import PlainWeight
 from rlhf_ray.models.token_models import gathered, named_as_saved, shapes_as_saved
 
 
 class LearnerWeightSource(WeightSource):
-    """Weights in full, one after another; ZeRO-3 gathers each on all ranks.
+    """Weights in full, one after another, adapters merged in; ZeRO-3 gathers each on all ranks.
 
     vLLM's own `ModuleSource` knows DTensors, not DeepSpeed's partitions.
 
     Args:
         model: the transformers model.
-        parameters: of it, by name.
+        weights: of it, by name.
     """
 
-    def __init__(self, model: Any, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        self._model, self._parameters = model, parameters
+    def __init__(self, model: Any, weights: Mapping[str, PlainWeight]) -> None:
+        self._model, self._weights = model, weights
 
     def metadata(self) -> list[ParamMeta]:
         return [
             ParamMeta(saved, tensor.dtype, tuple(tensor.shape))
-            for name, parameter in self._parameters.items()
-            for saved, tensor in shapes_as_saved(self._model, name, parameter)
+            for name, weight in self._weights.items()
+            for saved, tensor in shapes_as_saved(self._model, name, weight.parameter)
         ]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._parameters.items():
-            with gathered([parameter], read_only=True):
-                yield from named_as_saved(self._model, name, parameter.data)
+        for name, weight in self._weights.items():
+            with gathered(weight.parts, read_only=True):
+                yield from named_as_saved(self._model, name, weight.value())
 
 
 class _DriverAsksTheEngines:

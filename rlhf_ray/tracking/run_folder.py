@@ -122,6 +122,11 @@ class RunFolder:
         return self.path / "policy_best"
 
     @property
+    def policy_adapters(self) -> Path:
+        """The trained policy's adapters, where it has some, as peft reads them."""
+        return self.path / "policy_adapters"
+
+    @property
     def reward_model(self) -> Path:
         """The trained reward model, a Hugging Face directory."""
         return self.path / "reward_model"

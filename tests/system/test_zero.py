@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rlhf_ray.config.base import ActorSettings
-from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
+from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import CriticSettings, PolicySettings, ReferenceSettings
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.reward.train.learner import RewardLearner
@@ -81,6 +82,30 @@ class Learners:
         return [WeightBucket.of((name, tensor.clone()) for name, tensor in self.critic._engine.full_weights(""))]
 
 
+class Adapted:
+    """A policy with adapters, each rank with its part of the rollouts."""
+
+    def __init__(self, model: str, rank: Rank, zero_stage: int) -> None:
+        policy = PolicySettings(
+            model=model,
+            learner=learner_settings(zero_stage=zero_stage, micro_batch_tokens=48, gradient_checkpointing=True),
+            lora=LoraSettings(rank=4, target_modules=["q_proj", "down_proj"]),
+        )
+        self.policy = PolicyLearner(policy, ALGORITHM, rank, total_steps=20)
+        self._rollouts = ROLLOUTS[rank.rank :: rank.world_size]
+
+    def step(self, step: int) -> tuple[PolicyReport, list[TokenColumn]]:
+        """A step of PPO, and the reference's log-probs after it."""
+        shards = [shard_of(rollout, self.policy.logprobs(rollout)) for rollout in self._rollouts]
+        report = self.policy.train(step, shards, KL_COEFFICIENT)
+        return report, [self.policy.reference_logprobs(rollout) for rollout in self._rollouts]
+
+    def weights(self, folder: str) -> list[WeightBucket | None]:
+        """What the engine gets; the adapters are written."""
+        self.policy.export_adapters(folder)
+        return [self.policy.weight_bucket(index) for index in range(len(self.policy.weight_layout(20_000)))]
+
+
 class Sum:
     """A learner whose gradient is what it is given, in bfloat16."""
 
@@ -145,6 +170,31 @@ def test_two_ranks_equal_one_process(
     assert pair.call_all(Learners.train, 1) == reports[1]
     again = tensors_of(tmp_path / "again", pair.call_all(Learners.export, str(tmp_path / "again"))[0])
     assert largest_difference(again, weights) == 0
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_adapters_of_two_ranks_equal_those_of_one_process(
+    pair: ActorGroup[Any], policy_model: str, single_rank: Rank, tmp_path: Path, zero_stage: int
+):
+    single = Adapted(policy_model, single_rank, 1)
+    reference = [single.policy.reference_logprobs(rollout).data for rollout in ROLLOUTS]
+    pair.build_all(*(partial(Adapted, policy_model, place, zero_stage) for place in ranks(pair)))
+    for step in range(2):
+        expected, _ = single.step(step)
+        for number, (report, columns) in enumerate(pair.call_all(Adapted.step, step)):
+            assert report.loss == pytest.approx(expected.loss, abs=1e-5)
+            assert report.grad_norm == pytest.approx(expected.grad_norm, abs=1e-5)
+            for own, base in zip(columns, reference[number::2], strict=True):
+                np.testing.assert_allclose(own.data, base, rtol=0, atol=1e-5)
+    of_ranks = pair.call_all(Adapted.weights, str(tmp_path / "ranks"))
+    assert of_ranks[1] == [None] * len(of_ranks[0])
+    found, wanted = (
+        {name: tensor.clone() for bucket in buckets if bucket is not None for name, tensor in bucket.tensors()}
+        for buckets in (of_ranks[0], single.weights(str(tmp_path / "single")))
+    )
+    assert largest_difference(found, wanted) <= 1e-5
+    adapters = [weights_in(tmp_path / name, "adapter_model.safetensors") for name in ("ranks", "single")]
+    assert largest_difference(*adapters) <= 1e-5
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

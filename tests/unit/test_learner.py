@@ -474,6 +474,25 @@ def test_bfloat16_keeps_master_weights(policy_model: str, single_rank: Rank):
     assert float(moved.float().mean()) > 3e-5
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_rotary_frequencies_are_not_rounded_to_bfloat16(policy_model: str, single_rank: Rank, zero_stage: int):
+    """Position 1000 times a frequency of 8 bits is off by radians."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(policy_model)
+    learners = (
+        policy_learner(policy_model, single_rank, dtype="bfloat16", zero_stage=zero_stage),
+        critic_learner(policy_model, single_rank, dtype="bfloat16", zero_stage=zero_stage),
+    )
+    expected = dict(plain.base_model.rotary_emb.named_buffers())
+    assert expected.keys() == {"inv_freq", "original_inv_freq"}
+    for learner in learners:
+        [rotary] = [each for each in learner._engine.unwrapped.modules() if hasattr(each, "inv_freq")]
+        assert not list(rotary.state_dict()), "a checkpoint must not hold them"
+        for name, buffer in rotary.named_buffers():
+            assert torch.equal(buffer, expected[name]), name
+
+
 class Weighted(torch.nn.Module):
     """Its gradient is what it is called with."""
 

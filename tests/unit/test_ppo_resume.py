@@ -54,11 +54,28 @@ def folder(tmp_path: Path) -> RunFolder:
         ("policy.learner.zero_stage=3", r"policy\.learner\.zero_stage: 3, but .* with 1"),
         ("policy.learner.dtype=bfloat16", r"policy\.learner\.dtype: bfloat16, but .* with float32"),
         ("critic.learner.trainable_top_layers=1", r"critic\.learner\.trainable_top_layers: 1, but .* with none"),
+        ("policy.lora={rank: 4}", r'policy\.lora: {"rank":4,.*}, but .* with none'),
     ],
 )
 def test_a_checkpoint_that_the_learners_could_not_read_is_refused(folder: RunFolder, override: str, message: str):
     with pytest.raises(BadInput, match=message):
-        check_resumable(config_of(override), folder)
+        check_resumable(config_of(override, "reference.dtype=auto"), folder)
+
+
+def test_adapters_are_resumed_with_the_settings_they_were_begun_with(folder: RunFolder):
+    adapted = ("policy.lora={rank: 4}", "reference.dtype=auto")
+    write_state(folder.checkpoint_path(4), LoopState(step=4, learners=learner_shapes(config_of(*adapted))))
+    check_resumable(config_of(*adapted), folder)
+    for override, now in (("policy.lora.rank=8", r'{"rank":8,.*}'), ("policy.lora=null", "none")):
+        with pytest.raises(BadInput, match=rf'policy\.lora: {now}, but the checkpoint .* with {{"rank":4,'):
+            check_resumable(config_of(*adapted, override), folder)
+
+
+def test_a_checkpoint_of_before_there_were_adapters_has_none(folder: RunFolder):
+    learners = learner_shapes(config_of())
+    del learners["policy.lora"]
+    write_state(folder.checkpoint_path(4), LoopState(step=4, learners=learners))
+    check_resumable(config_of(), folder)
 
 
 def test_a_critic_without_a_checkpoint_is_refused(folder: RunFolder):

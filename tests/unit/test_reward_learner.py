@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf_ray.config.reward_model import LoraSettings, RewardTrainingSettings
+from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.reward.core.card import MemberLayout
 from rlhf_ray.reward.core.loading import head_hash
 from rlhf_ray.reward.train.learner import RewardLearner
@@ -106,12 +107,12 @@ def test_reward_model_learns_its_pairs(bert: str, single_rank: Rank):
 def expected_loss(learner: RewardLearner, pairs: list[EncodedPair], layout: MemberLayout, centering: float) -> float:
     """The loss written out, one text at a time, in float64."""
     network = learner._engine.unwrapped
-    network.classifier.set_attn_implementation("eager")
+    network.network.set_attn_implementation("eager")
     shape = (len(layout.attributes), layout.heads)
 
     def score(ids: tuple[int, ...]) -> torch.Tensor:
         with torch.no_grad():
-            return network.classifier(input_ids=torch.tensor([ids])).logits[0].double().view(shape)
+            return network.network(input_ids=torch.tensor([ids])).logits[0].double().view(shape)
 
     total = 0.0
     for attribute in range(shape[0]):
@@ -185,20 +186,18 @@ def test_scores_do_not_depend_on_the_company(bert: str, single_rank: Rank):
     np.testing.assert_allclose(together, apart, rtol=0, atol=SCORE_ROUNDING)
 
 
-@pytest.mark.parametrize("modules", [[], ["query", "value"]])
-def test_adapters_are_merged_when_the_model_is_written(
-    bert: str, single_rank: Rank, tmp_path: Path, modules: list[str]
-):
+@pytest.mark.parametrize("modules", ["all-linear", ["query", "value"]])
+def test_adapters_are_merged_when_the_model_is_written(bert: str, single_rank: Rank, tmp_path: Path, modules: Any):
     from transformers import AutoModelForSequenceClassification
 
-    training = RewardTrainingSettings(lora=LoraSettings(rank=4, alpha=8, modules=modules))
+    training = RewardTrainingSettings(lora=LoraSettings(rank=4, alpha=8, target_modules=modules))
     learner = reward_learner(bert, single_rank, LAYOUT, training)
     before = trained(learner)
     for _ in range(3):
         learner.train_pairs(pairs_of(LAYOUT))
     changed = {name for name, tensor in trained(learner).items() if not torch.equal(tensor, before[name])}
     assert changed
-    assert all(".lora_" in name or ".modules_to_save." in name for name in changed)
+    assert all(".lora_" in name or name.startswith("classifier.") for name in changed)
     texts = [pair.chosen for pair in pairs_of(LAYOUT)]
     expected = learner.score_tokens(texts)
     written = learner.export(str(tmp_path / "merged"))

@@ -9,6 +9,8 @@ import torch
 from vllm.distributed.weight_transfer import nccl_engine
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 
+from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.models.adapters import adapter_parameters, add_adapters, plain_weights
 from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 from rlhf_ray.runtime import weight_transfer
 from rlhf_ray.runtime.answers import Answer
@@ -46,7 +48,7 @@ def source(kind: type[LearnerWeightSource] = LearnerWeightSource) -> LearnerWeig
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.norm.to(torch.float32)
-    return kind(model, dict(model.named_parameters()))
+    return kind(model, plain_weights(model))
 
 
 def test_metadata_says_what_iteration_gives():
@@ -67,10 +69,32 @@ def test_metadata_of_partitioned_weights_has_their_full_shape():
     """ZeRO-3 leaves an empty tensor and notes the shape."""
     sent = source()
     before = sent.metadata()
-    for parameter in sent._parameters.values():
-        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
-        parameter.data = torch.empty(0)
+    for weight in sent._weights.values():
+        weight.parameter.ds_shape = weight.parameter.shape  # type: ignore[attr-defined]
+        weight.parameter.data = torch.empty(0)
     assert [meta.shape for meta in sent.metadata()] == [meta.shape for meta in before]
+
+
+def test_adapters_are_sent_merged():
+    """Under the names and shapes of the plain model, with the values that a directory gets."""
+    model = source()._model
+    add_adapters(model, LoraSettings(rank=2, target_modules=["q_proj"]), "policy.lora.target_modules", seed=0)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.normal_()
+    weights = {name: weight for name, weight in plain_weights(model).items() if weight.is_sent}
+    sent = LearnerWeightSource(model, weights)
+    given = dict(sent)
+    assert [(meta.name, meta.dtype, meta.shape) for meta in sent.metadata()] == [
+        (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in given.items()
+    ]
+    attention = [f"model.layers.{layer}.self_attn.{side}_proj.weight" for layer in range(2) for side in "qkvo"]
+    assert list(given) == attention
+    for layer in range(2):
+        adapted = model.model.layers[layer].self_attn.q_proj
+        down, up = (part.weight.float() for part in (adapted.lora_A["default"], adapted.lora_B["default"]))
+        expected = (adapted.base_layer.weight.float() + 16 * (up @ down)).bfloat16()
+        assert torch.equal(given[f"model.layers.{layer}.self_attn.q_proj.weight"], expected)
 
 
 GROUP = {

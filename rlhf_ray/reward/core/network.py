@@ -32,7 +32,7 @@ class RewardNetwork(nn.Module):
     There are as many passes through the classifier whatever the texts, because in ZeRO-3 each is a collective.
 
     Args:
-        network: an `AutoModelForSequenceClassification`, or one behind adapters.
+        network: an `AutoModelForSequenceClassification`, with adapters or without.
         pad_token_id: of its tokenizer.
         packed: use packed rows; its attention must be one that takes them.
     """
@@ -42,11 +42,6 @@ class RewardNetwork(nn.Module):
         self.network = network
         self._pad_token_id = pad_token_id
         self.packed = packed
-
-    @property
-    def classifier(self) -> Any:
-        """The transformers model itself."""
-        return self.network.get_base_model() if hasattr(self.network, "get_base_model") else self.network
 
     def forward(self, texts: Sequence[Sequence[int]], one_batch: bool = False) -> tuple[torch.Tensor, int]:
         """`[n, labels]` float32 logits, and how many tokens went through the model, padding included.
@@ -59,7 +54,7 @@ class RewardNetwork(nn.Module):
         return self._from_batch(texts) if one_batch else self._from_batches(texts)
 
     def _from_row(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
-        classifier = self.classifier
+        classifier = self.network
         device = classifier.device
         num_tokens = sum(len(text) for text in texts)
         row_step, read_step = (_ROW_STEP, _READ_STEP) if device.type == "cpu" else (1, 1)
@@ -92,7 +87,7 @@ class RewardNetwork(nn.Module):
 
     def _from_batch(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
         batch = pad_texts(texts, self._pad_token_id)
-        inputs = {name: tensor.to(self.classifier.device) for name, tensor in batch.items()}
+        inputs = {name: tensor.to(self.network.device) for name, tensor in batch.items()}
         return self.network(**inputs).logits.float(), batch["input_ids"].numel()
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.models.adapters import add_adapters
 from rlhf_ray.models.loading import (
     resolve_attention,
     resolve_dtype,
@@ -23,7 +24,6 @@ from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.reward.core.card import MemberLayout
 from rlhf_ray.reward.core.loading import head_hash, head_of, load_reward_network, load_reward_tokenizer
 from rlhf_ray.reward.core.network import RewardNetwork, takes_packed_rows
-from rlhf_ray.reward.train.adapters import add_adapters, merged_weights
 from rlhf_ray.reward.train.pairs import EncodedPair
 from rlhf_ray.reward.train.preference import bradley_terry_loss, pair_accuracy
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
@@ -98,7 +98,8 @@ class RewardLearner:
             resolve = resolve_attention if packed else resolve_padded_attention
             network.set_attn_implementation(resolve(settings.attention, on_gpu))
             if training.lora is not None:
-                network = add_adapters(network, training.lora)
+                add_adapters(network, training.lora, "training.lora.target_modules", seed)
+                head_of(network).requires_grad_(True)
             return RewardNetwork(network, self._tokenizer.pad_token_id, packed)
 
         self._computed_tokens = 0
@@ -200,9 +201,7 @@ class RewardLearner:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}
         if self._engine.rank.rank != 0:
             return ""
-        if self._training.lora is not None:
-            state = merged_weights(state, self._training.lora)
-        self._engine.unwrapped.classifier.save_pretrained(folder, state_dict=state)
+        self._engine.unwrapped.network.save_pretrained(folder, state_dict=state)
         self._tokenizer.save_pretrained(folder)
         return head_hash(state)
 
