@@ -68,7 +68,7 @@ def results(rounds: dict[int, list[Steps]]) -> list[Result]:
     """What the rounds come to."""
     turns, ahead = (statistics.median(_step_s(steps) for steps in rounds[key]) for key in (TURNS, AHEAD))
     generate, train = (statistics.median(_busy_s(steps, *call) for steps in rounds[TURNS]) for call in _CALLS)
-    busy = statistics.median(row["utilization/busy"] for steps in rounds[AHEAD] for row in steps.rows)
+    busy = statistics.median(share for steps in rounds[AHEAD] for share in steps.metric("utilization/busy"))
     return [
         Result("a step, taking turns", turns, "s"),
         Result("a step, sampling ahead", ahead, "s"),

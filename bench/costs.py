@@ -337,7 +337,7 @@ def step_of(case: Case, hardware: Hardware) -> Step:
                 hardware,
                 tokens,
                 length,
-                config.reward.replicas * config.reward.gpus,
+                sum(source.replicas * source.gpus for source in config.reward),
                 None,
             ),
         ),

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.ppo.loop import PPO
 from rlhf_ray.ppo.metrics import COLUMNS
 from rlhf_ray.ppo.roles import Roles, build_roles, role_requests
+from rlhf_ray.ppo.scoring import SourceGroup
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, Replica
 from rlhf_ray.runtime.answers import collect
 from rlhf_ray.runtime.cluster import connect
@@ -43,6 +44,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "multi-node" / "ppo-70b.yaml"
 SPEED = 20.0
 HOUSES = 3
 _WAITING = 2000
+_BESIDE = -1
 """Calls that may wait in one process for their turn."""
 
 
@@ -97,6 +99,8 @@ class RoleHouse:
 
     def _in_turn(self, name: str, ticket: int, action: Callable[[RoleHost], Any]) -> Any:
         host, turn = self._hosts[name]
+        if ticket == _BESIDE:
+            return action(host)
         with turn.of(ticket):
             return action(host)
 
@@ -110,7 +114,9 @@ class _Method:
     tickets: Iterator[int]
 
     def options(self, **options: Any) -> _Method:
-        return _Method(self.actor_method.options(**options), self.name, self.tickets)
+        # A house has threads for everybody: what is asked beside the others just does not wait for its turn.
+        beside = options.pop("concurrency_group", None) is not None
+        return _Method(self.actor_method.options(**options), self.name, repeat(_BESIDE) if beside else self.tickets)
 
     def remote(self, *args: Any) -> Any:
         return self.actor_method.remote(self.name, next(self.tickets), *args)
@@ -156,7 +162,7 @@ def latencies_of(parts: Sequence[Part], config: PPOConfig, tokens: float) -> Lat
     policy_ranks, critic_ranks = config.policy.learner.replicas, critic.learner.replicas
     return Latencies(
         engine_step_s=seconds["generator: decode"] / config.sampling.max_response_tokens,
-        reward_s=seconds["reward: scores"] * config.reward.replicas / tokens,
+        reward_s=seconds["reward: scores"] * config.reward[0].replicas / tokens,
         reference_s=seconds["reference: log-probs"] * reference.replicas / tokens,
         values_s=seconds["critic: values"] * critic_ranks / tokens,
         logprobs_s=seconds["policy: old log-probs"] * policy_ranks / tokens,
@@ -205,11 +211,12 @@ def measure(
         groups[request.role] = ActorGroup(request.role, replicas, deadlines)
     roles = Roles(
         generators=groups["generator"],
-        scorers=groups["reward"],
+        sources=(SourceGroup(config.reward[0], groups["reward"]),),
         policy=groups["policy"],
         references=groups["reference"],
         critic=groups["critic"],
         evaluator=None,
+        policy_is_reference=False,
         trunk_sharers=frozenset(),
         reference_is_sharded=True,
     )
@@ -229,13 +236,16 @@ def measure(
         trace = json.loads(run.folder.trace.read_text(encoding="utf-8"))["traceEvents"]
     steps = [tuple(b - a for a, b in zip(before, after, strict=True)) for before, after in pairwise(marks)]
     middle = len(steps) // 2
+    first, last = rows[0]["tokens"], rows[-1]["tokens"]
+    assert isinstance(first, int), "a count"
+    assert isinstance(last, int), "a count"
     own_s, python_s, step_s = (sorted(each)[middle] for each in zip(*steps, strict=True))
     return Measured(
         roles=sum(len(group) for group in roles.groups()),
         own_s=own_s,
         python_s=python_s,
         step_s=step_s * SPEED,
-        tokens=(rows[-1]["tokens"] - rows[0]["tokens"]) / (len(rows) - 1),
+        tokens=(last - first) / (len(rows) - 1),
         busy=_busy(trace, roles, sum(step[2] for step in steps)),
     )
 

@@ -47,5 +47,5 @@ def stub_inputs(config: PPOConfig, stub: StubSettings, num_prompts: int, num_hel
         context_tokens=config.sampling.max_prompt_tokens + config.sampling.max_response_tokens,
         prompts=prompts("train", num_prompts),
         held_out=prompts("held-out", num_held_out) if num_held_out else None,
-        reward=StubSource(config.reward, None, stub),
+        rewards=tuple(StubSource(source, "reward", stub=stub) for source in config.reward),
     )

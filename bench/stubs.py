@@ -155,6 +155,7 @@ class StubGenerator(Generator):
         context_tokens: int,
         eos_token_id: int,
         weights: WeightSettings,
+        in_flight_updates: bool = False,
         *,
         stub: StubSettings,
     ) -> None:
@@ -167,8 +168,7 @@ class StubGenerator(Generator):
 
     def generate(self, plan: ShardPlan, snapshot: Snapshot) -> Rollout:
         with self._loading:
-            if snapshot.version != self._version:
-                self._load(snapshot)
+            self._bring(snapshot)
             had = self._version
         self._facts.write("sampled", asked=snapshot.version, had=had, shard=plan.index)
         prompts = [ids for ids in plan.prompts for _ in range(plan.samples_per_prompt)]
@@ -196,14 +196,15 @@ class StubGenerator(Generator):
             prompt_ids=prompt_ids,
         )
 
-    def synchronize(self, snapshot: Snapshot, probe: tuple[NDArray[np.int32], ...], learner: ProbeColumn) -> Parity:
+    def load(self, snapshot: Snapshot) -> Parity:
         with self._loading:
-            if snapshot.names or snapshot.version != self._version:
-                self._load(snapshot)
+            self._bring(snapshot)
         return Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, "")
 
-    def _load(self, snapshot: Snapshot) -> None:
+    def _bring(self, snapshot: Snapshot) -> None:
         """Called with the lock. What is broadcast arrives in a call of its own, which may begin after this one."""
+        if snapshot.version == self._version and not snapshot.names:
+            return
         if self._broadcast:
             if not self._loading.wait_for(lambda: self._version >= snapshot.version, _MEETING_S):
                 raise RuntimeError(f"version {snapshot.version} was not received")
@@ -277,6 +278,9 @@ class StubPolicyLearner(PolicyLearner):
             advantage_std=1.0,
             response_length_mean=float(lengths.mean()),
             truncated_fraction=0.0,
+            num_masked=0,
+            num_groups=len(scores),
+            num_uniform_groups=0,
         )
         return PolicyReport(
             stats=stats,
@@ -293,6 +297,9 @@ class StubPolicyLearner(PolicyLearner):
             mismatch_kl=0.0,
             mismatch_max_abs=0.0,
             mismatch_mean_ratio=1.0,
+            importance_effective_fraction=1.0,
+            importance_truncated_fraction=0.0,
+            importance_masked_fraction=0.0,
         )
 
     def probe(self, probe: tuple[NDArray[np.int32], ...]) -> ProbeColumn:

@@ -135,8 +135,8 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
         ranks = len(roles.policy)
     elif roles.reference_is_sharded:
         ranks = len(roles.references)
-    surplus = shards[-1:] * (-len(shards) % ranks)
-    columns = [_refer_to(roles, index, shard.rollout.data, None) for index, shard in enumerate([*shards, *surplus])]
+    evened = [*shards, *[shards[-1]] * (-len(shards) % ranks)]
+    columns = [_refer_to(roles, index, shard.rollout.data, None) for index, shard in enumerate(evened)]
     return columns[: len(shards)]
 
 
