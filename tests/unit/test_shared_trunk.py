@@ -46,7 +46,14 @@ def test_columns_and_updates_are_those_of_whole_passes(policy_model: str, single
         shares = given[0] is not None
         policy = PolicyLearner(policy_settings, ALGORITHM, single_rank, total_steps=9, shares_trunk=shares)
         critic = CriticLearner(
-            critic_settings, policy_model, ALGORITHM, single_rank, total_steps=9, seed=0, shares_trunk=shares
+            critic_settings,
+            policy_model,
+            ALGORITHM,
+            single_rank,
+            total_steps=9,
+            max_response_tokens=16,
+            seed=0,
+            shares_trunk=shares,
         )
         shards = [
             replace(
