@@ -129,7 +129,7 @@ def _meeting_faults(config: PPOConfig, processes: Sequence[Process]) -> list[str
         sizes["weights"] = 1 + config.generator.replicas * config.generator.tensor_parallel
     if groups.keys() != sizes.keys():
         faults.append(f"groups that met: {sorted(groups)}, not {sorted(sizes)}")
-    points = set()
+    points: set[tuple[str, int]] = set()
     for group, members in groups.items():
         ranks = [meeting["rank"] + worker for _, meeting in members for worker in range(meeting["workers"])]
         if sorted(ranks) != list(range(sizes[group])):

@@ -129,8 +129,8 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
     # Ranks that share one model make every pass together: those whose turn does not come again repeat the last shard.
     repeated = -len(shards) % len(roles.references) if roles.reference_is_sharded else 0
     asked = [
-        roles.references.of(index).keep(Reference.logprobs, shard.rollout.data, None)
-        for index, shard in enumerate([*shards, *shards[-1:] * repeated])
+        roles.references.of(index).keep(Reference.logprobs, shards[min(index, len(shards) - 1)].rollout.data, None)
+        for index in range(len(shards) + repeated)
     ]
     return asked[: len(shards)]
 
