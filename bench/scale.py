@@ -193,8 +193,7 @@ def measure(
     """One run with its roles spread over the houses."""
     config = configuration(scale, folder, name, overrides)
     case = CASES[1]
-    tokens = 512 * (case.prompt_tokens + case.response_tokens)
-    latencies = latencies_of(step_of(case, Hardware()).parts, case.config, tokens)
+    latencies = latencies_of(step_of(case, Hardware()).parts, case.config, 512 * case.length)
     stub = StubSettings(latencies=latencies, meets=False, mean_tokens=mean_tokens)
     inputs = stub_inputs(config, stub, num_prompts=4000, num_held_out=0)
     ray.get([house.clear.remote() for house in houses])
@@ -221,31 +220,27 @@ def measure(
         reference_is_sharded=True,
     )
     collect(build_roles(roles, config, inputs, stub_classes(stub)), deadlines.start_s)
-    marks: list[tuple[float, float, float]] = []
+    marks: list[tuple[float, float, float, float]] = []
     with Run(config, "ppo", name, config.steps, COLUMNS, config.checkpoint, False) as run:
         written = run.tracker.step
 
         def noted(row: Any) -> None:
             written(row)
-            marks.append((time.process_time(), time.thread_time(), time.monotonic()))
+            marks.append((time.process_time(), time.thread_time(), time.monotonic(), float(row["tokens"])))
 
         run.tracker.step = noted  # type: ignore[method-assign]
         loop = PPO(config, inputs, roles, run)
         loop.train()
-        rows = run.tracker.metrics.read().rows
         trace = json.loads(run.folder.trace.read_text(encoding="utf-8"))["traceEvents"]
     steps = [tuple(b - a for a, b in zip(before, after, strict=True)) for before, after in pairwise(marks)]
     middle = len(steps) // 2
-    first, last = rows[0]["tokens"], rows[-1]["tokens"]
-    assert isinstance(first, int), "a count"
-    assert isinstance(last, int), "a count"
-    own_s, python_s, step_s = (sorted(each)[middle] for each in zip(*steps, strict=True))
+    own_s, python_s, step_s, tokens = (sorted(each)[middle] for each in zip(*steps, strict=True))
     return Measured(
         roles=sum(len(group) for group in roles.groups()),
         own_s=own_s,
         python_s=python_s,
         step_s=step_s * SPEED,
-        tokens=(last - first) / (len(rows) - 1),
+        tokens=tokens,
         busy=_busy(trace, roles, sum(step[2] for step in steps)),
     )
 

@@ -7,9 +7,11 @@ be handed to another role in place of the value (it is a `Deferred` value, fetch
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import ray
@@ -125,20 +127,27 @@ def collect(
     deadline = time.monotonic() + timeout_s
     waiting = {answer.reference: answer for answer in answers}
     values: dict[ray.ObjectRef, T] = {}
+    # Each says once that it is there. `ray.wait` looks at all of them again for each: their number squared.
+    there: queue.SimpleQueue[ray.ObjectRef] = queue.SimpleQueue()
+    for reference in waiting:
+        reference.future().add_done_callback(partial(_announce, there, reference))
     while waiting:
-        left = max(deadline - time.monotonic(), 0.0)
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left, fetch_local=False)
-        if not ready:
+        try:
+            answer = waiting.pop(there.get(timeout=max(deadline - time.monotonic(), 0.0)))
+        except queue.Empty:
             late = ", ".join(f"{answer.role} ({answer.task})" for answer in waiting.values())
             first = next(iter(waiting.values()))
             raise RoleFailure(
                 FailureKind.INFRASTRUCTURE, first.role, first.node, f"no answer within {timeout_s:.0f} s from {late}"
-            )
-        answer = waiting.pop(ready[0])
+            ) from None
         values[answer.reference] = fetch(answer, max(deadline - time.monotonic(), 1.0))
         if arrived is not None:
             arrived(answer)
     return [values[answer.reference] for answer in answers]
+
+
+def _announce(there: queue.SimpleQueue[ray.ObjectRef], reference: ray.ObjectRef, done: object) -> None:
+    there.put(reference)
 
 
 def fetch(answer: Answer[T], timeout_s: float) -> T:
