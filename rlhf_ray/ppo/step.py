@@ -128,10 +128,8 @@ def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | 
         return None
     # A learner's ranks are asked for the same number each: the last shards again where they do not divide evenly.
     surplus = -len(shards) % len(roles.policy) if roles.policy_is_reference else 0
-    columns = [
-        _refer_to(roles, index, shard.rollout.data, None)
-        for index, shard in enumerate([*shards, *shards[-1:] * surplus])
-    ]
+    asked = [*shards, *[shards[-1]] * surplus]
+    columns = [_refer_to(roles, index, shard.rollout.data, None) for index, shard in enumerate(asked)]
     return columns[: len(shards)]
 
 
