@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -100,7 +101,8 @@ def add_adapters(model: Any, settings: LoraSettings, key: str, seed: int) -> Non
         lora_dropout=settings.dropout,
         target_modules=ends,
         # A head may have a layer of the same name as one of the layers below it.
-        exclude_modules=[name for name in _linear_layers(model) if _ends_in(name, ends) and name not in targets],
+        exclude_modules=[name for name in _linear_layers(model) if _ends_in(name, ends) and name not in targets]
+        or None,
         base_model_name_or_path=model.name_or_path,
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -184,7 +186,11 @@ def save_adapters(folder: Path, model: Any, factors: Mapping[str, torch.Tensor])
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config[_ADAPTER].save_pretrained(str(folder))
+    configuration = copy(model.peft_config[_ADAPTER])
+    configuration.inference_mode = True
+    # A set, whose order is another in each process.
+    configuration.target_modules = sorted(configuration.target_modules)
+    configuration.save_pretrained(str(folder))
     saved = {f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": factor for name, factor in factors.items()}
     save_file(saved, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 

@@ -201,6 +201,12 @@ def test_experts_are_refused_by_name(kind: str):
             find_targets(model, LoraSettings(target_modules=targets), KEY)
     found = find_targets(model, LoraSettings(target_modules=["q_proj", "v_proj"]), KEY)
     assert len(found) == 4
+    add_adapters(model, LoraSettings(target_modules=["q_proj", "v_proj"]), KEY, seed=0)
+    weights = plain_weights(model)
+    assert [name for name, weight in weights.items() if weight.adapter is not None] == [
+        f"{name}.weight" for name in found
+    ]
+    assert {name.split(".")[3] for name, weight in weights.items() if weight.is_sent} == {"self_attn"}
 
 
 @pytest.mark.parametrize("wanted", ["lm_head", "embed_tokens", "qproj", "proj", "norm", "self_attn"])
