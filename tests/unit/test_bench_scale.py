@@ -143,9 +143,9 @@ def test_stub_rollouts_are_keyed_and_have_long_tails():
 def test_an_engine_that_is_given_another_version_than_asked_for_says_so():
     generator = StubGenerator("m", CONFIGURATION.generator, 2048, 2, CONFIGURATION.weights, stub=StubSettings())
     bucket = WeightBucket.of([("version", torch.tensor([1]))])
-    generator._load(Snapshot(1, frozenset({"version"}), (bucket,)))
+    generator._bring(Snapshot(1, frozenset({"version"}), (bucket,)))
     with pytest.raises(RuntimeError, match="asked for version 2, found"):
-        generator._load(replace(Snapshot(1, frozenset({"version"}), (bucket,)), version=2))
+        generator._bring(replace(Snapshot(1, frozenset({"version"}), (bucket,)), version=2))
 
 
 def test_calls_of_one_role_begin_in_the_order_in_which_they_were_made():

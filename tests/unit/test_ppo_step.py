@@ -35,7 +35,7 @@ def test_the_ranks_of_a_sharded_reference_are_all_asked_as_often(is_sharded: boo
     """Four held-out shards on three ranks: a rank that is not asked would leave the others waiting in their pass."""
     references = Asked(3)
     shards: Any = [SimpleNamespace(rollout=SimpleNamespace(data=index)) for index in range(4)]
-    roles: Any = SimpleNamespace(references=references, reference_is_sharded=is_sharded)
+    roles: Any = SimpleNamespace(has_reference=True, references=references, reference_is_sharded=is_sharded)
     found: Any = refer(roles, shards)
     assert found == [0, 1, 2, 3]
     assert Counter(replica for replica, _ in references.shards) == asked

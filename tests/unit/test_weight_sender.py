@@ -13,7 +13,7 @@ from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.models.adapters import adapter_parameters, add_adapters, plain_weights
 from rlhf_ray.roles.weight_sender import LearnerWeightSource, open_sender, update_info
 from rlhf_ray.runtime import weight_transfer
-from rlhf_ray.runtime.answers import Answer
+from rlhf_ray.runtime.answers import Answer, Assembly
 from rlhf_ray.runtime.weight_transfer import NcclTransport, ObjectStoreTransport, Published, probe_rows
 
 
@@ -24,6 +24,10 @@ class StubReplica:
     name: str
     calls: list[tuple[str, str, tuple[Any, ...]]]
     answers: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> "StubReplica":
+        return self
 
     def ask(self, method: Any, *args: Any) -> Answer[Any]:
         self.calls.append((self.name, method.__name__, args))
@@ -97,6 +101,7 @@ def test_adapters_are_sent_merged():
         assert torch.equal(given[f"model.layers.{layer}.self_attn.q_proj.weight"], expected)
 
 
+PROOF: Any = Assembly(dict, {})
 GROUP = {
     "master_address": "10.0.0.1",
     "master_port": 4711,
@@ -160,7 +165,9 @@ def test_both_sides_are_asked_by_the_driver_and_waited_for_together(monkeypatch:
     for version in (1, 2):
         asked_policy.clear()
         asked_generators.clear()
-        published = transport.publish(version)
+        owed: list[Answer[Any]] = [Answer(f"older-{version}", "generator-0", "here", "generate")]  # type: ignore[arg-type]
+        published = transport.publish(version, PROOF, owed)
+        assert collected[-1] == owed, "older weights are gone with the broadcast"
         assert [name for _, name, _ in asked_policy] == ["broadcast_weights"] * 2
         assert [(name, args) for _, name, args in asked_generators] == [("receive", ({"names": ["a"]}, version))] * 3
         assert len(published.answers) == 5
@@ -173,7 +180,7 @@ def test_the_first_ranks_buckets_go_to_all_in_order(monkeypatch: pytest.MonkeyPa
     transport = ObjectStoreTransport(policy, bucket_mib=3, timeout_s=9.0)  # type: ignore[arg-type]
     assert [(name, args) for _, name, args in asked] == [("weight_layout", (3 << 20,))] * 2
     asked.clear()
-    published: Published = transport.publish(7)
+    published: Published = transport.publish(7, PROOF, ())
     assert [(rank, args) for rank, _, args in asked] == [
         ("policy-0", (0,)),
         ("policy-1", (0,)),
@@ -181,7 +188,7 @@ def test_the_first_ranks_buckets_go_to_all_in_order(monkeypatch: pytest.MonkeyPa
         ("policy-1", (1,)),
     ], "every rank gathers every bucket, in the same order"
     fields = published.snapshot.fields  # type: ignore[attr-defined]
-    assert (fields["version"], fields["names"]) == (7, {"a", "b", "c"})
+    assert (fields["version"], fields["names"], fields["proof"]) == (7, {"a", "b", "c"}, PROOF)
     assert [answer.role for answer in fields["buckets"].items] == ["policy-0", "policy-0"]
     assert [answer.role for answer in published.answers] == ["policy-1", "policy-1"]
 
