@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-async bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale
+.PHONY: help env demo test lint docs lock clean bench bench-ppo bench-async bench-learning bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -52,7 +52,7 @@ bench-sync: $(READY)  ## Weight syncs: planted faults are caught, and every ZeRO
 	@$(BIN)/python -m bench.sync_faults
 	@$(BIN)/python -m bench.zero_syncs
 
-bench: bench-sync bench-ppo bench-async bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale  ## All benchmarks, into bench/results; hours
+bench: bench-sync bench-ppo bench-async bench-learning bench-architectures bench-hutto bench-rm bench-overoptimisation bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale  ## All benchmarks, into bench/results; hours
 
 BENCH_DATA := $(BIN)/rlhf-ray prepare minilm && $(BIN)/rlhf-ray prepare hutto-movie
 
@@ -66,6 +66,10 @@ bench-ppo: $(READY) | .bench/trl  ## A PPO step against TRL, bare vLLM and torch
 bench-async: $(READY)  ## Sampling ahead of training against taking turns, with a picture of the timeline
 	@$(BIN)/rlhf-ray prepare tiny
 	@$(BIN)/python -m bench.asynchrony
+
+bench-learning: $(READY)  ## Every preset of algorithms learns a task whose answer is known
+	@$(BIN)/rlhf-ray prepare tiny
+	@$(BIN)/python -m bench.learning
 
 bench-rm: $(READY) | .bench/trl  ## Pairs a second in reward-model training, against TRL
 	@$(BENCH_DATA)

@@ -115,6 +115,21 @@ def ppo(
     run_ppo(load_config(PPOConfig, config, overrides or ()), resume)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a PPO run.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the latest when left out.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Directory to write; RUN/policy-STEP when left out.")] = None,
+) -> None:
+    """Write the policy of a checkpoint as a Hugging Face directory.
+
+    Reads the run's configuration and checkpoint; takes as many learner ranks as wrote it. Writes the directory.
+    """
+    from rlhf_ray.ppo.export import export_checkpoint
+
+    print(export_checkpoint(run, step, to))
+
+
 @app.command(name="serve-rm")
 def serve_rm(
     config: ConfigPath,

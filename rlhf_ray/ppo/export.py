@@ -1,0 +1,53 @@
+"""A policy as a Hugging Face directory, from any checkpoint of a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.failures import BadInput
+from rlhf_ray.roles.policy_learner import PolicyLearner
+from rlhf_ray.runtime.cluster import RoleRequest
+from rlhf_ray.runtime.learner_group import connected, ranks, role_group
+from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
+
+
+def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
+    """Write a checkpoint's policy, adapters merged in, by the ranks that the checkpoint was written by.
+
+    Args:
+        run: the run's folder.
+        step: of the checkpoint; None: the latest.
+        to: the directory; None: `<run>/policy-<step>`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        BadInput: there is no such run or checkpoint, or the directory exists.
+        RoleFailure: a rank failed, died or did not answer.
+    """
+    folder = RunFolder(run)
+    if not folder.config_yaml.exists():
+        raise BadInput(str(run), "has no config.yaml", "the folder of a PPO run")
+    config = load_config(PPOConfig, folder.config_yaml, ())
+    there = sorted(path.name for path in folder.checkpoints.glob("step-*") if (path / CHECKPOINT_STATE).exists())
+    latest = folder.latest_checkpoint()
+    if latest is None:
+        raise BadInput(str(folder.checkpoints), "has no complete checkpoint", "a run that has written one")
+    step = latest[0] if step is None else step
+    checkpoint = folder.checkpoint_path(step)
+    if checkpoint.name not in there:
+        raise BadInput("--step", str(step), f"a checkpoint of the run: {', '.join(there)}")
+    target = to or folder.path / f"policy-{step:06d}"
+    if target.exists():
+        raise BadInput(str(target), "exists", "a directory that is not there yet (--to)")
+    request = RoleRequest("policy", "policy.learner", config.policy.learner)
+    with connected(config.cluster, [[request]]), role_group(request, config.cluster, folder.logs) as group:
+        build = partial(PolicyLearner, config.policy, config.algorithm, total_steps=config.steps)
+        group.build_all(*(partial(build, rank) for rank in ranks(group)))
+        group.call_all(PolicyLearner.load_checkpoint, str(checkpoint.absolute()))
+        group.call_all(PolicyLearner.export, str(target.absolute()))
+    return target
