@@ -120,20 +120,20 @@ def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
 
 @pytest.fixture(scope="session")
 def ahead(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
-    """Two runs whose sampling is two steps ahead: one left alone, and one stopped after its fourth step and resumed."""
+    """Two runs whose sampling is two steps ahead: one left alone, and one stopped after its third step and resumed."""
     settings = (
-        *("algorithm.max_staleness=2", "generator.replicas=2"),
-        # At the eighth step only, so that the best is that of the checkpoint.
-        *("evaluation.every_steps=8", "evaluation.keep_best=judge"),
+        *("steps=7", "algorithm.max_staleness=2", "generator.replicas=2"),
+        # At the fourth step only, so that the best is that of the checkpoint.
+        *("evaluation.every_steps=4", "evaluation.keep_best=judge"),
     )
     alone, stopped = (begin(data_root, tmp_path_factory.mktemp(name), *settings) for name in ("alone", "interrupted"))
     wait_until(
-        lambda: len(stopped.metrics) >= 4 or stopped.command.process.poll() is not None, DEADLINE_S, "the fourth step"
+        lambda: len(stopped.metrics) >= 3 or stopped.command.process.poll() is not None, DEADLINE_S, "the third step"
     )
     stopped.command.process.send_signal(signal.SIGTERM)
     stopped.command.wait(60)
     assert stopped.events[-1]["kind"] == "run_stopped"
-    assert len(stopped.metrics) < STEPS
+    assert len(stopped.metrics) < 7
     resumed = begin(data_root, stopped.folder.parent, *settings, "--resume")
     for each in (alone, resumed):
         each.command.wait(DEADLINE_S)
@@ -264,13 +264,13 @@ def test_a_finished_run_is_not_overwritten(finished: Run, data_root: Path, tmp_p
 
 def test_the_policy_of_a_checkpoint_can_be_exported(ahead: tuple[Run, Run], tmp_path: Path) -> None:
     folder = ahead[0].folder
-    command = run(("export", str(folder), "--to", str(tmp_path / "of-8")), tmp_path / "output", 200)
+    command = run(("export", str(folder), "--to", str(tmp_path / "of-4")), tmp_path / "output", 200)
     assert command.process.returncode == 0, command.stderr
-    assert command.stdout == f"{tmp_path / 'of-8'}\n"
-    assert tensor_hashes(tmp_path / "of-8") == tensor_hashes(folder / "policy_best")
+    assert command.stdout == f"{tmp_path / 'of-4'}\n"
+    assert tensor_hashes(tmp_path / "of-4") == tensor_hashes(folder / "policy_best")
     again = run(("export", str(folder), "--step", "5"), tmp_path / "output", 60)
     assert again.process.returncode == 2
-    assert again.stderr == "bad input: --step: 5; a checkpoint of the run: step-000004, step-000008\n"
+    assert again.stderr == "bad input: --step: 5; a checkpoint of the run: step-000004\n"
 
 
 def test_a_stopped_run_keeps_its_last_step(stopped: Run) -> None:
@@ -316,7 +316,7 @@ def test_sampling_ahead_leaves_the_same_run_however_it_was_interrupted(ahead: tu
     alone, resumed = ahead
     assert [without_times(row) for row in alone.metrics] == [without_times(row) for row in resumed.metrics]
     assert tensor_hashes(alone.folder / "policy") == tensor_hashes(resumed.folder / "policy")
-    assert [row["step"] for row in alone.metrics if "held_out/judge" in row] == [8]
+    assert [row["step"] for row in alone.metrics if "held_out/judge" in row] == [4]
     assert tensor_hashes(alone.folder / "policy_best") == tensor_hashes(resumed.folder / "policy_best")
     assert (alone.folder / "samples.jsonl").read_text() == (resumed.folder / "samples.jsonl").read_text()
     assert tensor_hashes(alone.folder / "policy") != tensor_hashes(finished.folder / "policy")
