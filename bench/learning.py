@@ -36,7 +36,9 @@ def presets() -> dict[str, dict[str, Any]]:
     return {name: yaml.safe_load(block) for name, block in found}
 
 
-def configuration(preset: Mapping[str, Any], data: Path, runs: Path, name: str, steps: int) -> dict[str, Any]:
+def configuration(
+    preset: Mapping[str, Any], data: Path, runs: Path, name: str, steps: int, seed: int = 0
+) -> dict[str, Any]:
     """A run of the tiny policy with a preset."""
     algorithm = dict(preset["algorithm"])
     if "length" in algorithm:
@@ -44,7 +46,7 @@ def configuration(preset: Mapping[str, Any], data: Path, runs: Path, name: str, 
     group = min(preset["sampling"]["samples_per_prompt"], 8)
     learner = {"dtype": "float32", "learning_rate": 1e-3, "micro_batch_tokens": 2048}
     return {
-        "run": {"name": name, "seed": 0},
+        "run": {"name": name, "seed": seed},
         "paths": {"data": str(data.absolute()), "runs": str(runs)},
         "steps": steps,
         "prompts": {"path": str(data.absolute() / "tiny" / "prompts.jsonl")},
@@ -69,6 +71,15 @@ def configuration(preset: Mapping[str, Any], data: Path, runs: Path, name: str, 
         "cluster": {"num_cpus": 2, "object_store_gib": 0.2},
         "tracking": {"progress": "off"},
     }
+
+
+def train(config: Mapping[str, Any], runs: Path) -> Path:
+    """One run; gives its folder."""
+    name = config["run"]["name"]
+    path = runs / f"{name}.yaml"
+    path.write_text(json.dumps(config), encoding="utf-8")  # which YAML reads
+    subprocess.run([sys.executable, "-m", "rlhf_ray", "ppo", str(path)], timeout=TIMEOUT_S, check=True)
+    return runs / name
 
 
 def rise(folder: Path) -> tuple[float, float]:
@@ -101,11 +112,7 @@ def main() -> None:
             if chosen and name not in chosen:
                 continue
             run = re.sub(r"\W+", "-", name.lower()).strip("-")
-            path = runs / f"{run}.yaml"
-            config = configuration(preset, arguments.data, runs, run, arguments.steps)
-            path.write_text(json.dumps(config), encoding="utf-8")  # which YAML reads
-            subprocess.run([sys.executable, "-m", "rlhf_ray", "ppo", str(path)], timeout=TIMEOUT_S, check=True)
-            mean, half = rise(runs / run)
+            mean, half = rise(train(configuration(preset, arguments.data, runs, run, arguments.steps), runs))
             report.add(
                 [
                     Result(f"{name}: rise of the held-out reward", mean),
