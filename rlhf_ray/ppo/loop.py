@@ -12,6 +12,7 @@ from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn_if_off_policy
@@ -21,7 +22,7 @@ from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
-from rlhf_ray.runtime.answers import collect
+from rlhf_ray.runtime.answers import Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.timeline import Timeline
@@ -90,6 +91,8 @@ class PPO:
         )
         self._syncs: deque[Sync | Parity] = deque()
         """One for each version from that of the next step's samples to the newest, verified or under way."""
+        self._snapshot: Deferred[Snapshot] | None = None
+        """The newest weights, between two steps."""
 
     def train(self) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
@@ -106,25 +109,29 @@ class PPO:
         sync = self._weights.begin(self._state.step)
         parity = self._verify(sync, collect(sync.all_answers(), self._timeout_s))
         self._syncs.extend([Parity(**each) for each in self._state.syncs] or [parity] * admission.max_staleness)
-        admission.hand_out(self._state.step, sync.snapshot)
+        admission.hand_out(sync.version, sync.snapshot)
+        self._snapshot = sync.snapshot
+        del sync  # it would keep the snapshot
         run.keep(self._state.step, self._state, self._save_checkpoint)  # a stop may have been asked for meanwhile
         while self._state.step < config.steps:
-            sync, kl = self._step()
+            kl = self._step()
             run.keep(self._state.step, self._state, self._save_checkpoint)
             if self._kl_too_large(kl):
                 break
         self._verify_all()
-        write_results(config, self._inputs, self._roles, run, self._state, sync.snapshot)
+        assert self._snapshot is not None, "there is one between two steps"
+        write_results(config, self._inputs, self._roles, run, self._state, self._snapshot)
 
-    def _step(self) -> tuple[Sync, float | None]:
-        """Train on the step whose turn it is, and hand out the next one; gives the new weights, and the KL divergence
-        from the reference."""
+    def _step(self) -> float | None:
+        """Train on the step whose turn it is, and hand out the next one; gives the KL divergence from the reference."""
         config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
         self._run.tracker.phase("sampling")
         step = self._admission.next()
         columns = learner_columns(roles, step.shards, step.columns, config.algorithm.asks_old_logprobs)
         headers = wait_for_columns(step.shards, columns, clock)
         self._check_scores(headers)
+        # Whoever still needs these weights holds them; kept here, they would take up the room of the new ones.
+        self._snapshot = None
 
         self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
@@ -149,9 +156,10 @@ class PPO:
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
         row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
-        row |= judge_during(config, self._inputs, roles, self._run, state, newest.snapshot)
+        self._snapshot = newest.snapshot
+        row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
         self._run.tracker.step(row)
-        return newest, kl
+        return kl
 
     def _verify(self, sync: Sync, values: Sequence[Any]) -> Parity:
         """Engines that could not prove it have ended the run; those that needed a second attempt are reported."""

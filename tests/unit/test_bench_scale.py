@@ -1,5 +1,6 @@
 """The checks and stand-ins of the benchmarks with stub roles."""
 
+import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +13,11 @@ import torch
 from bench.many_nodes import CONFIG, QUARTER, Process, faults_of
 from bench.scale import Turn
 from bench.stub_inputs import stub_inputs
-from bench.stubs import StubGenerator, StubSettings
+from bench.stubs import StubGenerator, StubSettings, stub_classes
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.models.buckets import Snapshot, WeightBucket
-from rlhf_ray.ppo.roles import role_requests
+from rlhf_ray.ppo.roles import RoleClasses, role_requests
 from rlhf_ray.ppo.step import plan_shards
 
 CONFIGURATION = load_config(PPOConfig, CONFIG, [*QUARTER, "steps=2", "evaluation.prompts=null"])
@@ -169,3 +170,10 @@ def test_calls_of_one_role_begin_in_the_order_in_which_they_were_made():
         thread.join(10)
     assert sorted(order[:2]) == [0, 1]
     assert order[2] == 2
+
+
+@pytest.mark.parametrize("role", ["generator", "policy", "critic", "reference", "evaluator"])
+def test_a_stub_is_built_as_the_role_that_it_stands_for(role: str):
+    real, stub = getattr(RoleClasses(), role), getattr(stub_classes(StubSettings()), role).func
+    wanted = list(inspect.signature(real).parameters)
+    assert [name for name in inspect.signature(stub).parameters if name != "stub"] == wanted
