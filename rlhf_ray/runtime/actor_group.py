@@ -23,6 +23,10 @@ from rlhf_ray.runtime.role_host import Activity, RoleHost
 CONTROL, BESIDE = "control", "beside"
 """Threads of an actor beside those that do its work: for the runtime's own questions, and for `Replica.beside`."""
 
+_ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+"""Calls run in threads, each of which glibc would give a heap of its own, and large tensors end up between them: half a
+gigabyte of a generator with SmolLM2."""
+
 R = TypeVar("R")
 T = TypeVar("T")
 S = TypeVar("S", bound=Shipped)
@@ -148,7 +152,7 @@ class ActorGroup(Generic[R]):
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     placement_group=group, placement_group_bundle_index=first_bundle + number
                 ),
-                "runtime_env": {"env_vars": environment(settings)},
+                "runtime_env": {"env_vars": {**_ONE_HEAP, **environment(settings)}},
             }
             host = (
                 ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
