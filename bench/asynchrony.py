@@ -130,7 +130,7 @@ def results(rounds: dict[int, list[Steps]]) -> list[Result]:
         Result("a step, sampling ahead", ahead, "s"),
         Result("of it generation, taking turns", generate, "s"),
         Result("of it training, taking turns", train, "s"),
-        Result("samples a second, ahead over turns", turns / ahead, target=">= 1.4"),
+        Result("samples per second, ahead over turns", turns / ahead, target=">= 1.4"),
         Result("utilization/busy, sampling ahead", busy, target=">= 0.85"),
     ]
 
