@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.commands import train_reward_model
+from bench.commands import read_json, train_reward_model
 from bench.hutto_movie import CONFIG
 from bench.results import Result, publish
 from rlhf_ray.config.reward import RewardSettings
@@ -69,8 +69,12 @@ def main() -> None:
         for seed in range(arguments.models):
             overrides = [*SHORT, f"paths.data={arguments.data}", f"run.seed={seed}"]
             status, seconds = train_reward_model(CONFIG, runs, f"seed-{seed}", overrides)
-            released += status == 0
-            print(f"seed {seed}: {'released' if status == 0 else 'refused'} after {seconds:.0f} s", flush=True)
+            summary = runs / f"seed-{seed}" / "summary.json"
+            if not summary.exists():
+                raise SystemExit(f"seed {seed}: train-rm ended with status {status} before its model was judged")
+            sound = read_json(summary)["released"]
+            released += sound
+            print(f"seed {seed}: {'released' if sound else 'refused'} after {seconds:.0f} s", flush=True)
             if seed:
                 shutil.rmtree(runs / f"seed-{seed}")
         model = runs / "seed-0" / "reward_model"
