@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch.distributed import TCPStore
 
 from rlhf_ray.algorithms.experience import ExperienceShard, ExperienceStats
-from rlhf_ray.algorithms.parity import Parity
+from rlhf_ray.algorithms.parity import Parity, Probed
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import (
     CriticSettings,
@@ -196,12 +196,13 @@ class StubGenerator(Generator):
             prompt_ids=prompt_ids,
         )
 
-    def load(self, snapshot: Snapshot) -> Parity:
+    def load(self, snapshot: Snapshot, before: Probed | None = None) -> Probed:
         with self._loading:
             self._bring(snapshot)
-        return Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, "")
+        nothing = np.zeros(0)
+        return Probed(snapshot.version, nothing, nothing, Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, ""))
 
-    def _bring(self, snapshot: Snapshot) -> None:
+    def _bring(self, snapshot: Snapshot, before: Probed | None = None) -> None:
         """Called with the lock. What is broadcast arrives in a call of its own, which may begin after this one."""
         if snapshot.version == self._version and not snapshot.names:
             return

@@ -21,6 +21,7 @@ import torch
 
 from bench.results import Report, Result
 from rlhf_ray.algorithms.experience import ExperienceShard
+from rlhf_ray.algorithms.parity import Probed
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import GeneratorSettings, LearnerSettings, PolicySettings, WeightSettings
 from rlhf_ray.models.buckets import UNTRAINED, Proof, Snapshot, WeightBucket
@@ -57,7 +58,9 @@ class Pair:
         self._layout = self.learner.weight_layout(64 << 20)
         self.names = [name for bucket in self._layout for name in bucket]
         self.old = self._weights()
-        assert not self.sync(Snapshot(0, frozenset(self.names), [WeightBucket.of(self.old.items())]))
+        first = self.sync(Snapshot(0, frozenset(self.names), [WeightBucket.of(self.old.items())]), None)
+        assert not first
+        self.before = self.generator._probed
         self._train(prompts)
         self.new = self._weights()
 
@@ -74,10 +77,10 @@ class Pair:
         shard = ExperienceShard(rollout, rewards, policy=self.learner.logprobs(rollout))
         self.learner.train(0, [shard], 0.0)
 
-    def sync(self, snapshot: Snapshot) -> str:
+    def sync(self, snapshot: Snapshot, before: Probed | None) -> str:
         """One attempt; gives what the generator finds wrong, or nothing."""
         proven = replace(snapshot, proof=Proof(self.probe, self.learner.probe(self.probe)))
-        return self.generator._load(proven) or self.generator._prove(proven)
+        return self.generator._load(proven) or self.generator._prove(proven, before)
 
     def caught(self, name: str, fault: str, on_the_way: bool, random: np.random.Generator) -> bool:
         """Whether a sync with this fault of this tensor is noticed."""
@@ -87,12 +90,7 @@ class Pair:
         sent = WeightBucket.of({**self.new, name: wrong}.items())
         if on_the_way:
             sent = replace(sent, digests=WeightBucket.of(self.new.items()).digests)
-        check, before = self.generator._check, self.generator._check._before
-        try:
-            return bool(self.sync(Snapshot(1, frozenset(self.names), [sent])))
-        finally:
-            # A fault that passes must not become what the next one is compared with.
-            check._before = before
+        return bool(self.sync(Snapshot(1, frozenset(self.names), [sent]), self.before))
 
 
 def measure(label: str, pair: Pair, count: int) -> list[Result]:
@@ -105,9 +103,9 @@ def measure(label: str, pair: Pair, count: int) -> list[Result]:
             caught = sum(pair.caught(str(name), fault, place == "on the way", random) for name in names)
             target = ">= 1" if place == "on the way" else None
             results.append(Result(f"{label}: one tensor {fault} {place}, caught", caught / count, target=target))
-    fault = pair.sync(Snapshot(1, frozenset(pair.names), [WeightBucket.of(pair.new.items())]))
-    sound = pair.generator._parity
-    assert sound is not None
+    fault = pair.sync(Snapshot(1, frozenset(pair.names), [WeightBucket.of(pair.new.items())]), pair.before)
+    assert pair.generator._probed is not None
+    sound = pair.generator._probed.parity
     results.append(Result(f"{label}: a sound sync let through", float(not fault), target=">= 1"))
     results.append(Result(f"{label}: median change of a log-prob in the step", sound.change, "nats"))
     results.append(Result(f"{label}: median residual of a sound sync", sound.residual, "nats"))

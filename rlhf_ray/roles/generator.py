@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.parity import Parity, ParityCheck
+from rlhf_ray.algorithms.parity import Probed, compare
 from rlhf_ray.config.settings import GeneratorSettings, WeightSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.buckets import UNTRAINED, Snapshot, WeightsDamaged
@@ -137,8 +137,8 @@ class Generator:
         self._calls = 0
         self._turns = Turns()
         self._outputs: dict[str, Any] = {}
-        self._check = ParityCheck(weights)
-        self._parity: Parity | None = None
+        self._limits = weights
+        self._probed: Probed | None = None
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -240,20 +240,21 @@ class Generator:
             prompt_ids=prompt_ids,
         )
 
-    def load(self, snapshot: Snapshot) -> Parity:
+    def load(self, snapshot: Snapshot, before: Probed | None = None) -> Probed:
         """Load new weights, unless the engine has them already, and see that it computes with them.
 
         Args:
             snapshot: with its proof.
+            before: of the version before; None at the first.
 
         Raises:
             RoleFailure: it does not after two attempts.
         """
         self._wait_for_arrival(snapshot)
         with self._turns:
-            self._bring(snapshot)
-            assert self._parity is not None, "a snapshot with its proof has been loaded"
-            return self._parity
+            self._bring(snapshot, before)
+            assert self._probed is not None, "a snapshot with its proof has been loaded"
+            return self._probed
 
     def write(self, rollout: Rollout, path: str) -> None:
         """Keep a shard in a file of a checkpoint."""
@@ -294,18 +295,25 @@ class Generator:
                     f"engine has version {self._version}",
                 )
 
-    def _bring(self, snapshot: Snapshot) -> None:
+    def _bring(self, snapshot: Snapshot, before: Probed | None = None) -> None:
         """Make the engine compute with these weights; with in-flight updates, with these or later ones."""
-        proven = snapshot.proof is None or (self._parity is not None and self._parity.version == snapshot.version)
-        if (snapshot.version == self._version and proven) or (self._in_flight and snapshot.version < self._version):
+        if self._in_flight and snapshot.version < self._version:
             return
+        probed = self._probed
+        loaded = probed is not None and probed.version == self._version == snapshot.version
+        compared = loaded and probed is not None and (before is None or probed.since == before.version)
+        if self._version == snapshot.version and (snapshot.proof is None or compared):
+            return
+        # Where a shard has brought the weights already, they only have to be compared with those of before.
         faults: list[str] = []
         while len(faults) < _ATTEMPTS:
-            fault = self._load(snapshot) or self._prove(snapshot)
+            fault = ("" if loaded else self._load(snapshot)) or self._prove(snapshot, before)
             if not fault:
-                if faults and self._parity is not None:
-                    self._parity = replace(self._parity, first_fault=faults[0])
+                if faults and self._probed is not None:
+                    parity = replace(self._probed.parity, first_fault=faults[0])
+                    self._probed = replace(self._probed, parity=parity)
                 return
+            loaded = False
             faults.append(fault)
         self._version = _NO_VERSION
         raise RoleFailure(
@@ -334,15 +342,15 @@ class Generator:
             return str(damage)
         return ""
 
-    def _prove(self, snapshot: Snapshot) -> str:
+    def _prove(self, snapshot: Snapshot, before: Probed | None) -> str:
         """See that the engine computes as the learner does; gives what is wrong, or nothing."""
         if snapshot.proof is None:
             return ""
         learner = snapshot.proof.learner
         exact = self._dtype == learner.dtype == "float32"
         engine = self._logprobs_of(snapshot.proof.tokens)
-        self._parity = self._check.judge(snapshot.version, engine, learner.data, exact=exact)
-        return self._parity.fault
+        self._probed = compare(self._limits, snapshot.version, engine, learner.data, exact=exact, before=before)
+        return self._probed.parity.fault
 
     def _update(self, request: dict[str, Any], version: int) -> None:
         """New weights in place of the present ones.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.parity import Parity
+from rlhf_ray.algorithms.parity import Parity, Probed
 from rlhf_ray.config.settings import WeightSettings
 from rlhf_ray.models.buckets import Proof, Snapshot, WeightBucket
 from rlhf_ray.roles.generator import Generator
@@ -174,6 +174,8 @@ class WeightSync:
         in_flight: bool = False,
     ) -> None:
         self._policy, self._generators, self._tokens, self._in_flight = policy, generators, tokens, in_flight
+        self._before: list[Answer[Probed] | None] = [None] * len(generators)
+        """Of each generator under the newest weights. Here and not in its process, which may be another next time."""
         self._transport: WeightTransport = (
             NcclTransport(policy, generators, workers_per_generator, settings.bucket_mib, timeout_s)
             if settings.transport == "nccl"
@@ -190,12 +192,13 @@ class WeightSync:
         learner = [rank.keep(PolicyLearner.probe, self._tokens) for rank in self._policy]
         proof = Assembly(Proof, {"tokens": self._tokens, "learner": learner[0].data})
         published = self._transport.publish(version, proof, () if self._in_flight else after)
-        parity = [
-            (generator.beside if self._in_flight else generator).ask(Generator.load, published.snapshot)
-            for generator in self._generators
+        probed = [
+            (generator.beside if self._in_flight else generator).keep(Generator.load, published.snapshot, before)
+            for generator, before in zip(self._generators, self._before, strict=True)
         ]
+        self._before = [each.data for each in probed]
         headers = [column.header for column in learner]
-        return Sync(version, published.snapshot, parity, [*published.answers, *headers])
+        return Sync(version, published.snapshot, [each.header for each in probed], [*published.answers, *headers])
 
 
 def probe_rows(prompts: Sequence[NDArray[np.int32]], num_tokens: int, context_tokens: int) -> ProbeTokens:
