@@ -31,18 +31,19 @@ from rlhf_ray.config.load import load_config
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.ppo.loop import PPO
 from rlhf_ray.ppo.metrics import COLUMNS
-from rlhf_ray.ppo.roles import Roles, build_roles, role_requests
-from rlhf_ray.ppo.scoring import SourceGroup
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, Replica
+from rlhf_ray.ppo.roles import Roles, role_makers, role_requests, roles_of
+from rlhf_ray.runtime.actor_group import ActorGroup, Replica
 from rlhf_ray.runtime.answers import collect
 from rlhf_ray.runtime.cluster import connect
-from rlhf_ray.runtime.role_host import Activity, RoleHost
+from rlhf_ray.runtime.limits import Limits
+from rlhf_ray.runtime.role_host import Activity, Place, RoleHost
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.run_folder import write_atomic
 
 CONFIG = Path(__file__).parents[1] / "configs" / "multi-node" / "ppo-70b.yaml"
 SPEED = 20.0
 HOUSES = 3
+LIMITS = Limits(start_s=120.0, call_s=600.0)
 _WAITING = 2000
 _BESIDE = -1
 """Calls that may wait in one process for their turn."""
@@ -74,10 +75,10 @@ class RoleHouse:
         self._log = log
         self._hosts: dict[str, tuple[RoleHost, Turn]] = {}
 
-    def add(self, name: str, at_once: int) -> str:
-        """A new host; gives the address of the node."""
-        self._hosts[name] = RoleHost(name, self._log, 1, 600.0), Turn(at_once)
-        return self._hosts[name][0].node()
+    def add(self, name: str, at_once: int) -> Place:
+        """A new host; gives its place."""
+        self._hosts[name] = RoleHost(name, self._log, 1, LIMITS), Turn(at_once)
+        return self._hosts[name][0].place()
 
     def clear(self) -> None:
         self._hosts = {}
@@ -198,28 +199,19 @@ def measure(
     inputs = stub_inputs(config, stub, num_prompts=4000, num_held_out=0)
     ray.get([house.clear.remote() for house in houses])
     groups: dict[str, ActorGroup[Any]] = {}
-    deadlines, number = Deadlines(120.0, 600.0), count()
+    number = count()
     for request in role_requests(config):
         names = [f"{request.role}-{index}" for index in range(request.settings.replicas)]
         homes = [houses[next(number) % len(houses)] for _ in names]
         at_once = request.settings.concurrent_calls
-        nodes = ray.get([home.add.remote(each, at_once) for home, each in zip(homes, names, strict=True)])
+        places = ray.get([home.add.remote(each, at_once) for home, each in zip(homes, names, strict=True)])
         replicas: list[Replica[Any]] = [
-            Replica(each, node, HousedRole(home, each)) for home, each, node in zip(homes, names, nodes, strict=True)
+            Replica(each, place, HousedRole(home, each)) for home, each, place in zip(homes, names, places, strict=True)
         ]
-        groups[request.role] = ActorGroup(request.role, replicas, deadlines)
-    roles = Roles(
-        generators=groups["generator"],
-        sources=(SourceGroup(config.reward[0], groups["reward"]),),
-        policy=groups["policy"],
-        references=groups["reference"],
-        critic=groups["critic"],
-        evaluator=None,
-        policy_is_reference=False,
-        trunk_sharers=frozenset(),
-        reference_is_sharded=True,
-    )
-    collect(build_roles(roles, config, inputs, stub_classes(stub)), deadlines.start_s)
+        groups[request.role] = ActorGroup(request.role, replicas, LIMITS)
+    roles = roles_of(config, inputs, groups)
+    makers = role_makers(config, inputs, stub_classes(stub))
+    collect([answer for name, group in groups.items() for answer in makers[name].build(group)], LIMITS.start_s)
     marks: list[tuple[float, float, float, float]] = []
     with Run(config, "ppo", name, config.steps, COLUMNS, config.checkpoint, False) as run:
         written = run.tracker.step

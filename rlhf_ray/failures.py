@@ -11,6 +11,7 @@ and text is not a taxonomy.
 
 from __future__ import annotations
 
+import errno
 from enum import StrEnum
 
 
@@ -80,14 +81,35 @@ class Stopped(Exception):
     """The run was asked to stop, and has kept its state."""
 
 
+_MACHINE_ERRORS = {
+    *("DistBackendError", "DistNetworkError", "DistStoreError", "OutOfMemoryError", "AcceleratorError"),
+    "EngineDeadError",
+}
+"""Names that torch and vLLM give to a broken connection, exhausted memory and a device or worker that failed. Not
+imported: clients need neither."""
+_MACHINE_MARKS = ("gloo/transport", "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc")
+"""Where torch raises a plain RuntimeError for these."""
+_MACHINE_ERRNOS = {errno.EIO, errno.ESTALE, errno.ENOMEM}
+
+
 def classify(error: BaseException) -> FailureKind:
     """The kind of a failure, judged where the exception was caught.
 
-    Time-outs and broken connections are the fleet's; everything that a role raises on purpose carries its
-    kind already; the rest is a defect or a wrong setting, and trying again would not help.
+    Time-outs, broken connections, exhausted memory and failing devices are the fleet's; everything that a role raises
+    on purpose carries its kind already; the rest is a defect or a wrong setting, and trying again would not help.
     """
     if isinstance(error, RoleFailure):
         return error.kind
-    if isinstance(error, TimeoutError | ConnectionError | BrokenPipeError):
+    if is_of_this_machine(error) or isinstance(error, TimeoutError | ConnectionError):
         return FailureKind.INFRASTRUCTURE
     return FailureKind.FATAL
+
+
+def is_of_this_machine(error: BaseException) -> bool:
+    """Whether memory, a device, a disk or the process group of this process failed: another process may do better."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _MACHINE_ERRNOS)
+        or type(error).__name__ in _MACHINE_ERRORS
+        or any(mark in str(error) for mark in _MACHINE_MARKS)
+    )

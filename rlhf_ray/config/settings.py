@@ -65,6 +65,17 @@ class ClusterSettings(Settings):
     )
     start_timeout_s: PositiveFloat = Field(900.0, description="How long the roles may take to load their models.")
     call_timeout_s: PositiveFloat = Field(3600.0, description="How long any single call of a role may take.")
+    silent_after_s: PositiveFloat = Field(
+        45.0,
+        description="A process that neither answers nor computes for so long, or whose call does not get on for so "
+        "long, is ended, and lost like one that died by itself. Calls that wait for others say so, and are left alone.",
+    )
+    max_restarts: NonNegativeInt = Field(
+        3,
+        description="How often a lost process is replaced, and how often a learner's ranks are rebuilt, within "
+        "`restart_window_s`; one more ends the run. 0: the first loss ends it.",
+    )
+    restart_window_s: PositiveFloat = Field(3600.0, description="See `max_restarts`.")
 
 
 class LearnerSettings(ActorSettings):

@@ -16,8 +16,9 @@ from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn_if_off_policy
+from rlhf_ray.ppo.recovery import Recovery
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
-from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
+from rlhf_ray.ppo.roles import RoleClasses, Roles, RoleStarter, role_requests
 from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
@@ -25,6 +26,7 @@ from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.answers import Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
+from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.runtime.timeline import Timeline
 from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
 from rlhf_ray.tracking.run_folder import RunFolder
@@ -59,11 +61,19 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
         refuse_rollouts_in_this_process()
         try:
             run.tracker.phase("starting the roles and loading their models")
-            roles = start_roles(config, inputs, run.folder.logs, classes)
+            starter = RoleStarter(config, inputs, run.folder.logs, classes)
+            roles = starter.start()
             for group in roles.groups():
                 for replica in group:
                     run.tracker.events.write("role_started", role=replica.name, node=replica.node)
-            PPO(config, inputs, roles, run).train()
+            recovery, done = Recovery(config, starter, run), False
+            while not done:
+                try:
+                    with Supervisor(roles.groups(), run.tracker.events, config.cluster.silent_after_s):
+                        PPO(config, inputs, roles, run).train()
+                    done = True
+                except RoleFailure as failure:
+                    roles = recovery.after(failure, roles)
         finally:
             refuse_rollouts_in_this_process(False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.failures import RoleFailure
 from rlhf_ray.ppo.inputs import Inputs, source_keys
 from rlhf_ray.ppo.scoring import SourceGroup
 from rlhf_ray.reward.core.evaluator import Evaluator
@@ -19,10 +20,11 @@ from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
+from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
 from rlhf_ray.runtime.learner_group import ranks
+from rlhf_ray.runtime.limits import Limits
 
 _EVALUATOR = ActorSettings(cpus=0.05)
 
@@ -107,23 +109,99 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
     return requests
 
 
-def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClasses) -> Roles:
-    """Start every process and load every model, all at once.
+@dataclass(frozen=True)
+class Maker:
+    """How the processes of one role are made.
 
-    Raises:
-        RoleFailure: no room in the cluster, or a role could not be built.
+    Attributes:
+        make: constructor with its arguments; of a rank, all but `rank`.
+        has_ranks: the processes are ranks of one process group, and hold a state together.
+        restarts: a process keeps nothing between calls that others could not give it again, so Ray may start it again.
     """
-    deadlines = Deadlines(config.cluster.start_timeout_s, config.cluster.call_timeout_s)
-    requests = role_requests(config)
-    placement: PlacementGroup = reserve(requests, config.cluster)
-    groups: dict[str, ActorGroup[Any]] = {}
-    first_bundle = 0
-    for request in requests:
-        groups[request.role] = ActorGroup.start(
-            request.role, request.settings, placement, first_bundle, logs, deadlines
-        )
-        first_bundle += request.settings.replicas
-    roles = Roles(
+
+    make: Callable[..., Any]
+    has_ranks: bool = False
+    restarts: bool = True
+
+    def build(self, group: ActorGroup[Any]) -> list[Answer[None]]:
+        """Begin to build the role in every process of a group."""
+        if not self.has_ranks:
+            return group.build(self.make)
+        return group.build(*(partial(self.make, rank=rank) for rank in ranks(group)))
+
+
+class RoleStarter:
+    """Starts the processes of a run, and starts those of some roles anew.
+
+    Args:
+        logs: folder for what the processes print.
+        classes: what is built in them.
+
+    Attributes:
+        makers: how each role is made.
+    """
+
+    def __init__(self, config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClasses) -> None:
+        self._config, self._inputs, self._logs = config, inputs, logs
+        self._limits = Limits.of(config.cluster)
+        self.makers = role_makers(config, inputs, classes)
+        self._requests = role_requests(config)
+        self._placement: PlacementGroup | None = None
+
+    def start(self) -> Roles:
+        """Start every process and load every model, all at once.
+
+        Raises:
+            RoleFailure: no room in the cluster, or a role could not be built.
+        """
+        self._placement = reserve(self._requests, self._config.cluster)
+        return roles_of(self._config, self._inputs, self._built({request.role for request in self._requests}))
+
+    def renew(self, roles: Roles, names: Set[str]) -> Roles:
+        """End the processes of some roles, whatever they are doing, and start others in their places.
+
+        Raises:
+            RoleFailure: as `start`.
+        """
+        groups = {group.role: group for group in roles.groups()}
+        for name in names:
+            groups[name].end()
+        return roles_of(self._config, self._inputs, groups | self._built(names))
+
+    def _built(self, names: Set[str]) -> dict[str, ActorGroup[Any]]:
+        assert self._placement is not None, "room is reserved first"
+        groups: dict[str, ActorGroup[Any]] = {}
+        first_bundle = 0
+        for request in self._requests:
+            maker = self.makers[request.role]
+            if request.role in names:
+                groups[request.role] = ActorGroup.start(
+                    request.role,
+                    request.settings,
+                    self._placement,
+                    first_bundle,
+                    self._logs,
+                    self._limits,
+                    maker.make if maker.restarts else None,
+                )
+            first_bundle += request.settings.replicas
+        try:
+            building = [answer for name, group in groups.items() for answer in self.makers[name].build(group)]
+            collect(building, self._limits.start_s)
+        except RoleFailure:
+            for group in groups.values():
+                group.end()
+            raise
+        return groups
+
+
+def roles_of(config: PPOConfig, inputs: Inputs, groups: Mapping[str, ActorGroup[Any]]) -> Roles:
+    """The groups by what they are to the loop.
+
+    Args:
+        groups: by the names of `role_requests`.
+    """
+    return Roles(
         generators=groups["generator"],
         sources=tuple(
             SourceGroup(source, groups[name]) for name, source in zip(scorer_names(config), config.reward, strict=True)
@@ -136,70 +214,53 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClas
         trunk_sharers=inputs.trunk_sharers,
         reference_is_sharded=config.reference is not None and config.reference.sharded,
     )
-    collect(build_roles(roles, config, inputs, classes), deadlines.start_s)
-    return roles
 
 
-def build_roles(roles: Roles, config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> list[Answer[None]]:
-    """Begin to build every role in its process."""
+def role_makers(config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> dict[str, Maker]:
+    """How each role is made, by the names of `role_requests`."""
     policy, algorithm, temperature = config.policy, config.algorithm, config.sampling.temperature
     updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
-    trained = policy.learner.trainable_top_layers
-    answers = roles.generators.build(
-        partial(
-            classes.generator,
-            policy.model,
-            config.generator,
-            inputs.context_tokens,
-            inputs.eos_token_id,
-            config.weights,
-            algorithm.in_flight_updates,
-        )
+    generator = partial(
+        classes.generator,
+        policy.model,
+        config.generator,
+        inputs.context_tokens,
+        inputs.eos_token_id,
+        config.weights,
+        algorithm.in_flight_updates,
     )
-    for group, source in zip(roles.sources, inputs.rewards, strict=True):
-        answers += group.scorers.build(source.constructor(policy.model))
-    answers += roles.policy.build(
-        *(
-            partial(
-                classes.policy,
-                policy,
-                algorithm,
-                rank,
-                total_steps=updates,
-                temperature=temperature,
-                max_response_tokens=config.sampling.max_response_tokens,
-                seed=seed,
-                shares_trunk="policy" in roles.trunk_sharers,
-            )
-            for rank in ranks(roles.policy)
-        )
+    # An engine that has met the learner in a group of NCCL cannot be replaced alone.
+    makers = {"generator": Maker(generator, restarts=config.weights.transport != "nccl")}
+    for name, source in zip(scorer_names(config), inputs.rewards, strict=True):
+        makers[name] = Maker(source.constructor(policy.model))
+    learner = partial(
+        classes.policy,
+        policy,
+        algorithm,
+        total_steps=updates,
+        temperature=temperature,
+        max_response_tokens=config.sampling.max_response_tokens,
+        seed=seed,
+        shares_trunk="policy" in inputs.trunk_sharers,
     )
+    makers["policy"] = Maker(learner, has_ranks=True, restarts=False)
     reference = config.reference_role
-    if roles.references is not None and reference is not None:
-        model = reference.model or policy.model
-        cut = trained if roles.trunk_sharers else None
-        places = ranks(roles.references) if roles.reference_is_sharded else [None] * len(roles.references)
-        answers += roles.references.build(
-            *(partial(classes.reference, model, reference, temperature, cut, place) for place in places)
+    if reference is not None:
+        cut = policy.learner.trainable_top_layers if inputs.trunk_sharers else None
+        frozen = partial(classes.reference, reference.model or policy.model, reference, temperature, cut)
+        makers["reference"] = Maker(frozen, has_ranks=reference.sharded, restarts=not reference.sharded)
+    if config.critic is not None:
+        critic = partial(
+            classes.critic,
+            config.critic,
+            config.critic.model or policy.model,
+            algorithm,
+            total_steps=updates,
+            max_response_tokens=config.sampling.max_response_tokens,
+            seed=seed,
+            shares_trunk="critic" in inputs.trunk_sharers,
         )
-    if roles.critic is not None and config.critic is not None:
-        model = config.critic.model or policy.model
-        answers += roles.critic.build(
-            *(
-                partial(
-                    classes.critic,
-                    config.critic,
-                    model,
-                    algorithm,
-                    rank,
-                    total_steps=updates,
-                    max_response_tokens=config.sampling.max_response_tokens,
-                    seed=seed,
-                    shares_trunk="critic" in roles.trunk_sharers,
-                )
-                for rank in ranks(roles.critic)
-            )
-        )
-    if roles.evaluator is not None:
-        answers += roles.evaluator.build(partial(classes.evaluator, policy.model, config.evaluation.judge))
-    return answers
+        makers["critic"] = Maker(critic, has_ranks=True, restarts=False)
+    if config.evaluation.prompts is not None:
+        makers["evaluator"] = Maker(partial(classes.evaluator, policy.model, config.evaluation.judge))
+    return makers

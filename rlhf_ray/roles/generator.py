@@ -19,6 +19,7 @@ from rlhf_ray.models.buckets import UNTRAINED, Snapshot, WeightsDamaged
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.randomness import keyed_seed
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, Rollout
+from rlhf_ray.waiting import waiting
 
 _NO_VERSION = -1
 _ATTEMPTS = 2
@@ -285,7 +286,7 @@ class Generator:
         """Weights that are broadcast arrive in a call of their own, which may get its turn after this one."""
         if not self._broadcast:
             return
-        with self._arrival:
+        with waiting(), self._arrival:
             if not self._arrival.wait_for(lambda: self._arrived >= snapshot.version, _ARRIVAL_S):
                 raise RoleFailure(
                     FailureKind.INFRASTRUCTURE,

@@ -6,23 +6,30 @@ have the types of the method's, or are `Deferred` values of these types, and the
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.rollout import Shipped
 from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
-from rlhf_ray.runtime.role_host import Activity, RoleHost
+from rlhf_ray.runtime.limits import Limits
+from rlhf_ray.runtime.role_host import Activity, Place, RoleHost
+from rlhf_ray.runtime.vitals import Pulse
 
 CONTROL, BESIDE = "control", "beside"
 """Threads of an actor beside those that do its work: for the runtime's own questions, and for `Replica.beside`."""
 
+_ON_NODE_S = 30.0
 _ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
 """Calls run in threads, each of which glibc would give a heap of its own, and large tensors end up between them: half a
 gigabyte of a generator with SmolLM2."""
@@ -37,28 +44,25 @@ D = TypeVar("D")
 
 
 @dataclass(frozen=True)
-class Deadlines:
-    """How long roles may take."""
-
-    start_s: float
-    call_s: float
-
-
-@dataclass(frozen=True)
 class Replica(Generic[R]):
     """One process of a role.
 
     Attributes:
         name: role and number, `generator-1`.
-        node: address of the node it runs on.
+        place: where it runs; of its first process, where Ray may start it again.
         host: the actor around the role.
         group: the threads that calls are served by; empty: the role's own, in the order asked.
     """
 
     name: str
-    node: str
+    place: Place
     host: Any
     group: str | None = None
+
+    @property
+    def node(self) -> str:
+        """Address of its node."""
+        return self.place.node
 
     @overload
     def ask(self, method: Callable[[R], T], /) -> Answer[T]: ...
@@ -113,6 +117,11 @@ class Replica(Generic[R]):
         asked = self.host.activity.options(concurrency_group=CONTROL).remote()
         return Answer(asked, self.name, self.node, "activity")
 
+    def pulse(self) -> Answer[Pulse]:
+        """Signs of life of the process that there is now."""
+        asked = self.host.pulse.options(concurrency_group=CONTROL, max_task_retries=0).remote()
+        return Answer(asked, self.name, self.node, "pulse")
+
     def _in_group(self, method: Any, **options: Any) -> Any:
         if self.group is not None:
             options["concurrency_group"] = self.group
@@ -120,12 +129,20 @@ class Replica(Generic[R]):
 
 
 class ActorGroup(Generic[R]):
-    """Replicas of one role."""
+    """Replicas of one role.
 
-    def __init__(self, role: str, replicas: Sequence[Replica[R]], deadlines: Deadlines) -> None:
+    Args:
+        role: its name.
+        replicas: its processes.
+        limits: how long they may take.
+        restarts: whether Ray starts a lost process again, and gives it the calls that it owes.
+    """
+
+    def __init__(self, role: str, replicas: Sequence[Replica[R]], limits: Limits, restarts: bool = False) -> None:
         self.role = role
         self.replicas = list(replicas)
-        self._deadlines = deadlines
+        self.limits = limits
+        self.restarts = restarts and limits.max_restarts > 0
 
     @classmethod
     def start(
@@ -135,13 +152,17 @@ class ActorGroup(Generic[R]):
         group: PlacementGroup,
         first_bundle: int,
         logs: Path,
-        deadlines: Deadlines,
+        limits: Limits,
+        remake: Callable[[], Any] | None = None,
     ) -> ActorGroup[Any]:
         """Start the processes; the roles in them are made by `build`.
 
         Args:
             first_bundle: where this role's bundles begin in the placement group.
+            remake: constructor of a role that keeps nothing between calls: a lost process is started again by Ray, and
+                the references to what it owes are fulfilled by the second attempt.
         """
+        restarts = remake is not None and limits.max_restarts > 0
         hosts = []
         for number in range(settings.replicas):
             name = f"{role}-{number}"
@@ -153,19 +174,31 @@ class ActorGroup(Generic[R]):
                     placement_group=group, placement_group_bundle_index=first_bundle + number
                 ),
                 "runtime_env": {"env_vars": {**_ONE_HEAP, **environment(settings)}},
+                # The process itself counts its restarts, in a window of time.
+                **({"max_restarts": -1, "max_task_retries": -1} if restarts else {}),
             }
+            arguments = name, str(logs.absolute() / f"{name}.log"), settings.threads, limits
             host = (
                 ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
                 .options(**options)
-                .remote(name, str(logs.absolute() / f"{name}.log"), settings.threads, deadlines.call_s)
+                .remote(*arguments, remake if restarts else None)
             )
             hosts.append((name, host))
-        nodes: list[str] = collect(
-            [Answer(host.node.remote(), name, "?", "start") for name, host in hosts], deadlines.start_s
+        places: list[Place] = collect(
+            [Answer(host.place.remote(), name, "?", "start") for name, host in hosts], limits.start_s
         )
-        return cls(
-            role, [Replica(name, node, host) for (name, host), node in zip(hosts, nodes, strict=True)], deadlines
-        )
+        replicas: list[Replica[Any]] = [
+            Replica(name, place, host) for (name, host), place in zip(hosts, places, strict=True)
+        ]
+        return cls(role, replicas, limits, restarts)
+
+    def end(self) -> None:
+        """End every process at once, whatever it is doing, and for good."""
+        for replica in self:
+            ray.kill(replica.host)
+            if not self.restarts:
+                # A stopped process does not hear Ray.
+                end_process(replica.place)
 
     def __len__(self) -> int:
         return len(self.replicas)
@@ -191,7 +224,7 @@ class ActorGroup(Generic[R]):
 
     def build_all(self, *roles: Callable[[], R]) -> None:
         """Build the role in every process and wait until all have it."""
-        collect(self.build(*roles), self._deadlines.start_s)
+        collect(self.build(*roles), self.limits.start_s)
 
     @overload
     def call_all(self, method: Callable[[R], T], /) -> list[T]: ...
@@ -205,7 +238,7 @@ class ActorGroup(Generic[R]):
 
     def wait(self, answers: Sequence[Answer[T]]) -> list[T]:
         """Wait with this group's deadline."""
-        return collect(answers, self._deadlines.call_s)
+        return collect(answers, self.limits.call_s)
 
 
 def meeting_point(group: ActorGroup[Any]) -> tuple[str, int]:
@@ -214,6 +247,42 @@ def meeting_point(group: ActorGroup[Any]) -> tuple[str, int]:
     asked: Answer[int] = Answer(first.host.free_port.remote(), first.name, first.node, "finding a port")
     [port] = collect([asked], 60.0)
     return first.node, port
+
+
+def end_process(place: Place) -> None:
+    """SIGKILL, on the node of the process."""
+    _on_node(place, _kill)
+
+
+def core_seconds(place: Place) -> float | None:
+    """Processor time that the process has used; None where there is no such process any more."""
+    used: float | None = _on_node(place, _used)
+    return used
+
+
+def _on_node(place: Place, action: Callable[[int], Any]) -> Any:
+    """Run a function of the process id on its node; None where the node is gone."""
+    if place.node_id == ray.get_runtime_context().get_node_id():
+        return action(place.pid)
+    there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+    asked = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(action).remote(place.pid)
+    try:
+        return ray.get(asked, timeout=_ON_NODE_S)
+    except ray.exceptions.RayError:
+        return None
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _used(pid: int) -> float | None:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return None
+    return float(times.user + times.system)
 
 
 def environment(settings: ActorSettings) -> dict[str, str]:

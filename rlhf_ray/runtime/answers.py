@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import ray
 
 from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.waiting import waiting
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -107,7 +108,11 @@ class _Fetching(Iterable[Any]):
     timeout_s: float
 
     def __iter__(self) -> Iterator[Any]:
-        return (ray.get(item.reference, timeout=self.timeout_s) for item in self.items)
+        for item in self.items:
+            with waiting():
+                value = ray.get(item.reference, timeout=self.timeout_s)
+            yield value
+            del value
 
 
 def collect(

@@ -11,8 +11,9 @@ import ray
 
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines, meeting_point
+from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
 from rlhf_ray.runtime.cluster import RoleRequest, check_resources, connect, release, reserve
+from rlhf_ray.runtime.limits import Limits
 
 
 @contextmanager
@@ -32,8 +33,7 @@ def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> It
     """The processes of one role, for the length of a block."""
     placement = reserve([request], cluster)
     try:
-        deadlines = Deadlines(cluster.start_timeout_s, cluster.call_timeout_s)
-        yield ActorGroup.start(request.role, request.settings, placement, 0, logs, deadlines)
+        yield ActorGroup.start(request.role, request.settings, placement, 0, logs, Limits.of(cluster))
     finally:
         release(placement)
 

@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -15,8 +16,13 @@ from typing import Any
 
 import ray
 
-from rlhf_ray.failures import RoleFailure, classify
+from rlhf_ray.failures import FailureKind, RoleFailure, classify, is_of_this_machine
 from rlhf_ray.runtime.answers import fetched
+from rlhf_ray.runtime.limits import Limits
+from rlhf_ray.runtime.vitals import CallClock, Pulse, Restarts
+
+EXIT_AGAIN = 75
+"""Status of a process that ends so that Ray starts another in its place (`EX_TEMPFAIL`)."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,15 @@ class Activity:
     cpu_s: float
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process is: address and id of its node, and its process id there."""
+
+    node: str
+    node_id: str
+    pid: int
+
+
 class RoleHost:
     """Hosts one role.
 
@@ -55,13 +70,17 @@ class RoleHost:
         name: role and replica, `generator-1`.
         log_path: where everything that the process prints goes.
         threads: compute threads of this process.
-        fetch_timeout_s: how long a reference may take to arrive.
+        limits: how long a reference may take to arrive, and how often Ray may start this process again.
+        remake: the role's constructor, where Ray may; the role then keeps nothing between calls.
     """
 
-    def __init__(self, name: str, log_path: str, threads: int, fetch_timeout_s: float) -> None:
-        self._name = name
-        self._fetch_timeout_s = fetch_timeout_s
+    def __init__(
+        self, name: str, log_path: str, threads: int, limits: Limits, remake: Callable[[], Any] | None = None
+    ) -> None:
+        self._name, self._limits, self._remake = name, limits, remake
         self._role: Any = None
+        self._building = threading.Lock()
+        self._clock = CallClock()
         self._spans: list[Span] = []
         self._cpu_s = 0.0
         Path(log_path).parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +91,15 @@ class RoleHost:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+        self._restarts = Restarts(log_path, limits.max_restarts, limits.restart_window_s)
+        self._started = 1 + self._restarts.begin(remake is not None and _is_started_again())
         import torch
 
         torch.set_num_threads(threads)
 
-    def node(self) -> str:
-        """Address of the node this process runs on."""
-        return ray.util.get_node_ip_address()
+    def place(self) -> Place:
+        """Where this process is."""
+        return Place(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), os.getpid())
 
     def free_port(self) -> int:
         """A port of this node that nothing listens on."""
@@ -88,13 +109,17 @@ class RoleHost:
 
     def build(self, role: Callable[[], Any]) -> None:
         """Build the role; one that was there before is gone first, with its memory."""
-        self._role = None
-        gc.collect()
-        self._role = self._guarded(role)
+        with self._building:
+            self._role = None
+            gc.collect()
+            self._role = self._guarded("loading its model", role)
 
     def call(self, method: str, *args: Any) -> Any:
         """One method of the role; deferred arguments are fetched first."""
-        return self._guarded(lambda: self._timed(method, args))
+        if self._role is None and self._remake is not None:
+            self._build_again(self._remake)
+        arguments = self._fetched(args)
+        return self._guarded(method, lambda: getattr(self._role, method)(*arguments))
 
     def keep(self, method: str, *args: Any) -> tuple[Any, Any]:
         """As `call`, for rows and columns: the value, and its header apart from it."""
@@ -107,36 +132,56 @@ class RoleHost:
         before, self._cpu_s = self._cpu_s, time.process_time()
         return Activity(tuple(spans), self._cpu_s - before)
 
-    def _timed(self, method: str, args: tuple[Any, ...]) -> Any:
-        arguments = [fetched(argument, self._fetch_timeout_s) for argument in args]
+    def pulse(self) -> Pulse:
+        """Signs of life; asked for again and again, by one asker."""
+        place, (doing, stuck_s) = self.place(), self._clock.look()
+        return Pulse(place.pid, place.node_id, place.node, self._started, doing, stuck_s, self._restarts.last_words())
+
+    def _build_again(self, remake: Callable[[], Any]) -> None:
+        with self._building:
+            if self._role is None:
+                self._role = self._guarded("loading its model again", remake)
+
+    def _fetched(self, args: tuple[Any, ...]) -> list[Any]:
+        try:
+            return [fetched(argument, self._limits.call_s) for argument in args]
+        except ray.exceptions.RayError as error:
+            raise self._from_elsewhere(error) from None
+
+    def _guarded(self, task: str, action: Callable[[], Any]) -> Any:
+        """Run, and classify what goes wrong here, where it is still known what it was."""
         started, cpu_before = time.time(), time.process_time()
         try:
-            return getattr(self._role, method)(*arguments)
-        finally:
-            self._spans.append(Span(method, started, time.time(), time.process_time() - cpu_before))
-
-    def _guarded(self, action: Callable[[], Any]) -> Any:
-        """Run, and classify what goes wrong here, where it is still known what it was."""
-        try:
-            return action()
-        except ray.exceptions.RayTaskError as error:
-            # What was fetched is another role's failure: it keeps that role's name.
-            if isinstance(error.cause, RoleFailure):
-                raise error.cause from None
-            raise RoleFailure(_kind(error), self._name, self.node(), _first_line(error), str(error)) from None
+            with self._clock.call(task):
+                return action()
+        except ray.exceptions.RayError as error:
+            raise self._from_elsewhere(error) from None
         except Exception as error:
             details = traceback.format_exc()
             print(details, file=sys.stderr, flush=True)
+            kind = classify(error)
             cause = error.cause if isinstance(error, RoleFailure) else f"{type(error).__name__}: {_first_line(error)}"
-            raise RoleFailure(_kind(error), self._name, self.node(), cause, details) from None
+            if is_of_this_machine(error) and self._remake is not None:
+                # A new process does the same work once more.
+                self._restarts.say(f"{task}: {cause}")
+                os._exit(EXIT_AGAIN)
+            raise self._failure(kind, cause, details) from None
+        finally:
+            self._spans.append(Span(task, started, time.time(), time.process_time() - cpu_before))
+
+    def _from_elsewhere(self, error: ray.exceptions.RayError) -> RoleFailure:
+        """Something that was fetched is not there; another role's failure keeps that role's name."""
+        if isinstance(error, ray.exceptions.RayTaskError):
+            cause = error.cause
+            return cause if isinstance(cause, RoleFailure) else self._failure(classify(cause), _first_line(error), "")
+        return self._failure(FailureKind.INFRASTRUCTURE, _first_line(error), str(error))
+
+    def _failure(self, kind: FailureKind, cause: str, details: str) -> RoleFailure:
+        return RoleFailure(kind, self._name, ray.util.get_node_ip_address(), cause, details)
 
 
-def _kind(error: Exception) -> Any:
-    if isinstance(
-        error, ray.exceptions.GetTimeoutError | ray.exceptions.ObjectLostError | ray.exceptions.RayActorError
-    ):
-        return classify(TimeoutError())
-    return classify(error)
+def _is_started_again() -> bool:
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rlhf_ray.config.settings import CheckpointSettings, RunConfig
-from rlhf_ray.failures import Stopped
+from rlhf_ray.failures import RoleFailure, Stopped
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.metrics import MetricKind
@@ -70,8 +70,11 @@ class Run:
 
         Rows of `metrics.jsonl` beyond it are dropped: their steps are done again.
         """
-        latest = self.folder.latest_checkpoint() if self._resume else None
+        if not self._resume:
+            return None
+        latest = self.folder.latest_checkpoint()
         if latest is None:
+            self.tracker.metrics.truncate_after(0)
             return None
         step, path = latest
         self.tracker.phase(f"loading the checkpoint of step {step}")
@@ -79,6 +82,22 @@ class Run:
         dropped = self.tracker.metrics.truncate_after(step)
         self.tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
         return found, path.absolute()
+
+    def go_back(self, failure: RoleFailure) -> None:
+        """From now on `restore` gives the newest checkpoint, as in a run that is resumed.
+
+        Args:
+            failure: why.
+        """
+        self._resume = True
+        rows, latest = self.tracker.metrics.read().rows, self.folder.latest_checkpoint()
+        done, back_to = int(rows[-1]["step"] or 0) if rows else 0, latest[0] if latest else 0
+        self.tracker.events.write(
+            "rolled_back", role=failure.role, cause=failure.cause, from_step=done, to_step=back_to
+        )
+        self.tracker.display.message(
+            f"lost {failure.role} on {failure.node} ({failure.cause}); going on from step {back_to}"
+        )
 
     def keep(self, step: int, state: Any, save: Callable[[str], object]) -> None:
         """Between two steps: write a checkpoint when one is due, and end the run when that was asked for.

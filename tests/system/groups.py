@@ -9,8 +9,9 @@ from ray.util.placement_group import remove_placement_group
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import ClusterSettings
-from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
+from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.limits import Limits
 
 
 @contextmanager
@@ -23,7 +24,7 @@ def started(logs: Path, roles: dict[str, ActorSettings]) -> Iterator[list[ActorG
         first_bundle = 0
         for role, settings in roles.items():
             groups.append(
-                ActorGroup.start(role, settings, placement, first_bundle, logs, Deadlines(start_s=280, call_s=120))
+                ActorGroup.start(role, settings, placement, first_bundle, logs, Limits(start_s=280, call_s=120))
             )
             first_bundle += settings.replicas
         yield groups

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "rlhf_ray"
-GROUND = {"config", "failures", "randomness"}
+GROUND = {"config", "failures", "randomness", "waiting"}
 DATA = GROUND | {"data", "rollout"}
 NETWORKS = DATA | {"models", "algorithms"}
 RUNTIME = NETWORKS | {"roles", "runtime", "tracking"}

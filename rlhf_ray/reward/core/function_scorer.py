@@ -18,6 +18,7 @@ from rlhf_ray.reward.core.function_process import FunctionProcess
 from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.texts import ResponseReader
 from rlhf_ray.rollout import FINISH_LENGTH, RewardColumn, Rollout
+from rlhf_ray.waiting import waiting
 
 MAX_LOST_PROCESSES = 3
 """In one shard: a function that always hangs would otherwise take its whole deadline for every call."""
@@ -59,7 +60,8 @@ class FunctionScorer:
             chosen = readable[first : first + size]
             if lost < MAX_LOST_PROCESSES:
                 batch = _batch(rollout, prompts, texts, chosen)
-                scored = self._process.call(batch, self._settings.timeout_s)
+                with waiting():
+                    scored = self._process.call(batch, self._settings.timeout_s)
                 lost += not self._process.is_running
             else:
                 cause = f"not called: {self._settings.name} hung or ended its process {lost} times in this shard"

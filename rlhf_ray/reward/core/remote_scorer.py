@@ -23,6 +23,7 @@ from rlhf_ray.reward.client.schema import ServedModel
 from rlhf_ray.reward.core.protocol import Conversation
 from rlhf_ray.reward.core.texts import ResponseReader
 from rlhf_ray.rollout import RewardColumn, Rollout
+from rlhf_ray.waiting import waiting
 
 TOKEN_VARIABLE = "RLHF_RAY_TOKEN"
 _CHECK_TIMEOUT_S = 30.0
@@ -75,9 +76,10 @@ class RemoteScorer:
                 items[index] = self._item(rollout, index, prompts[int(rollout.prompt_ids[index])])
             except RowError as problem:
                 failures[index] = problem.found
-        answer = self._client.reward_each(
-            list(items.values()), self._settings.model or None, on_too_long=self._settings.on_too_long
-        )
+        with waiting():
+            answer = self._client.reward_each(
+                list(items.values()), self._settings.model or None, on_too_long=self._settings.on_too_long
+            )
         num_truncated = 0
         if answer.model is not None:
             # A service may take up a new version while the run goes on.
