@@ -1,4 +1,4 @@
-"""Roles that come to grief once, at a place that is known: a call of a method, in its midst or when nothing is going on."""
+"""Roles that come to grief once, at a place that is known: in the midst of a call, or when nothing is going on."""
 
 import errno
 import itertools

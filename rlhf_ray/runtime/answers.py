@@ -188,10 +188,20 @@ def fetch(answer: Answer[T], timeout_s: float) -> T:
             str(error),
         ) from None
     except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())
         raise RoleFailure(
             FailureKind.INFRASTRUCTURE,
             answer.role,
             answer.node,
-            f"the process went away during '{answer.task}': {reason[:400]}",
+            f"the process went away during '{answer.task}': {reason_of(error)}",
+            str(error),
         ) from None
+
+
+def reason_of(error: ray.exceptions.RayError) -> str:
+    """What Ray says of a process that is gone, without the ids around it."""
+    text = " ".join(str(error).split())
+    if "error raised in its creation task" in text:
+        # The last line of a traceback: the role's own words.
+        return str(error).strip().splitlines()[-1][:400]
+    _, found, why = text.partition("The actor is dead because ")
+    return (why if found else text)[:400]

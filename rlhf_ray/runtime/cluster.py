@@ -36,6 +36,7 @@ def connect(settings: ClusterSettings) -> None:
         BadInput: there is no such cluster.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _keep_ray_off_the_terminal()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     address = settings.address or os.environ.get("RAY_ADDRESS")
@@ -58,6 +59,14 @@ def connect(settings: ClusterSettings) -> None:
         include_dashboard=False,
         **quiet,
     )
+
+
+def _keep_ray_off_the_terminal() -> None:
+    """Ray 2.60 prints each call that it tries again, whatever `log_to_driver` says; our events tell of them."""
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda data, ignore_prefix: None
 
 
 def _knock(address: str) -> None:

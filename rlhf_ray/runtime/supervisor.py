@@ -16,6 +16,7 @@ from typing import Any, Self
 import ray
 
 from rlhf_ray.runtime.actor_group import ActorGroup, Replica, core_seconds, end_process
+from rlhf_ray.runtime.answers import reason_of
 from rlhf_ray.runtime.role_host import Place
 from rlhf_ray.runtime.vitals import Pulse
 from rlhf_ray.tracking.logs import EventLog
@@ -101,7 +102,7 @@ class Supervisor:
             try:
                 pulse: Pulse = ray.get(reference, timeout=patience_s)
             except ray.exceptions.RayError as error:
-                self._note_lost(each, " ".join(str(error).split())[:300])
+                self._note_lost(each, reason_of(error))
             else:
                 pulses[each.replica.name] = pulse
                 self._note_alive(each, pulse)

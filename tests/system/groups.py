@@ -1,6 +1,6 @@
 """Actor groups for the length of a block, with the room they took given back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,25 @@ from rlhf_ray.runtime.limits import Limits
 
 
 @contextmanager
-def started(logs: Path, roles: dict[str, ActorSettings]) -> Iterator[list[ActorGroup[Any]]]:
-    """Empty processes of some roles; they end with the block."""
+def started(
+    logs: Path,
+    roles: dict[str, ActorSettings],
+    limits: Limits = Limits(start_s=280, call_s=120),
+    remakes: Mapping[str, Callable[[], Any]] | None = None,
+) -> Iterator[list[ActorGroup[Any]]]:
+    """Empty processes of some roles; they end with the block.
+
+    Args:
+        remakes: constructors of those that Ray may start again.
+    """
     requests = [RoleRequest(role, role, settings) for role, settings in roles.items()]
     placement = reserve(requests, ClusterSettings(placement_timeout_s=60))
     try:
         groups = []
         first_bundle = 0
         for role, settings in roles.items():
-            groups.append(
-                ActorGroup.start(role, settings, placement, first_bundle, logs, Limits(start_s=280, call_s=120))
-            )
+            remake = (remakes or {}).get(role)
+            groups.append(ActorGroup.start(role, settings, placement, first_bundle, logs, limits, remake))
             first_bundle += settings.replicas
         yield groups
     finally:
