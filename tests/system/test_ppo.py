@@ -4,13 +4,14 @@ import hashlib
 import json
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults import Fault, happened
 from tests.system.commands import PPO, Command, rows_of, run, start, wait_until, without_times
 
 pytestmark = pytest.mark.timeout(900)
@@ -139,6 +140,25 @@ def ahead(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ru
         each.command.wait(DEADLINE_S)
         assert each.command.process.returncode == 0, each.command.stderr
     return alone, resumed
+
+
+@pytest.fixture(scope="session")
+def haunted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that loses a process of every kind, one way or another, and two of them at once."""
+    folder = tmp_path_factory.mktemp("haunted")
+    faults = [
+        Fault("generator", "kill", "busy", 6, str(folder / "generator")),
+        Fault("reward", "memory", "idle", 9, str(folder / "reward")),
+        Fault("reference", "stop", "busy", 13, str(folder / "reference")),
+        Fault("policy", "kill", "busy", 5, str(folder / "policy")),
+        Fault("critic", "raise", "busy", 5, str(folder / "critic")),
+    ]
+    listed = json.dumps([asdict(fault) for fault in faults])
+    run = begin(data_root, folder, "cluster.silent_after_s=15", module="tests.faulty_run", FAULTS=listed)
+    run.command.wait(DEADLINE_S)
+    assert run.command.process.returncode == 0, run.command.stderr
+    assert happened(faults)
+    return run
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
@@ -320,3 +340,23 @@ def test_sampling_ahead_leaves_the_same_run_however_it_was_interrupted(ahead: tu
     assert tensor_hashes(alone.folder / "policy_best") == tensor_hashes(resumed.folder / "policy_best")
     assert (alone.folder / "samples.jsonl").read_text() == (resumed.folder / "samples.jsonl").read_text()
     assert tensor_hashes(alone.folder / "policy") != tensor_hashes(finished.folder / "policy")
+
+
+def test_a_run_that_loses_a_process_of_every_kind_ends_like_the_one_left_alone(haunted: Run, finished: Run) -> None:
+    assert [without_times(row) for row in haunted.metrics] == [without_times(row) for row in finished.metrics]
+    assert tensor_hashes(haunted.folder / "policy") == tensor_hashes(finished.folder / "policy")
+    assert (haunted.folder / "samples.jsonl").read_text() == (finished.folder / "samples.jsonl").read_text()
+
+
+def test_the_events_tell_who_was_lost_and_what_was_done_about_it(haunted: Run) -> None:
+    restarted = haunted.events_of("role_restarted")
+    assert {event["role"] for event in restarted} >= {"generator-0", "reward-0", "reference-0"}
+    [silent] = haunted.events_of("role_silent")
+    assert silent["role"] == "reference-0"
+    assert {event["role"] for event in haunted.events_of("group_rebuilt")} == {"policy", "critic"}
+    assert {event["to_step"] for event in haunted.events_of("rolled_back")} <= {0, 4, 8}
+    assert "(raylet)" not in haunted.command.stdout + haunted.command.stderr
+
+
+def test_no_process_outlives_a_run_that_lost_some(haunted: Run) -> None:
+    assert haunted.command.left_running() == []

@@ -1,0 +1,308 @@
+"""`make chaos`: processes of a run are killed, stopped, starved and broken, and it must end as if nothing had been.
+
+Four parts, each on the tiny model with the real engines, and each against the same run left alone; "equal" means every
+row of `metrics.jsonl` but for times, the trained weights and the judged samples, to the bit:
+
+- `matrix`: each role, lost in each way, in the midst of a call and between calls;
+- `pairs`: one role twice in one run, and two roles at once;
+- `kills`: random roles of a longer run, again and again;
+- `job`: the whole job, at random moments of every phase, resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bench.results import Report, Result
+from rlhf_ray.randomness import keyed_generator
+from tests.faults import METHODS, Fault, happened
+from tests.system.commands import PPO, Command, rows_of, start, without_times
+
+HOWS = ("kill", "stop", "raise", "memory")
+SILENT_S = 20.0
+DEADLINE_S = 900.0
+PHASES = ("starting the roles", "first sync", "a step", "a checkpoint", "a step", "judging the policy after", "writing")
+"""Where a job is killed, one after the other: what it says, but for a moment of a step, and of writing a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        status: of the command.
+        error: last line of what it said on stderr.
+        rows: its metrics but times.
+        digests: SHA-256 of the trained weights and of the samples.
+        events: as written.
+    """
+
+    status: int
+    error: str
+    rows: list[dict[str, Any]]
+    digests: dict[str, str]
+    events: list[dict[str, Any]]
+
+    def equals(self, other: Outcome) -> bool:
+        return self.status == other.status == 0 and (self.rows, self.digests) == (other.rows, other.digests)
+
+
+class Site:
+    """Runs of one tiny configuration, each in a folder of its own.
+
+    Args:
+        data: folder with the tiny preset.
+        runs: where they are put.
+    """
+
+    def __init__(self, data: Path, runs: Path, *settings: str) -> None:
+        self._data, self._runs, self._settings = data, runs, settings
+
+    def begin(self, name: str, *more: str, faults: Sequence[Fault] = ()) -> Command:
+        arguments = (
+            *PPO,
+            f"paths.data={self._data}",
+            f"paths.runs={self._runs / name}",
+            f"cluster.silent_after_s={SILENT_S}",
+            "tracking.progress=lines",
+            *self._settings,
+            *more,
+        )
+        listed = json.dumps([asdict(fault) for fault in faults])
+        return start(arguments, self._runs / name / "output", "tests.faulty_run", FAULTS=listed)
+
+    def fault(self, name: str, role: str, how: str, when: str, call: int) -> Fault:
+        folder = self._runs / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return Fault(role, how, when, call, str(folder / f"mark-{role}-{call}"))
+
+    def folder(self, name: str) -> Path:
+        return self._runs / name / "tiny-ppo"
+
+    def run(self, name: str, *more: str, faults: Sequence[Fault] = ()) -> Outcome:
+        command = self.begin(name, *more, faults=faults)
+        command.wait(DEADLINE_S)
+        return self.outcome(name, command)
+
+    def outcome(self, name: str, command: Command) -> Outcome:
+        folder = self.folder(name)
+        files = [path for path in (folder / "policy/model.safetensors", folder / "samples.jsonl") if path.exists()]
+        return Outcome(
+            command.process.returncode,
+            command.stderr.strip().splitlines()[-1] if command.stderr.strip() else "",
+            [without_times(row) for row in rows_of(folder / "metrics.jsonl")],
+            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            rows_of(folder / "events.jsonl"),
+        )
+
+    def forget(self, name: str) -> None:
+        shutil.rmtree(self._runs / name, ignore_errors=True)
+
+
+def recovery_s(outcome: Outcome, fault: Fault) -> float | None:
+    """From the fault to the event that tells that its role is back."""
+    struck = Path(fault.mark).stat().st_mtime
+    for event in outcome.events:
+        if event["kind"] == "role_restarted" and event["role"].startswith(fault.role):
+            return datetime.fromisoformat(event["time"]).timestamp() - struck
+        if event["kind"] == "rolled_back":
+            return datetime.fromisoformat(event["time"]).timestamp() - struck
+    return None
+
+
+def matrix(site: Site, alone: Outcome, report: Report) -> None:
+    times: dict[str, list[float]] = {"stateless": [], "learner": []}
+    for role in METHODS:
+        for how in HOWS:
+            results = []
+            for when in ("busy", "idle"):
+                name = f"{role}-{how}-{when}"
+                # The learners have one call a step, the others four.
+                fault = site.fault(name, role, how, when, 2 if role in ("policy", "critic") else 6)
+                outcome = site.run(name, faults=[fault])
+                equal = outcome.equals(alone) and happened([fault])
+                results.append(Result(f"{role}, {how}, {when}: equal to the run left alone", int(equal), target=">= 1"))
+                seconds = recovery_s(outcome, fault)
+                if seconds is not None:
+                    results.append(Result(f"{role}, {how}, {when}: back after", round(seconds, 1), "s"))
+                    times["learner" if role in ("policy", "critic") else "stateless"].append(seconds)
+                if equal:
+                    site.forget(name)
+                else:
+                    print(f"{name}: status {outcome.status}, {outcome.error}", flush=True)
+            report.add(results, f"{role}, {how}")
+    report.add(
+        [
+            Result(f"median recovery of a {kind} role", statistics.median(seconds), "s", target)
+            for (kind, seconds), target in zip(times.items(), ("<= 60 s", None), strict=True)
+            if seconds
+        ],
+        "recovery",
+    )
+
+
+def pairs(site: Site, alone: Outcome, report: Report) -> None:
+    cases = {
+        "generator twice": [("generator", "kill", 3), ("generator", "kill", 9)],
+        "policy twice": [("policy", "kill", 1), ("policy", "kill", 2)],
+        "generator and policy": [("generator", "kill", 6), ("policy", "kill", 2)],
+        "policy and critic": [("policy", "kill", 2), ("critic", "kill", 2)],
+        "scorer and reference": [("reward", "kill", 6), ("reference", "kill", 6)],
+    }
+    results = []
+    for title, struck in cases.items():
+        name = title.replace(" ", "-")
+        faults = [site.fault(name, role, how, "busy", call) for role, how, call in struck]
+        outcome = site.run(name, faults=faults)
+        equal = outcome.equals(alone)
+        results.append(Result(f"{title}: equal to the run left alone", int(equal), target=">= 1"))
+        if not equal:
+            print(f"{name}: status {outcome.status}, {outcome.error}", flush=True)
+    report.add(results, "two faults in one run")
+
+
+def kills(site: Site, alone: Outcome, report: Report, count: int, *settings: str) -> None:
+    """Random processes of one run, one after another, each when those before are back."""
+    name = "kills"
+    command = site.begin(name, *settings, f"cluster.max_restarts={count}")
+    random, struck = keyed_generator(0, "kills"), 0
+    while command.process.poll() is None and struck < count:
+        time.sleep(float(random.uniform(2, 12)))
+        hosts = sorted(role_processes(command), key=lambda pair: pair[0])
+        if len(hosts) >= len(METHODS):
+            role, process = hosts[int(random.integers(len(hosts)))]
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                struck += 1
+                print(f"{struck}: {role}", flush=True)
+    command.wait(DEADLINE_S * 4)
+    outcome = site.outcome(name, command)
+    print(outcome.error, flush=True)
+    report.add(
+        [
+            Result("random kills of roles in one run", struck, target=f">= {count}"),
+            Result("a run with random kills: equal to the run left alone", int(outcome.equals(alone)), target=">= 1"),
+        ],
+        "random kills",
+    )
+
+
+def role_processes(command: Command) -> Iterator[tuple[str, psutil.Process]]:
+    """Role hosts below a driver, by the log that they write."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(command.process.pid).children(recursive=True):
+            with suppress(psutil.Error, OSError):
+                log = Path(os.readlink(f"/proc/{process.pid}/fd/1"))
+                if log.parent.name == "logs" and log.suffix == ".log":
+                    yield log.stem, process
+
+
+def job(site: Site, alone: Outcome, report: Report, label: str, count: int) -> None:
+    """One run that is killed with everything below it in every phase, and begun again by the same command."""
+    name = f"job-{label}"
+    random, struck = keyed_generator(0, "job", label), 0
+    outcome: Outcome | None = None
+    while outcome is None or outcome.status:
+        command = site.begin(name, "--resume")
+        phase = PHASES[struck % len(PHASES)]
+        if struck < count and _reached(command, phase, site.folder(name)):
+            time.sleep(float(random.uniform(0, 1.5 if phase == "a step" else 0.2)))
+            _kill_all(command)
+            struck += 1
+            print(f"{label}, {struck}: killed while {phase}", flush=True)
+            continue
+        command.wait(DEADLINE_S)
+        outcome = site.outcome(name, command)
+        if outcome.status:
+            print(outcome.error, flush=True)
+            break
+    results = [
+        Result(f"{label}: kills of the whole job", struck, target=f">= {count}"),
+        Result(f"{label}: equal to the run left alone", int(outcome is not None and outcome.equals(alone))),
+    ]
+    report.add(results, f"the whole job, {label}")
+
+
+def _reached(command: Command, phase: str, folder: Path) -> bool:
+    """Wait until a run is in a phase; false where it ends without."""
+    rows = len(rows_of(folder / "metrics.jsonl"))
+    while command.process.poll() is None:
+        if phase == "a step":
+            reached = len(rows_of(folder / "metrics.jsonl")) != rows
+        elif phase == "a checkpoint":
+            reached = any(not (path / "manifest.json").exists() for path in folder.glob("checkpoints/step-*"))
+        else:
+            reached = f"· {phase}" in command.stdout
+        if reached:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _kill_all(command: Command) -> None:
+    below = []
+    with suppress(psutil.NoSuchProcess):
+        below = psutil.Process(command.process.pid).children(recursive=True)
+    os.killpg(command.process.pid, signal.SIGKILL)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    command.process.wait()
+    psutil.wait_procs(below, timeout=30)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("data").absolute())
+    parser.add_argument("--parts", default="matrix,pairs,kills,job")
+    parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
+    parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
+    parser.add_argument("--keep", type=Path, help="folder to leave the runs in")
+    arguments = parser.parse_args()
+    report = Report("chaos")
+    with _folder(arguments.keep) as runs:
+        short = Site(arguments.data, runs / "short")
+        longer = Site(arguments.data, runs / "longer", f"steps={4 * arguments.kills}", "checkpoint.every_steps=4")
+        ahead = Site(arguments.data, runs / "ahead", "steps=12", "algorithm.max_staleness=1")
+        in_turns = Site(arguments.data, runs / "in-turns", "steps=12")
+        parts: dict[str, Callable[[], None]] = {
+            "matrix": lambda: matrix(short, short.run("alone"), report),
+            "pairs": lambda: pairs(short, short.run("alone-again"), report),
+            "kills": lambda: kills(longer, longer.run("alone"), report, arguments.kills),
+            "job": lambda: [
+                job(site, site.run("alone"), report, label, arguments.jobs // 2)
+                for site, label in ((in_turns, "max_staleness 0"), (ahead, "max_staleness 1"))
+            ][-1],
+        }
+        for part in arguments.parts.split(","):
+            parts[part]()
+
+
+if __name__ == "__main__":
+    main()
