@@ -291,14 +291,16 @@ def main() -> None:
         longer = Site(arguments.data, runs / "longer", f"steps={4 * arguments.kills}", "checkpoint.every_steps=4")
         ahead = Site(arguments.data, runs / "ahead", "steps=12", "algorithm.max_staleness=1")
         in_turns = Site(arguments.data, runs / "in-turns", "steps=12")
+
+        def jobs() -> None:
+            for site, label in ((in_turns, "max_staleness 0"), (ahead, "max_staleness 1")):
+                job(site, site.run("alone"), report, label, arguments.jobs // 2)
+
         parts: dict[str, Callable[[], None]] = {
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
             "kills": lambda: kills(longer, longer.run("alone"), report, arguments.kills),
-            "job": lambda: [
-                job(site, site.run("alone"), report, label, arguments.jobs // 2)
-                for site, label in ((in_turns, "max_staleness 0"), (ahead, "max_staleness 1"))
-            ][-1],
+            "job": jobs,
         }
         for part in arguments.parts.split(","):
             parts[part]()

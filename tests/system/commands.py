@@ -91,7 +91,8 @@ class Command:
         try:
             wait_until(ended, deadline_s, f"the end of {self.process.args!r}")
         except TimeoutError:
-            for process in (self.process, *self.descendants):
+            self.process.kill()
+            for process in self.descendants:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             raise
