@@ -94,18 +94,6 @@ class MetricsLog:
         for name in broken:
             self._events.write("metric_not_finite", cause=f"{name} is {row[name]}", metric=name, step=row.get("step"))
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the rows of steps after `step`, which a resume from its checkpoint does again.
-
-        Returns:
-            How many rows were dropped.
-        """
-        rows = self.read().rows
-        kept = [row for row in rows if int(row["step"] or 0) <= step]
-        if len(kept) < len(rows):
-            write_atomic(self._path, "".join(_line(row) for row in kept))
-        return len(rows) - len(kept)
-
     def read(self) -> LogRows:
         """All rows so far."""
         return read_log(self._path)
@@ -127,6 +115,22 @@ def read_log(path: Path) -> LogRows:
             raise BadInput(f"{path}:{number}", "is not a JSON object", "one JSON object a line")
         rows.append(row)
     return LogRows(rows, num_torn=1 if last else 0)
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the rows of steps after `step`, which a resume from its checkpoint does again.
+
+    Args:
+        path: a log whose rows have a `step`.
+
+    Returns:
+        How many rows were dropped.
+    """
+    rows = read_log(path).rows
+    kept = [row for row in rows if int(row["step"] or 0) <= step]
+    if len(kept) < len(rows):
+        write_atomic(path, "".join(_line(row) for row in kept))
+    return len(rows) - len(kept)
 
 
 def _append(path: Path, row: Mapping[str, object]) -> None:

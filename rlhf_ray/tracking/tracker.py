@@ -16,7 +16,7 @@ from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.settings import RunConfig
 from rlhf_ray.failures import RoleFailure, Stopped
 from rlhf_ray.tracking.display import Column, Display, open_display
-from rlhf_ray.tracking.logs import EventLog, MetricsLog
+from rlhf_ray.tracking.logs import EventLog, MetricsLog, truncate_after
 from rlhf_ray.tracking.metrics import MetricKind, check_known
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 from rlhf_ray.tracking.sinks import Sink, open_sinks
@@ -75,7 +75,12 @@ class Tracker:
         # A run that was asked to stop has said so itself.
         if isinstance(error, RoleFailure):
             self.events.write(
-                "run_failed", role=error.role, node=error.node, cause=error.cause, failure=error.kind.value
+                "run_failed",
+                role=error.role,
+                node=error.node,
+                cause=error.cause,
+                failure=error.kind.value,
+                guard=error.guard or None,
             )
         elif error is not None and not isinstance(error, Stopped):
             self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
@@ -101,6 +106,15 @@ class Tracker:
         for sink in self._sinks:
             sink.log(number, row)
         self.display.step(row)
+
+    def truncate_after(self, step: int) -> int:
+        """Drop what the metrics and the ledger say of steps after `step`, which are done again.
+
+        Returns:
+            How many rows of metrics were dropped.
+        """
+        truncate_after(self.folder.ledger, step)
+        return truncate_after(self.folder.metrics, step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the summary, which makes the run a finished one."""
