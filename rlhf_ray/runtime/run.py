@@ -16,8 +16,8 @@ from rlhf_ray.config.settings import CheckpointSettings, RunConfig
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.tracking.display import Column
-from rlhf_ray.tracking.metrics import MetricKind
 from rlhf_ray.tracking.manifest import checkpoint_bytes, find_fault, revoke, write_manifest
+from rlhf_ray.tracking.metrics import MetricKind
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 from rlhf_ray.tracking.tracker import Tracker, changed_settings, open_folder
 
@@ -171,9 +171,8 @@ def refuse_full_disk(folder: RunFolder) -> None:
     free = shutil.disk_usage(folder.path).free
     if latest is not None and free < needed:
         cause = (
-            f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was "
-            f"written and the checkpoint of step {latest[0]} is whole: make room or lower checkpoint.keep, and continue "
-            "with --resume"
+            f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was written, "
+            f"the checkpoint of step {latest[0]} stays: make room or lower checkpoint.keep, and continue with --resume"
         )
         raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk")
 
