@@ -27,6 +27,7 @@ from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.timeline import Timeline
 from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
+from rlhf_ray.tracking.ledger import Ledger
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
@@ -76,6 +77,7 @@ class PPO:
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
         self._state = LoopState(max_staleness=config.algorithm.max_staleness, learners=learner_shapes(config))
+        self._ledger = Ledger(run.folder.ledger)
         self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
         self._weights = WeightSync(
@@ -156,6 +158,13 @@ class PPO:
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
         row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
+        self._ledger.write(
+            state.step,
+            [report.samples for report in done["train"][: len(policy)]],
+            versions=headers.versions,
+            digests=[header.digest for header in headers.rollouts],
+            causes=headers.failure_causes,
+        )
         self._snapshot = newest.snapshot
         row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
         self._run.tracker.step(row)

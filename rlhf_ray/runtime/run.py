@@ -171,8 +171,8 @@ def refuse_full_disk(folder: RunFolder) -> None:
     free = shutil.disk_usage(folder.path).free
     if latest is not None and free < needed:
         cause = (
-            f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was written, "
-            f"the checkpoint of step {latest[0]} stays: make room or lower checkpoint.keep, and continue with --resume"
+            f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was "
+            f"written, that of step {latest[0]} stays: make room or lower checkpoint.keep, and continue with --resume"
         )
         raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk")
 

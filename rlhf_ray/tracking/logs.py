@@ -46,7 +46,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        _drop_torn_line(path)
+        drop_torn_line(path)
 
     def write(
         self,
@@ -68,7 +68,7 @@ class EventLog:
                 event often tells of a failure and must not fail itself.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        _append(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
+        append_row(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
 
     def read(self) -> LogRows:
         """All events so far."""
@@ -85,12 +85,12 @@ class MetricsLog:
 
     def __init__(self, path: Path, events: EventLog) -> None:
         self._path, self._events = path, events
-        _drop_torn_line(path)
+        drop_torn_line(path)
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Append one step's metrics. NaN and infinities become `null` and an event `metric_not_finite`."""
         broken = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        _append(self._path, row)
+        append_row(self._path, row)
         for name in broken:
             self._events.write("metric_not_finite", cause=f"{name} is {row[name]}", metric=name, step=row.get("step"))
 
@@ -133,7 +133,8 @@ def truncate_after(path: Path, step: int) -> int:
     return len(rows) - len(kept)
 
 
-def _append(path: Path, row: Mapping[str, object]) -> None:
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append one object to a log, by one write."""
     with path.open("ab") as file:
         file.write(_line(row).encode("utf-8"))
 
@@ -161,7 +162,8 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
+    """Remove the half line that a crash may have left at a log's end; a writer calls it before it appends."""
     if not path.exists():
         return
     content = path.read_bytes()

@@ -18,7 +18,7 @@ from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, SampleUse, TokenColumn
 from tests.making import (
     ALGORITHM,
     HIDDEN_SIZE,
@@ -107,6 +107,28 @@ def test_a_policy_step_does_not_depend_on_the_micro_batches(
     for name in ("loss", "entropy", "grad_norm", "clip_fraction"):
         assert getattr(small, name) == pytest.approx(getattr(large, name), rel=relative, abs=2 * relative), name
     assert large.grad_norm > 0.01
+
+
+def test_a_policy_says_what_became_of_each_of_its_samples(policy_model: str, single_rank: Rank):
+    """Six prompts of two samples: failed, cut off, of equal scores, and trained."""
+    algorithm = AlgorithmSettings(advantage="rloo", mask_truncated=True, drop_uniform_groups=True)
+    learner = policy_learner(policy_model, single_rank, algorithm=algorithm)
+    shards = []
+    for index in range(3):
+        rollout = random_rollout(index)
+        ids = np.arange(4 * index, 4 * index + 4) + 100
+        finish = np.array([FINISH_STOP, FINISH_LENGTH if index == 1 else FINISH_STOP] * 2, dtype=np.int8)
+        rollout = replace(rollout, sample_ids=ids, prompt_ids=ids // 2, finish_reasons=finish)
+        scores, causes = np.array([1.0, 2.0, 3.0, 3.0 if index == 2 else 5.0]), [""] * 4
+        if index == 0:
+            scores[2], causes[2] = np.nan, "no answer"
+        shards.append(replace(shard_of(rollout, learner.logprobs(rollout)), rewards=RewardColumn(scores, tuple(causes), "v")))
+    assert learner.train(0, shards, KL_COEFFICIENT).samples == SampleUse(
+        trained=((100, 101), (103, 104), (106, 106), (108, 109)),
+        failed=((102, 102),),
+        masked=((105, 105), (107, 107)),
+        uniform=((110, 111),),
+    )
 
 
 TWICE = {"epochs": 2, "minibatches": 2, "entropy_coefficient": 0.01}
