@@ -25,13 +25,14 @@ class Span:
 
     Attributes:
         task: the method.
-        start_s, end_s: seconds since the epoch.
+        start_s: seconds since the epoch, to lay the processes' calls beside each other.
+        duration_s: how long it took, whatever became of the clock meanwhile.
         cpu_s: core-seconds that the process used in between, for whatever it was doing.
     """
 
     task: str
     start_s: float
-    end_s: float
+    duration_s: float
     cpu_s: float
 
 
@@ -109,11 +110,11 @@ class RoleHost:
 
     def _timed(self, method: str, args: tuple[Any, ...]) -> Any:
         arguments = [fetched(argument, self._fetch_timeout_s) for argument in args]
-        started, cpu_before = time.time(), time.process_time()
+        started, began, cpu_before = time.time(), time.monotonic(), time.process_time()
         try:
             return getattr(self._role, method)(*arguments)
         finally:
-            self._spans.append(Span(method, started, time.time(), time.process_time() - cpu_before))
+            self._spans.append(Span(method, started, time.monotonic() - began, time.process_time() - cpu_before))
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         """Run, and classify what goes wrong here, where it is still known what it was."""
@@ -128,7 +129,8 @@ class RoleHost:
             details = traceback.format_exc()
             print(details, file=sys.stderr, flush=True)
             cause = error.cause if isinstance(error, RoleFailure) else f"{type(error).__name__}: {_first_line(error)}"
-            raise RoleFailure(_kind(error), self._name, self.node(), cause, details) from None
+            guard = error.guard if isinstance(error, RoleFailure) else ""
+            raise RoleFailure(_kind(error), self._name, self.node(), cause, details, guard) from None
 
 
 def _kind(error: Exception) -> Any:
