@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.tracking.run_folder import write_atomic
 
 Scalar = float | int | str | bool | None
@@ -134,9 +135,17 @@ def truncate_after(path: Path, step: int) -> int:
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Append one object to a log, by one write."""
-    with path.open("ab") as file:
-        file.write(_line(row).encode("utf-8"))
+    """Append one object to a log, by one write.
+
+    Raises:
+        RoleFailure: the disk is full, or not there any more.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(_line(row).encode("utf-8"))
+    except OSError as error:
+        cause = f"{path} cannot be written ({error.strerror}); make room, and continue with --resume"
+        raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk") from None
 
 
 def _line(row: Mapping[str, object]) -> str:

@@ -39,6 +39,7 @@ _FIGURES: dict[str, Literal["highest", "lowest"] | None] = {
 
 _LOST = ("role_lost", "role_silent")
 _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
+    "run_started": ("", lambda event: "started"),
     "role_lost": ("bad", lambda event: "lost"),
     "role_silent": ("bad", lambda event: f"silent during '{event.get('doing')}'"),
     "role_restarted": ("good", lambda event: _back(event)),
@@ -182,18 +183,15 @@ def _tell(events: Sequence[_Event]) -> tuple[list[Happening], dict[str, int]]:
     """What is told, and how often the rest occurred. A recovery becomes the outcome of the loss that it mends."""
     told: list[Happening] = []
     counts: Counter[str] = Counter()
-    started = False
     for event, at_s in zip(events, _Clock(events[0]).at(events), strict=True):
         kind = str(event["kind"])
-        if kind == "run_started":
-            what, tone = ("started again" if started else "started"), ""  # type: ignore[assignment]
-            started = True
-        elif kind in _TOLD:
-            tone, words = _TOLD[kind]
-            what = words(event)
-        else:
+        if kind not in _TOLD:
             counts[kind] += 1
             continue
+        tone, words = _TOLD[kind]
+        what = words(event)
+        if kind == "run_started" and any(each.kind == kind for each in told):
+            what += " again"
         now = Happening(
             kind=kind,
             tone=tone,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from socket import gethostname
 from types import TracebackType
@@ -77,18 +77,19 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that was asked to stop has said so itself.
-        if isinstance(error, RoleFailure):
-            self.events.write(
-                "run_failed",
-                role=error.role,
-                node=error.node,
-                cause=error.cause,
-                failure=error.kind.value,
-                guard=error.guard or None,
-            )
-        elif error is not None and not isinstance(error, Stopped):
-            self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
+        # A run that was asked to stop has said so itself. On a full disk its own failure is the one that is raised.
+        with suppress(RoleFailure):
+            if isinstance(error, RoleFailure):
+                self.events.write(
+                    "run_failed",
+                    role=error.role,
+                    node=error.node,
+                    cause=error.cause,
+                    failure=error.kind.value,
+                    guard=error.guard or None,
+                )
+            elif error is not None and not isinstance(error, Stopped):
+                self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
         for sink in self._sinks:
             sink.close(self._summary)
         self._stack.close()

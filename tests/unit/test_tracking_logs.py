@@ -1,11 +1,12 @@
 import json
 import math
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
-from rlhf_ray.failures import BadInput
-from rlhf_ray.tracking.logs import EventLog, MetricsLog, read_log, truncate_after
+from rlhf_ray.failures import BadInput, RoleFailure
+from rlhf_ray.tracking.logs import EventLog, MetricsLog, append_row, read_log, truncate_after
 
 
 @pytest.fixture
@@ -70,6 +71,12 @@ def test_a_resume_drops_the_rows_it_does_again(metrics):
     assert truncate_after(metrics._path, 3) == 0
     metrics.write({"step": 4})
     assert [row["step"] for row in metrics.read().rows] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_ends_the_run_and_is_named():
+    with pytest.raises(RoleFailure, match=r"/dev/full cannot be written \(No space left on device\)") as failure:
+        append_row(Path("/dev/full"), {"step": 1})
+    assert (failure.value.role, failure.value.guard) == ("driver", "disk")
 
 
 def test_truncating_a_log_that_is_not_there_drops_nothing(metrics):

@@ -182,6 +182,18 @@ def test_a_write_that_fails_names_the_step_and_leaves_the_checkpoint_before_it(r
     assert restored[0] == State(20)
 
 
+def test_a_disk_that_cannot_take_the_event_either_does_not_hide_the_cause(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    run = run_of(runs, resume=True)
+
+    def fail() -> None:
+        with run:
+            monkeypatch.setattr(run.tracker.events, "_path", Path("/dev/full"))
+            raise KeyError("the cause")
+
+    with pytest.raises(KeyError, match="the cause"):
+        fail()
+
+
 def test_what_a_manifest_does_not_list_does_no_harm(tmp_path: Path):
     save(str(tmp_path))
     write_manifest(tmp_path)
