@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Literal
 
 import yaml
@@ -156,7 +156,7 @@ def read_story(folder: RunFolder) -> Story:
         started=datetime.fromisoformat(first["time"]),
         starts=len(starts),
         steps=steps,
-        elapsed_s=_Clock(events[0]).at(events)[-1],
+        elapsed_s=_seconds(events)[-1],
         figures=tuple(figure for name in _FIGURES if (figure := _figure(rows, name)) is not None),
         happenings=tuple(happenings),
         counts=counts,
@@ -164,26 +164,20 @@ def read_story(folder: RunFolder) -> Story:
     )
 
 
-@dataclass
-class _Clock:
-    """Seconds since the first event; what the wall clock was set by in between is left out."""
-
-    first: _Event
-
-    def at(self, events: Sequence[_Event]) -> list[float]:
-        began, jumped, seconds = datetime.fromisoformat(self.first["time"]), 0.0, []
-        for event in events:
-            jumped += float(event.get("jump_s") or 0.0)
-            passed = datetime.fromisoformat(event["time"]) - began - timedelta(seconds=jumped)
-            seconds.append(passed.total_seconds())
-        return seconds
+def _seconds(events: Sequence[_Event]) -> list[float]:
+    """When each event was, since the first; what the wall clock was set by in between is left out."""
+    began, jumped, seconds = datetime.fromisoformat(events[0]["time"]), 0.0, []
+    for event in events:
+        jumped += float(event.get("jump_s") or 0.0)
+        seconds.append((datetime.fromisoformat(event["time"]) - began).total_seconds() - jumped)
+    return seconds
 
 
 def _tell(events: Sequence[_Event]) -> tuple[list[Happening], dict[str, int]]:
     """What is told, and how often the rest occurred. A recovery becomes the outcome of the loss that it mends."""
     told: list[Happening] = []
     counts: Counter[str] = Counter()
-    for event, at_s in zip(events, _Clock(events[0]).at(events), strict=True):
+    for event, at_s in zip(events, _seconds(events), strict=True):
         kind = str(event["kind"])
         if kind not in _TOLD:
             counts[kind] += 1
@@ -224,8 +218,8 @@ def _mended_by(told: Sequence[Happening], event: _Event) -> int | None:
 
 def _verdict(happenings: Sequence[Happening], steps: int, ledger: LedgerCheck | None) -> tuple[str, Tone]:
     """How it ended, in one line."""
-    ends = {"run_finished": "good", "run_failed": "bad", "run_stopped": "warn"}
-    last = next((each for each in reversed(happenings) if each.kind in ends or each.kind == "run_started"), None)
+    turns = ("run_started", "run_stopped", "run_failed", "run_finished")
+    last = next((each for each in reversed(happenings) if each.kind in turns), None)
     if last is None or last.kind == "run_started":
         return f"no end was written: under way, or killed after step {steps}", "warn"
     if last.kind == "run_failed":

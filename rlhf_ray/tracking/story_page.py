@@ -35,10 +35,10 @@ def report_run(path: Path, console: Console | None = None) -> Path:
     """
     folder = RunFolder(path)
     story = read_story(folder)
+    write_page(story, folder.report_page)
     console = console or Console(highlight=False)
     print_story(story, console)
-    write_page(story, folder.report_page)
-    console.print(f"the same as a page: {folder.report_page}", style="dim")
+    console.print(Text(f"the same as a page: {folder.report_page}", style="dim"), soft_wrap=True)
     return folder.report_page
 
 
@@ -47,14 +47,14 @@ def print_story(story: Story, console: Console) -> None:
     style = _STYLES[story.tone]
     head = Text(story.verdict[:1].upper() + story.verdict[1:], style=f"bold {style}")
     facts = " · ".join(f"{each.label.lower()} {each.value}" for each in _headlines(story))
-    title = f" {story.command} {story.name} · started {story.started:%Y-%m-%d %H:%M} UTC "
+    title = Text(f" {story.command} {story.name} · started {story.started:%Y-%m-%d %H:%M} UTC ")
     console.print(Panel(Text.assemble(head, "\n", (facts, "dim")), title=title, title_align="left", border_style=style))
     if story.figures:
         console.print(_figures_table(story.figures))
     console.print(_happenings_table(story.happenings))
     for line in (_ledger_line(story), _counts_line(story)):
         if line:
-            console.print(line)
+            console.print(Text(line))
 
 
 def write_page(story: Story, path: Path) -> None:
@@ -118,7 +118,9 @@ def _happenings_table(happenings: Sequence[Happening]) -> Table:
     table.add_column("took", justify="right", no_wrap=True)
     for each in happenings:
         what = f"{each.what} → {each.outcome}" if each.outcome else each.what
-        table.add_row(duration(each.at_s), Text(what, style=_STYLES[each.tone]), each.who, each.why, _took(each))
+        # As text: brackets in a cause are no markup.
+        words = Text(what, style=_STYLES[each.tone]), Text(each.who), Text(each.why)
+        table.add_row(duration(each.at_s), *words, _took(each))
     return table
 
 

@@ -194,7 +194,7 @@ def test_terminal_and_page_tell_the_same(written: Written):
     written.steps()
     written.event(10, "role_lost", role="generator-1", node="a", cause="killed by <signal> 9")
     written.event(13, "role_restarted", role="generator-1", node="a", attempt=1, seconds=3.0)
-    written.event(20, "checkpoint_broken", step=5, cause="weights.pt is missing")
+    written.event(20, "checkpoint_broken", step=5, cause="weights.pt is missing [bold]")
     written.event(100, "run_finished")
     printed = io.StringIO()
     page = report_run(written.path, Console(file=printed, width=160))
@@ -205,7 +205,7 @@ def test_terminal_and_page_tell_the_same(written: Written):
         "generator-1 on a",
         "3.0 s",
         "the checkpoint of step 5 cannot be used",
-        "weights.pt is missing",
+        "weights.pt is missing [bold]",
         "reward/mean",
         "36 at step 1",
         "70 samples trained and 10 set aside in 10 steps; none missing, none used twice",
