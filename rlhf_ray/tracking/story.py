@@ -38,10 +38,11 @@ _FIGURES: dict[str, Literal["highest", "lowest"] | None] = {
 """Metrics that a story tells, as far as the run has them, and which of their values was the best."""
 
 _LOST = ("role_lost", "role_silent")
+_MENDS = ("role_restarted", "group_rebuilt")
 _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "run_started": ("", lambda event: "started"),
     "role_lost": ("bad", lambda event: "lost"),
-    "role_silent": ("bad", lambda event: f"silent during '{event.get('doing')}'"),
+    "role_silent": ("bad", lambda event: f"silent during '{event['doing']}'" if event.get("doing") else "silent"),
     "role_restarted": ("good", lambda event: _back(event)),
     "group_rebuilt": ("good", lambda event: _back(event)),
     "rolled_back": ("warn", lambda event: f"back from step {event.get('from_step')} to step {event.get('to_step')}"),
@@ -196,24 +197,31 @@ def _tell(events: Sequence[_Event]) -> tuple[list[Happening], dict[str, int]]:
             why=str(event.get("cause") or ""),
             took_s=event.get("seconds"),
         )
-        mended = _mended_by(told, event)
-        if mended is None:
+        if not _joined(told, now):
             told.append(now)
-        else:
-            told[mended] = replace(told[mended], tone="warn", took_s=now.took_s, outcome=what)
     return told, dict(counts)
 
 
-def _mended_by(told: Sequence[Happening], event: _Event) -> int | None:
-    """The place of the newest open loss of the role that an event says is back; a group is its ranks."""
-    if event["kind"] not in ("role_restarted", "group_rebuilt"):
-        return None
-    role = str(event.get("role"))
-    for place, each in reversed(list(enumerate(told))):
-        lost = each.who.split(" on ")[0]
-        if each.kind in _LOST and not each.outcome and (lost == role or lost.rpartition("-")[0] == role):
-            return place
-    return None
+def _joined(told: list[Happening], now: Happening) -> bool:
+    """Whether something belongs to losses that are told already: it is said of one once more, or mends them all."""
+    role = now.who.split(" on ")[0]
+    lost = {place: each.who.split(" on ")[0] for place, each in enumerate(told) if each.kind in _LOST}
+    still = {place: name for place, name in lost.items() if not told[place].outcome}
+    if now.kind in _LOST:
+        same = [place for place, name in still.items() if name == role]
+        for place in same:
+            before = told[place]
+            why = f"{before.why}; {now.why}" if now.why not in before.why else before.why
+            told[place] = replace(before, why=why.removeprefix("; "))
+        return bool(same)
+    if now.kind not in _MENDS:
+        return False
+    # A group is its ranks.
+    mended = [place for place, name in still.items() if role in (name, name.rpartition("-")[0])]
+    for place in mended:
+        took_s = now.took_s if place == mended[-1] else None
+        told[place] = replace(told[place], tone="warn", took_s=took_s, outcome=now.what)
+    return bool(mended)
 
 
 def _verdict(happenings: Sequence[Happening], steps: int, ledger: LedgerCheck | None) -> tuple[str, Tone]:

@@ -92,6 +92,21 @@ def test_a_recovery_stands_with_the_loss_that_it_mends(written: Written):
     assert [each.tone for each in story.lost_roles] == ["warn", "warn", "bad", "warn"]
 
 
+def test_a_loss_that_is_said_twice_is_one_and_a_group_is_mended_with_all_its_ranks(written: Written):
+    written.event(10, "role_silent", role="policy-1", node="a", cause="train: no processor time used", seconds=30.0)
+    written.event(11, "role_lost", role="policy-1", node="a", cause="killed by signal 9")
+    written.event(12, "role_lost", role="policy-0", node="a", cause="gloo: connection closed")
+    written.event(12, "role_lost", role="policy-0", node="a", cause="gloo: connection closed")
+    written.event(13, "role_lost", role="policy-helper-0", node="a", cause="another role")
+    written.event(20, "group_rebuilt", role="policy", cause="gloo: connection closed", seconds=8.0)
+    assert told(written) == [
+        ("silent", "policy-1 on a", "train: no processor time used; killed by signal 9", None, "group rebuilt"),
+        ("lost", "policy-0 on a", "gloo: connection closed", 8.0, "group rebuilt"),
+        ("lost", "policy-helper-0 on a", "another role", None, ""),
+    ]
+    assert read_story(written.folder).recovering_s == 8.0
+
+
 def test_a_recovery_without_a_loss_is_told_all_the_same(written: Written):
     written.event(40, "group_rebuilt", role="policy", cause="a rank was lost", seconds=7.0)
     assert told(written) == [("group rebuilt", "policy", "a rank was lost", 7.0, "")]
