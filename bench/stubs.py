@@ -49,8 +49,10 @@ from rlhf_ray.rollout import (
     ProbeColumn,
     RewardColumn,
     Rollout,
+    SampleUse,
     TokenColumn,
     TrunkColumn,
+    id_ranges,
 )
 
 _MEETING_S = 120.0
@@ -286,6 +288,7 @@ class StubPolicyLearner(PolicyLearner):
         )
         return PolicyReport(
             stats=stats,
+            samples=SampleUse(id_ranges(np.concatenate([shard.rollout.sample_ids for shard in shards]))),
             loss=0.0,
             entropy=1.0,
             clip_fraction=0.0,

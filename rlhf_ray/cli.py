@@ -130,6 +130,20 @@ def export(
     print(export_checkpoint(run, step, to))
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of `ppo`, `sft` or `train-rm`.")],
+) -> None:
+    """Tell the story of a run on one page.
+
+    Reads the events, metrics and ledger that the run has written so far, also while it is under way. Prints how it went
+    and every stop, loss, recovery and guard, with who, why and how long; writes the same to `RUN/report.html`.
+    """
+    from rlhf_ray.tracking.story_page import report_run
+
+    report_run(run)
+
+
 @app.command(name="serve-rm")
 def serve_rm(
     config: ConfigPath,

@@ -51,14 +51,16 @@ class RoleFailure(Exception):
         node: address of the node the actor ran on, or `?` when it is gone.
         cause: one line.
         details: the traceback on the far side, for the log.
+        guard: which guard stopped the run on purpose, before harm was done; empty where nobody did.
     """
 
-    def __init__(self, kind: FailureKind, role: str, node: str, cause: str, details: str = "") -> None:
+    def __init__(self, kind: FailureKind, role: str, node: str, cause: str, details: str = "", guard: str = "") -> None:
         self.kind, self.role, self.node, self.cause, self.details = kind, role, node, cause, details
+        self.guard = guard
         super().__init__(f"{role} on {node}: {cause} ({kind.value} failure)")
 
-    def __reduce__(self) -> tuple[type[RoleFailure], tuple[FailureKind, str, str, str, str]]:
-        return RoleFailure, (self.kind, self.role, self.node, self.cause, self.details)
+    def __reduce__(self) -> tuple[type[RoleFailure], tuple[FailureKind, str, str, str, str, str]]:
+        return RoleFailure, (self.kind, self.role, self.node, self.cause, self.details, self.guard)
 
 
 class Refused(Exception):

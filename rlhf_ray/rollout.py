@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -344,6 +344,41 @@ class RewardHeader:
     failure_causes: dict[str, int]
     version: str
     time_s: float
+
+
+IdRanges = tuple[tuple[int, int], ...]
+"""Ids as (first, last), both included; one that occurs twice is in two of them."""
+
+
+def id_ranges(ids: NDArray[np.integer[Any]]) -> IdRanges:
+    """Ids in any order as ranges."""
+    ordered = np.sort(ids)
+    if not len(ordered):
+        return ()
+    ends = np.flatnonzero(np.diff(ordered) != 1)
+    return tuple(zip(ordered[[0, *(ends + 1)]].tolist(), ordered[[*ends, -1]].tolist(), strict=True))
+
+
+def ids_in(ranges: Iterable[Sequence[int]]) -> NDArray[np.int64]:
+    """The ids of ranges, in their order."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(first, last + 1) for first, last in ranges)])
+
+
+@dataclass(frozen=True)
+class SampleUse:
+    """What a learner's rank did with the samples of a step, by their ids. Each is in exactly one of the four.
+
+    Attributes:
+        trained: had a part in the policy's loss.
+        failed: had no score.
+        masked: were cut off, and left out for it (`algorithm.mask_truncated`).
+        uniform: in groups whose scores are all equal, and left out for it (`algorithm.drop_uniform_groups`).
+    """
+
+    trained: IdRanges
+    failed: IdRanges = ()
+    masked: IdRanges = ()
+    uniform: IdRanges = ()
 
 
 def offsets(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int64]:

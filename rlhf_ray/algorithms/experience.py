@@ -101,6 +101,8 @@ class Experience:
     Attributes:
         lengths: `[B]` int64 response lengths.
         ok: `[B]` bool, samples with a score.
+        masked: `[B]` bool, those of them that the policy loss leaves out because they were cut off.
+        uniform: `[B]` bool, those that it leaves out because the scores of their group are all equal.
         samples: `[R]` int64, which sample each token belongs to.
         sampled: `[R]` bool, tokens that the policy sampled.
         counted: `[R]` bool, those of samples with a score.
@@ -119,6 +121,8 @@ class Experience:
 
     lengths: torch.Tensor
     ok: torch.Tensor
+    masked: torch.Tensor
+    uniform: torch.Tensor
     samples: torch.Tensor
     sampled: torch.Tensor
     counted: torch.Tensor
@@ -201,7 +205,8 @@ def build_experience(
 
     uniform = UniformGroups.of(scores, group_ids, ok)
     cut = ok & ~ended if algorithm.mask_truncated else torch.zeros_like(ok)
-    kept = ~(cut | uniform.samples) if algorithm.drop_uniform_groups else ~cut
+    dropped = uniform.samples & ~cut if algorithm.drop_uniform_groups else torch.zeros_like(ok)
+    kept = ~(cut | dropped)
     value_weights = token_weights(lengths, counted, algorithm.loss_aggregation)
     weights = torch.where(kept[samples], value_weights, 0.0)
     advantages, informative = estimated.advantages, estimated.informative & kept[samples]
@@ -224,6 +229,8 @@ def build_experience(
     return Experience(
         lengths=lengths,
         ok=ok,
+        masked=cut,
+        uniform=dropped,
         samples=samples,
         sampled=sampled,
         counted=counted,

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
-from rlhf_ray.config.base import ActorSettings, DType, PositiveFloat, PositiveInt
+from rlhf_ray.config.base import ActorSettings, DType, Fraction, PositiveFloat, PositiveInt
 
 
 class ScorerSettings(ActorSettings):
@@ -93,6 +93,11 @@ class RewardSettings(ScorerSettings):
     on_failure: Literal["count", "fail"] = Field(
         "count",
         description="A sample without a score is counted and left out of training, or ends the run with its cause.",
+    )
+    max_failed_fraction: Fraction = Field(
+        0.5,
+        description="With `on_failure: count`: a step in which a larger share of the samples has no score of this "
+        "source ends the run before it is trained on. Sources of weight 0 are exempt.",
     )
     apply_temperature: bool = Field(
         False,

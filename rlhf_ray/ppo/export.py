@@ -11,7 +11,8 @@ from rlhf_ray.failures import BadInput
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, ranks, role_group
-from rlhf_ray.tracking.run_folder import CHECKPOINT_STATE, RunFolder
+from rlhf_ray.tracking.manifest import find_fault
+from rlhf_ray.tracking.run_folder import RunFolder
 
 
 def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
@@ -26,21 +27,23 @@ def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
         The directory.
 
     Raises:
-        BadInput: there is no such run or checkpoint, or the directory exists.
+        BadInput: there is no such run or checkpoint, it is damaged, or the directory exists.
         RoleFailure: a rank failed, died or did not answer.
     """
     folder = RunFolder(run)
     if not folder.config_yaml.exists():
         raise BadInput(str(run), "has no config.yaml", "the folder of a PPO run")
     config = load_config(PPOConfig, folder.config_yaml, ())
-    there = sorted(path.name for path in folder.checkpoints.glob("step-*") if (path / CHECKPOINT_STATE).exists())
-    latest = folder.latest_checkpoint()
-    if latest is None:
+    there = dict(folder.complete_checkpoints())
+    if not there:
         raise BadInput(str(folder.checkpoints), "has no complete checkpoint", "a run that has written one")
-    step = latest[0] if step is None else step
-    checkpoint = folder.checkpoint_path(step)
-    if checkpoint.name not in there:
-        raise BadInput("--step", str(step), f"a checkpoint of the run: {', '.join(there)}")
+    step = max(there) if step is None else step
+    if step not in there:
+        raise BadInput("--step", str(step), f"a checkpoint of the run: {', '.join(map(str, there))}")
+    checkpoint = there[step]
+    fault = find_fault(checkpoint)
+    if fault is not None:
+        raise BadInput(str(checkpoint), fault, f"another checkpoint of the run (--step): {', '.join(map(str, there))}")
     target = to or folder.path / f"policy-{step:06d}"
     if target.exists():
         raise BadInput(str(target), "exists", "a directory that is not there yet (--to)")

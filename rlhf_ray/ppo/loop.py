@@ -11,15 +11,15 @@ from typing import Any
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import PPOConfig
-from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.failures import RoleFailure
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.admission import Admission
+from rlhf_ray.ppo.guards import check_finite, check_scores, kl_beyond
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
-from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn_if_off_policy
+from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row, warn_if_off_policy
 from rlhf_ray.ppo.recovery import Recovery
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, RoleStarter, role_requests
-from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
@@ -29,6 +29,7 @@ from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.supervisor import Supervisor
 from rlhf_ray.runtime.timeline import Timeline
 from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
+from rlhf_ray.tracking.ledger import Ledger
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
@@ -86,6 +87,7 @@ class PPO:
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
         self._state = LoopState(max_staleness=config.algorithm.max_staleness, learners=learner_shapes(config))
+        self._ledger = Ledger(run.folder.ledger)
         self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
         self._weights = WeightSync(
@@ -126,7 +128,10 @@ class PPO:
         while self._state.step < config.steps:
             kl = self._step()
             run.keep(self._state.step, self._state, self._save_checkpoint)
-            if self._kl_too_large(kl):
+            cause = kl_beyond(kl, config.algorithm.kl.stop_above)
+            if cause is not None:
+                run.tracker.events.write("run_ended_early", cause=cause, step=self._state.step, guard="kl")
+                run.tracker.display.message(f"ending early: {cause}")
                 break
         self._verify_all()
         assert self._snapshot is not None, "there is one between two steps"
@@ -139,7 +144,9 @@ class PPO:
         step = self._admission.next()
         columns = learner_columns(roles, step.shards, step.columns, config.algorithm.asks_old_logprobs)
         headers = wait_for_columns(step.shards, columns, clock)
-        self._check_scores(headers)
+        if headers.failure_causes:
+            self._run.tracker.events.write("scores_failed", step=state.step + 1, causes=headers.failure_causes)
+        check_scores(headers, state.step + 1)
         # Whoever still needs these weights holds them; kept here, they would take up the room of the new ones.
         self._snapshot = None
 
@@ -156,6 +163,7 @@ class PPO:
         done = clock.wait({"train": [*policy, *critic], "sync": due.all_answers() if isinstance(due, Sync) else []})
         parity = self._verify(due, done["sync"]) if isinstance(due, Sync) else due
         policy_report, critic_report = done["train"][0], done["train"][len(policy)] if critic else None
+        check_finite(state.step + 1, policy_report, critic_report)
 
         sampled_for = state.step
         state.advance(headers.num_samples, headers.num_response_tokens)
@@ -166,6 +174,13 @@ class PPO:
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
         row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
+        self._ledger.write(
+            state.step,
+            [report.samples for report in done["train"][: len(policy)]],
+            versions=headers.versions,
+            digests=[header.digest for header in headers.rollouts],
+            causes=headers.failure_causes,
+        )
         self._snapshot = newest.snapshot
         row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
         self._run.tracker.step(row)
@@ -192,23 +207,3 @@ class PPO:
         collect([*self._roles.save_checkpoint(folder), *writing], self._timeout_s)
         self._state.rollouts = [each.step for each in older]
         self._state.syncs = [asdict(sync) for sync in self._syncs if isinstance(sync, Parity)]
-
-    def _check_scores(self, headers: StepHeaders) -> None:
-        """A failed score is counted and set aside; a step with no scores aborts the run."""
-        causes = headers.failure_causes
-        if causes:
-            self._run.tracker.events.write("scores_failed", step=self._state.step + 1, causes=causes)
-        refuse_failures(headers.rewards, self._state.step + 1)
-        if headers.num_failures == headers.num_samples:
-            raise RoleFailure(
-                FailureKind.FATAL, "reward", "?", f"not one sample of step {self._state.step + 1} has a score: {causes}"
-            )
-
-    def _kl_too_large(self, kl: float | None) -> bool:
-        limit = self._config.algorithm.kl.stop_above
-        if limit is None or kl is None or kl <= limit:
-            return False
-        cause = f"kl/reference is {kl:.2f} nats, above algorithm.kl.stop_above {limit:g}"
-        self._run.tracker.events.write("run_ended_early", cause=cause, step=self._state.step)
-        self._run.tracker.display.message(f"ending early: {cause}")
-        return True

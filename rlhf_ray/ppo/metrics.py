@@ -58,6 +58,11 @@ class StepHeaders:
         """How often each cause occurred."""
         return all_causes(self.rewards)
 
+    @property
+    def versions(self) -> tuple[int, int]:
+        """The oldest and the newest weights that tokens were sampled with."""
+        return min(header.version_min for header in self.rollouts), max(header.version_max for header in self.rollouts)
+
     def staleness(self, version: int) -> tuple[float, int]:
         """Mean and largest distance of the sampled tokens' weights from the learner's, in versions."""
         sampled = sum(header.num_sampled_tokens for header in self.rollouts)

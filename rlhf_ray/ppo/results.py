@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.models.buckets import UNTRAINED, Snapshot
 from rlhf_ray.ppo.evaluation import (
@@ -22,6 +24,7 @@ from rlhf_ray.reward.core.evaluator import EvaluatedSample
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.runtime.run import Run
+from rlhf_ray.tracking.ledger import check_ledger
 from rlhf_ray.tracking.report import plot_ppo, write_samples, write_samples_page
 
 AFTER = "held_out_after.jsonl"
@@ -79,6 +82,7 @@ def write_results(
         [summary["reward_model"]] = evaluations.values()
     elif evaluations:
         summary["reward_models"] = evaluations
+    summary["ledger"] = _check_ledger(config, run, state.step)
     if state.best:
         summary["best"] = {**state.best, "metric": config.evaluation.keep_best}
     pairs = []
@@ -106,6 +110,16 @@ def write_results(
         shown = pairs[: config.evaluation.page_samples]
         write_samples_page(folder.samples_page, title, summary, shown, folder.plot)
     tracker.finish(summary)
+
+
+def _check_ledger(config: PPOConfig, run: Run, steps: int) -> dict[str, object]:
+    """See that each sample was used exactly once; where not, events, display and summary say so."""
+    sampling = config.sampling
+    check = check_ledger(run.folder.ledger, sampling.prompts_per_step * sampling.samples_per_prompt, steps)
+    run.tracker.events.write("ledger_checked", cause="; ".join(check.problems) or None, samples=check.trained)
+    for problem in check.problems:
+        run.tracker.display.message(f"warning: {run.folder.ledger}: {problem}")
+    return asdict(check)
 
 
 def _evaluate(

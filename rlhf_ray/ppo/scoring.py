@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config.reward import RewardSettings
-from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.reward.core.protocol import Conversation, Scorer
 from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout, weighted_sum
 from rlhf_ray.runtime.actor_group import ActorGroup
@@ -102,6 +101,11 @@ class SourceHeaders:
         return sum(header.num_scored for header in self.shards)
 
     @property
+    def failed_fraction(self) -> float:
+        """Share of the samples that it has no score for."""
+        return self.num_failures / (self.num_failures + self.num_scored)
+
+    @property
     def failure_causes(self) -> dict[str, int]:
         """How often each cause occurred."""
         causes: Counter[str] = Counter()
@@ -123,7 +127,7 @@ class SourceHeaders:
         values = {
             "mean": mean,
             "std": None if mean is None or square is None else math.sqrt(max(square - mean**2, 0.0)),
-            "failed_fraction": self.num_failures / (self.num_failures + count),
+            "failed_fraction": self.failed_fraction,
             "time_s": sum(header.time_s for header in self.shards) / len(self.shards),
         }
         return {f"reward/{self.source.name}/{name}": value for name, value in values.items()}
@@ -141,20 +145,3 @@ def all_causes(sources: Sequence[SourceHeaders]) -> dict[str, int]:
     if len(sources) == 1:
         return sources[0].failure_causes
     return {f"{each.source.name}: {cause}": count for each in sources for cause, count in each.failure_causes.items()}
-
-
-def refuse_failures(sources: Sequence[SourceHeaders], step: int) -> None:
-    """End the run where a source failed that is to end it.
-
-    Raises:
-        RoleFailure: naming the source and the causes.
-    """
-    for each in sources:
-        if each.num_failures and each.source.on_failure == "fail":
-            raise RoleFailure(
-                FailureKind.FATAL,
-                f"reward '{each.source.name}'",
-                "?",
-                f"{each.num_failures} samples of step {step} have no score, and on_failure is 'fail': "
-                f"{each.failure_causes}",
-            )

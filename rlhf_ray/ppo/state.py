@@ -7,7 +7,8 @@ from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
-from rlhf_ray.runtime.run import read_state
+from rlhf_ray.runtime.run import STATE_FILE, read_state
+from rlhf_ray.tracking.manifest import find_fault
 from rlhf_ray.tracking.run_folder import RunFolder
 
 _LORA = "policy.lora"
@@ -65,13 +66,15 @@ def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
 def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     """See that the learners can read the run's latest checkpoint, before any of them is started.
 
+    Whether all its files are whole is seen later (`Run.sound_checkpoint`): here only its state is read.
+
     Raises:
         BadInput: it was written with other settings of those, without a critic, or with another staleness.
     """
-    latest = folder.latest_checkpoint()
-    if latest is None:
+    readable = [each for each in folder.complete_checkpoints() if find_fault(each[1], (STATE_FILE,)) is None]
+    if not readable:
         return
-    step, path = latest
+    step, path = readable[-1]
     found = read_state(path, LoopState)
     written = {_LORA: None, **found.learners, _STALENESS: found.max_staleness}
     wanted = {**(learner_shapes(config) if found.learners else {}), _STALENESS: config.algorithm.max_staleness}

@@ -7,6 +7,7 @@ normaliser of the whole minibatch over all ranks, so the gradient does not depen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
@@ -98,6 +100,9 @@ class DeepSpeedEngine(RankEngine):
             loss: a micro-batch's part of the minibatch's loss: its sum over this micro-batch, divided by the
                 normaliser of the whole minibatch over all ranks. The second argument is false where a rank that has run
                 out goes along with a micro-batch it has had: the loss is dropped, and nothing may be counted again.
+
+        Raises:
+            RoleFailure: the gradient is not finite. The weights are what they were before.
         """
         rate = learning_rate(self.steps_done, self._settings, self._total_steps)
         for group in self._optimizer.param_groups:
@@ -109,17 +114,34 @@ class DeepSpeedEngine(RankEngine):
             value = loss(batch, real) * (self.rank.world_size if real else 0.0)
             self._engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
             self._engine.backward(value)
-        norm = None
+        norm = self._apply_gradient()
+        self.steps_done += 1
+        return StepReport(grad_norm=norm, learning_rate=rate)
+
+    def _apply_gradient(self) -> float:
+        """One update with the clipped gradient, unless that is not finite; gives its norm before."""
         if self._zero_stage == 0:
             # Without ZeRO, DeepSpeed clips but does not say what the norm was; a second look would cost as much again.
             norm = torch.nn.utils.clip_grad_norm_(self.unwrapped.parameters(), self._settings.max_grad_norm)
-        self._engine.step()
-        self.steps_done += 1
-        if norm is None:
+            self._refuse_non_finite(float(norm))
+            self._engine.step()
+        else:
+            # ZeRO makes no update with a gradient that is not finite, and says that its norm is infinite.
+            self._engine.step()
             norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._zero_stage}")
-        return StepReport(grad_norm=float(norm), learning_rate=rate)
+            if norm is None:
+                raise RuntimeError(f"DeepSpeed reported no gradient norm at ZeRO stage {self._zero_stage}")
+            self._refuse_non_finite(float(norm))
+        return float(norm)
+
+    def _refuse_non_finite(self, norm: float) -> None:
+        """Every rank knows the same norm, so all of them end together."""
+        if not math.isfinite(norm):
+            cause = (
+                f"the gradient of update {self.steps_done + 1} is not finite (norm {norm}), and was not applied; the "
+                "same settings end here again: lower learning_rate, bound the rewards, or compute in float32"
+            )
+            raise RoleFailure(FailureKind.FATAL, "?", "?", cause, guard="gradient")
 
     def measure(self, batches: Sequence[Batch], loss: Callable[[Batch, bool], torch.Tensor]) -> StepReport:
         """The same passes without gradients and without a step: only what the loss measures comes of it."""

@@ -14,7 +14,7 @@ from rlhf_ray.models.packing import PackedBatch, RolloutRows
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.roles.rank_group import RankEngine
-from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
+from rlhf_ray.rollout import Rollout, SampleUse, TokenColumn, TrunkColumn, id_ranges
 
 
 def minibatches(
@@ -52,6 +52,14 @@ def read_shards(
     rows = RolloutRows([shard.rollout for shard in shards], [shard.trunk for shard in shards])
     experience = build_experience(shards, algorithm, kl_coefficient, max_response_tokens, engine.all_reduce)
     return rows, experience.to(engine.device, torch.float32)
+
+
+def sample_use(shards: Sequence[ExperienceShard], experience: Experience) -> SampleUse:
+    """What becomes of this rank's samples."""
+    ids = np.concatenate([shard.rollout.sample_ids for shard in shards])
+    ok, masked, uniform = (each.cpu().numpy() for each in (experience.ok, experience.masked, experience.uniform))
+    parts = (ok & ~masked & ~uniform, ~ok, masked, uniform)
+    return SampleUse(*(id_ranges(ids[part]) for part in parts))
 
 
 def balanced_packs(

@@ -40,12 +40,13 @@ from rlhf_ray.roles.learner import (
     checkpoint_folder,
     minibatches,
     read_shards,
+    sample_use,
     token_column,
     total_weight,
 )
 from rlhf_ray.roles.policy_weights import PolicyWeights
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.rollout import ProbeColumn, Rollout, TokenColumn, TrunkColumn
+from rlhf_ray.rollout import ProbeColumn, Rollout, SampleUse, TokenColumn, TrunkColumn
 
 _PREFIX = "language_model."
 _SUMS = (
@@ -58,9 +59,10 @@ _MAXIMA = ("max_abs_log_ratio", "mismatch_max_abs")
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """What one step of PPO did to the policy, over all ranks. Means are over response tokens with a score.
+    """What one step of PPO did to the policy. Means are over response tokens with a score.
 
     Attributes:
+        samples: what became of this rank's samples; everything else is over all ranks.
         importance_effective_fraction: see `effective_sample_fraction`; None without importance weights, as are the
             shares of tokens or sequences whose weight was truncated or masked.
         first_approx_kl, first_ratio_error: of the first minibatch before its update; both are 0 where the old log-probs
@@ -68,6 +70,7 @@ class PolicyReport:
     """
 
     stats: ExperienceStats
+    samples: SampleUse
     loss: float
     entropy: float
     clip_fraction: float
@@ -189,6 +192,7 @@ class PolicyLearner:
         num_weights = total["importance_count"]
         return PolicyReport(
             stats=_with_own_kl(experience, total["kl_reference"]),
+            samples=sample_use(shards, experience),
             loss=total["loss"] / (total["normalizer"] or 1.0),
             entropy=total["entropy"] / weight,
             clip_fraction=total["clip"] / weight,

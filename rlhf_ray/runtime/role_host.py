@@ -31,13 +31,14 @@ class Span:
 
     Attributes:
         task: the method.
-        start_s, end_s: seconds since the epoch.
+        start_s: seconds since the epoch, to lay the processes' calls beside each other.
+        duration_s: how long it took, whatever became of the clock meanwhile.
         cpu_s: core-seconds that the process used in between, for whatever it was doing.
     """
 
     task: str
     start_s: float
-    end_s: float
+    duration_s: float
     cpu_s: float
 
 
@@ -150,7 +151,7 @@ class RoleHost:
 
     def _guarded(self, task: str, action: Callable[[], Any]) -> Any:
         """Run, and classify what goes wrong here, where it is still known what it was."""
-        started, cpu_before = time.time(), time.process_time()
+        started, began, cpu_before = time.time(), time.monotonic(), time.process_time()
         try:
             with self._clock.call(task):
                 return action()
@@ -165,9 +166,10 @@ class RoleHost:
                 # A new process does the same work once more.
                 self._restarts.say(f"{task}: {cause}")
                 os._exit(EXIT_AGAIN)
-            raise self._failure(kind, cause, details) from None
+            guard = error.guard if isinstance(error, RoleFailure) else ""
+            raise self._failure(kind, cause, details, guard) from None
         finally:
-            self._spans.append(Span(task, started, time.time(), time.process_time() - cpu_before))
+            self._spans.append(Span(task, started, time.monotonic() - began, time.process_time() - cpu_before))
 
     def _from_elsewhere(self, error: ray.exceptions.RayError) -> RoleFailure:
         """Something that was fetched is not there; another role's failure keeps that role's name."""
@@ -176,8 +178,8 @@ class RoleHost:
             return cause if isinstance(cause, RoleFailure) else self._failure(classify(cause), _first_line(error), "")
         return self._failure(FailureKind.INFRASTRUCTURE, _first_line(error), str(error))
 
-    def _failure(self, kind: FailureKind, cause: str, details: str) -> RoleFailure:
-        return RoleFailure(kind, self._name, ray.util.get_node_ip_address(), cause, details)
+    def _failure(self, kind: FailureKind, cause: str, details: str, guard: str = "") -> RoleFailure:
+        return RoleFailure(kind, self._name, ray.util.get_node_ip_address(), cause, details, guard)
 
 
 def _is_started_again() -> bool:

@@ -67,6 +67,6 @@ def _event(step: int, process: int, span: Span) -> dict[str, Any]:
         "pid": process,
         "tid": 0,
         "ts": span.start_s * 1e6,
-        "dur": (span.end_s - span.start_s) * 1e6,
+        "dur": span.duration_s * 1e6,
         "args": {"step": step, "cpu_s": span.cpu_s},
     }

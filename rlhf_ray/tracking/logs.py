@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.tracking.run_folder import write_atomic
 
 Scalar = float | int | str | bool | None
@@ -46,7 +47,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        _drop_torn_line(path)
+        drop_torn_line(path)
 
     def write(
         self,
@@ -68,7 +69,7 @@ class EventLog:
                 event often tells of a failure and must not fail itself.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        _append(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
+        append_row(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
 
     def read(self) -> LogRows:
         """All events so far."""
@@ -85,26 +86,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, events: EventLog) -> None:
         self._path, self._events = path, events
-        _drop_torn_line(path)
+        drop_torn_line(path)
 
     def write(self, row: Mapping[str, float | int | None]) -> None:
         """Append one step's metrics. NaN and infinities become `null` and an event `metric_not_finite`."""
         broken = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
-        _append(self._path, row)
+        append_row(self._path, row)
         for name in broken:
             self._events.write("metric_not_finite", cause=f"{name} is {row[name]}", metric=name, step=row.get("step"))
-
-    def truncate_after(self, step: int) -> int:
-        """Drop the rows of steps after `step`, which a resume from its checkpoint does again.
-
-        Returns:
-            How many rows were dropped.
-        """
-        rows = self.read().rows
-        kept = [row for row in rows if int(row["step"] or 0) <= step]
-        if len(kept) < len(rows):
-            write_atomic(self._path, "".join(_line(row) for row in kept))
-        return len(rows) - len(kept)
 
     def read(self) -> LogRows:
         """All rows so far."""
@@ -129,9 +118,34 @@ def read_log(path: Path) -> LogRows:
     return LogRows(rows, num_torn=1 if last else 0)
 
 
-def _append(path: Path, row: Mapping[str, object]) -> None:
-    with path.open("ab") as file:
-        file.write(_line(row).encode("utf-8"))
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the rows of steps after `step`, which a resume from its checkpoint does again.
+
+    Args:
+        path: a log whose rows have a `step`.
+
+    Returns:
+        How many rows were dropped.
+    """
+    rows = read_log(path).rows
+    kept = [row for row in rows if int(row["step"] or 0) <= step]
+    if len(kept) < len(rows):
+        write_atomic(path, "".join(_line(row) for row in kept))
+    return len(rows) - len(kept)
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Append one object to a log, by one write.
+
+    Raises:
+        RoleFailure: the disk is full, or not there any more.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(_line(row).encode("utf-8"))
+    except OSError as error:
+        cause = f"{path} cannot be written ({error.strerror}); make room, and continue with --resume"
+        raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk") from None
 
 
 def _line(row: Mapping[str, object]) -> str:
@@ -157,7 +171,8 @@ def _parse(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
+    """Remove the half line that a crash may have left at a log's end; a writer calls it before it appends."""
     if not path.exists():
         return
     content = path.read_bytes()

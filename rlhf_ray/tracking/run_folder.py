@@ -1,7 +1,7 @@
 """The folder of a run: which file is where, and who may write into it.
 
 Everything that another program may read while the run goes on is replaced as a whole (`write_atomic`) or only
-ever appended to (`logs`). A checkpoint counts once its `state.json` is there, which is written last.
+ever appended to (`logs`). A checkpoint counts once its manifest is there, which is written last (`manifest`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf_ray.failures import BadInput
 
-CHECKPOINT_STATE = "state.json"
+MANIFEST = "manifest.json"
 """Written last into a checkpoint: a folder without it is half a checkpoint and never resumed from."""
 
 
@@ -34,8 +34,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The new name itself is on disk only when the folder is.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to disk: a new file's name is there only when its folder is."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -102,6 +106,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """Which samples each step trained."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def events(self) -> Path:
         """Starts, stops, deaths, restarts, checkpoints."""
         return self.path / "events.jsonl"
@@ -152,6 +161,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def report_page(self) -> Path:
+        """The story of the run."""
+        return self.path / "report.html"
+
+    @property
     def plot(self) -> Path:
         """The run's curves."""
         return self.path / "training.png"
@@ -186,9 +200,13 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest complete checkpoint."""
-        complete = [(step, path) for step, path in self._checkpoints() if (path / CHECKPOINT_STATE).exists()]
+        """Step and folder of the newest complete checkpoint; whether it is undamaged is for the manifest to say."""
+        complete = self.complete_checkpoints()
         return complete[-1] if complete else None
+
+    def complete_checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of every checkpoint with a manifest, oldest first."""
+        return [(step, path) for step, path in self.all_checkpoints() if (path / MANIFEST).exists()]
 
     def prune(self, keep: int) -> None:
         """Delete all but the `keep` newest complete checkpoints, and half ones older than the newest.
@@ -198,15 +216,15 @@ class RunFolder:
         latest = self.latest_checkpoint()
         if latest is None:
             return
-        older = [path for step, path in self._checkpoints() if step <= latest[0]]
-        complete = [path for path in older if (path / CHECKPOINT_STATE).exists()]
-        for path in older:
-            if path not in complete[-keep:]:
+        kept = [path for _, path in self.complete_checkpoints()[-keep:]]
+        for step, path in self.all_checkpoints():
+            if step <= latest[0] and path not in kept:
                 # First the mark: a deletion that is interrupted must not leave half a checkpoint that looks whole.
-                (path / CHECKPOINT_STATE).unlink(missing_ok=True)
+                (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
 
-    def _checkpoints(self) -> list[tuple[int, Path]]:
+    def all_checkpoints(self) -> list[tuple[int, Path]]:
+        """Step and folder of every checkpoint, half ones included, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints.iterdir())

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from socket import gethostname
 from types import TracebackType
 from typing import Self
 
@@ -16,10 +17,13 @@ from rlhf_ray.config.load import dump_config
 from rlhf_ray.config.settings import RunConfig
 from rlhf_ray.failures import RoleFailure, Stopped
 from rlhf_ray.tracking.display import Column, Display, open_display
-from rlhf_ray.tracking.logs import EventLog, MetricsLog
+from rlhf_ray.tracking.logs import EventLog, MetricsLog, truncate_after
 from rlhf_ray.tracking.metrics import MetricKind, check_known
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 from rlhf_ray.tracking.sinks import Sink, open_sinks
+
+_CLOCK_JUMP_S = 5.0
+"""Less is what a clock that is kept right may move between two steps."""
 
 
 def run_folder_path(config: RunConfig) -> str:
@@ -56,6 +60,7 @@ class Tracker:
         self._stack = ExitStack()
         self._summary: dict[str, object] = {}
         self._started = time.monotonic()
+        self._wall_clock = _WallClock()
 
     def __enter__(self) -> Self:
         self.events.write("run_started", name=self._config.run.name, kind_of_run=self._kind)
@@ -72,13 +77,19 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that was asked to stop has said so itself.
-        if isinstance(error, RoleFailure):
-            self.events.write(
-                "run_failed", role=error.role, node=error.node, cause=error.cause, failure=error.kind.value
-            )
-        elif error is not None and not isinstance(error, Stopped):
-            self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
+        # A run that was asked to stop has said so itself. On a full disk its own failure is the one that is raised.
+        with suppress(RoleFailure):
+            if isinstance(error, RoleFailure):
+                self.events.write(
+                    "run_failed",
+                    role=error.role,
+                    node=error.node,
+                    cause=error.cause,
+                    failure=error.kind.value,
+                    guard=error.guard or None,
+                )
+            elif error is not None and not isinstance(error, Stopped):
+                self.events.write("run_failed", cause=f"{type(error).__name__}: {error}")
         for sink in self._sinks:
             sink.close(self._summary)
         self._stack.close()
@@ -98,9 +109,22 @@ class Tracker:
         check_known(self._kind, row)
         self.metrics.write(row)
         number = int(row["step"] or 0)
+        jump = self._wall_clock.jump_s()
+        if abs(jump) > _CLOCK_JUMP_S:
+            cause = f"the clock was set by {jump:+.0f} s, or the machine slept; no duration depends on it"
+            self.events.write("clock_jumped", node=gethostname(), cause=cause, step=number, jump_s=jump)
         for sink in self._sinks:
             sink.log(number, row)
         self.display.step(row)
+
+    def truncate_after(self, step: int) -> int:
+        """Drop what the metrics and the ledger say of steps after `step`, which are done again.
+
+        Returns:
+            How many rows of metrics were dropped.
+        """
+        truncate_after(self.folder.ledger, step)
+        return truncate_after(self.folder.metrics, step)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write the summary, which makes the run a finished one."""
@@ -115,6 +139,18 @@ class Tracker:
     def _sink_failed(self, name: str, cause: str) -> None:
         self.events.write("sink_failed", cause=cause, sink=name)
         self.display.message(f"{name} is off: {cause}")
+
+
+class _WallClock:
+    """How much the wall clock moved beside the time that really went by."""
+
+    def __init__(self) -> None:
+        self._ahead = time.time() - time.monotonic()
+
+    def jump_s(self) -> float:
+        """Since this was last asked."""
+        before, self._ahead = self._ahead, time.time() - time.monotonic()
+        return self._ahead - before
 
 
 def check_folder(config: RunConfig, resume: bool = False) -> None:

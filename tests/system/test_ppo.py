@@ -96,8 +96,8 @@ def finished(twins: tuple[Run, Run]) -> Run:
 
 @pytest.fixture(scope="session")
 def stopped(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that got SIGTERM after its second step."""
-    stopped = begin(data_root, tmp_path_factory.mktemp("stopped"))
+    """A run that got SIGTERM after its second step; it has a checkpoint of every step."""
+    stopped = begin(data_root, tmp_path_factory.mktemp("stopped"), "checkpoint.every_steps=1")
     wait_until(
         lambda: len(stopped.metrics) >= 2 or stopped.command.process.poll() is not None, DEADLINE_S, "the second step"
     )
@@ -108,8 +108,12 @@ def stopped(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def resumed(stopped: Run, data_root: Path) -> tuple[int, Run]:
-    """The stopped run taken up again, and the step it was stopped after."""
+    """The stopped run taken up again with its newest checkpoint damaged, and the step it was stopped after."""
     last_step = stopped.metrics[-1]["step"]
+    [weights] = stopped.folder.glob(f"checkpoints/step-{last_step:06d}/policy/state/*model_states.pt")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
     # As if the evaluation had changed: the policy before training is judged again, not the one of the checkpoint.
     [judged] = stopped.folder.glob("held_out_before-*.jsonl")
     judged.unlink()
@@ -290,7 +294,7 @@ def test_the_policy_of_a_checkpoint_can_be_exported(ahead: tuple[Run, Run], tmp_
     assert tensor_hashes(tmp_path / "of-4") == tensor_hashes(folder / "policy_best")
     again = run(("export", str(folder), "--step", "5"), tmp_path / "output", 60)
     assert again.process.returncode == 2
-    assert again.stderr == "bad input: --step: 5; a checkpoint of the run: step-000004\n"
+    assert again.stderr == "bad input: --step: 5; a checkpoint of the run: 4\n"
 
 
 def test_a_stopped_run_keeps_its_last_step(stopped: Run) -> None:
@@ -298,7 +302,7 @@ def test_a_stopped_run_keeps_its_last_step(stopped: Run) -> None:
     assert 2 <= last_step < STEPS
     assert stopped.command.process.returncode == 1
     assert stopped.command.stderr == f"stopped by signal 15 after step {last_step}; continue with --resume\n"
-    assert (stopped.folder / "checkpoints" / f"step-{last_step:06d}" / "state.json").exists()
+    assert (stopped.folder / "checkpoints" / f"step-{last_step:06d}" / "manifest.json").exists()
     assert stopped.events[-1]["kind"] == "run_stopped"
     assert not (stopped.folder / "summary.json").exists()
     assert stopped.command.left_running() == []
@@ -314,13 +318,43 @@ def test_an_unfinished_run_is_not_begun_again_without_resume(stopped: Run, data_
 
 def test_a_resumed_run_ends_like_the_one_left_alone(resumed: tuple[int, Run], finished: Run) -> None:
     last_step, run = resumed
+    [broken] = run.events_of("checkpoint_broken")
+    assert broken["step"] == last_step
+    assert broken["cause"] == "policy/state/mp_rank_00_model_states.pt is not what was written (its hash differs)"
     [loaded] = run.events_of("checkpoint_loaded")
-    assert loaded["step"] == last_step
+    assert (loaded["step"], loaded["dropped_rows"]) == (last_step - 1, 1)
     assert [without_times(row) for row in run.metrics] == [without_times(row) for row in finished.metrics]
     assert tensor_hashes(run.folder / "policy") == tensor_hashes(finished.folder / "policy")
     assert (run.folder / "samples.jsonl").read_text() == (finished.folder / "samples.jsonl").read_text()
     held_out = [json.loads((each.folder / "summary.json").read_text())["held_out"] for each in (run, finished)]
     assert held_out[0] == held_out[1]
+
+
+def test_the_ledger_has_every_sample_once_also_where_steps_were_done_again(
+    resumed: tuple[int, Run], ahead: tuple[Run, Run], finished: Run
+) -> None:
+    interrupted = resumed[1]
+    assert (interrupted.folder / "ledger.jsonl").read_bytes() == (finished.folder / "ledger.jsonl").read_bytes()
+    ledgers = [(each.folder / "ledger.jsonl").read_bytes() for each in ahead]
+    assert ledgers[0] == ledgers[1]
+    for each in (interrupted, finished, *ahead):
+        rows = rows_of(each.folder / "ledger.jsonl")
+        checked = json.loads((each.folder / "summary.json").read_text())["ledger"]
+        assert (checked["steps"], checked["problems"]) == (len(each.metrics), [])
+        assert checked["trained"] == each.metrics[-1]["samples"]
+        assert [row["versions"] for row in rows] == [
+            [row["step"] - 1 - metrics["staleness/max"]] * 2 for row, metrics in zip(rows, each.metrics, strict=True)
+        ]
+
+
+def test_the_story_of_a_damaged_checkpoint_can_be_told(resumed: tuple[int, Run], tmp_path: Path) -> None:
+    last_step, run_ = resumed
+    command = run(("report", str(run_.folder)), tmp_path / "output", 60)
+    assert command.process.returncode == 0, command.stderr
+    assert f"Finished after {STEPS} steps, every sample used exactly once" in command.stdout
+    assert f"the checkpoint of step {last_step} cannot be used" in command.stdout
+    assert f"went on from the checkpoint of step {last_step - 1}" in command.stdout
+    assert (run_.folder / "report.html").exists()
 
 
 def test_sampling_ahead_is_never_staler_than_allowed_and_correct_to_the_token(ahead: tuple[Run, Run]) -> None:

@@ -14,7 +14,7 @@ FUNCTIONS = "tests.unit.reward_functions"
 SOURCES = (
     "reward=[{name: helpful, model: '${paths.data}/tiny/reward_model', max_length: 128}, "
     f"{{function: '{FUNCTIONS}:brief', weight: 2.0, batch_size: 4}}, "
-    f"{{function: '{FUNCTIONS}:picky', weight: 0.1, timeout_s: 60}}]"
+    f"{{function: '{FUNCTIONS}:picky', weight: 0.1, timeout_s: 60, max_failed_fraction: 1}}]"
 )
 STEPS, SAMPLES = 2, 16
 

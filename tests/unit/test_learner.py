@@ -1,6 +1,8 @@
 """The learners in one process, with the real DeepSpeed: a step is the same however it is cut."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from rlhf_ray.config.algorithm import AlgorithmSettings, ImportanceSettings, KLSettings
 from rlhf_ray.config.settings import CriticSettings, LearnerSettings, PolicySettings
 from rlhf_ray.data.text import TextExample
+from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models import token_loss
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.models.packing import RolloutRows
@@ -18,7 +21,7 @@ from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.rollout import Rollout, TokenColumn
+from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, SampleUse, TokenColumn
 from tests.making import (
     ALGORITHM,
     HIDDEN_SIZE,
@@ -107,6 +110,30 @@ def test_a_policy_step_does_not_depend_on_the_micro_batches(
     for name in ("loss", "entropy", "grad_norm", "clip_fraction"):
         assert getattr(small, name) == pytest.approx(getattr(large, name), rel=relative, abs=2 * relative), name
     assert large.grad_norm > 0.01
+
+
+def test_a_policy_says_what_became_of_each_of_its_samples(policy_model: str, single_rank: Rank):
+    """Six prompts of two samples: failed, cut off, of equal scores, and trained."""
+    algorithm = AlgorithmSettings(advantage="rloo", mask_truncated=True, drop_uniform_groups=True)
+    learner = policy_learner(policy_model, single_rank, algorithm=algorithm)
+    shards = []
+    for index in range(3):
+        rollout = random_rollout(index)
+        ids = np.arange(4 * index, 4 * index + 4) + 100
+        finish = np.array([FINISH_STOP, FINISH_LENGTH if index == 1 else FINISH_STOP] * 2, dtype=np.int8)
+        rollout = replace(rollout, sample_ids=ids, prompt_ids=ids // 2, finish_reasons=finish)
+        scores, causes = np.array([1.0, 2.0, 3.0, 3.0 if index == 2 else 5.0]), [""] * 4
+        if index == 0:
+            scores[2], causes[2] = np.nan, "no answer"
+        shards.append(
+            replace(shard_of(rollout, learner.logprobs(rollout)), rewards=RewardColumn(scores, tuple(causes), "v"))
+        )
+    assert learner.train(0, shards, KL_COEFFICIENT).samples == SampleUse(
+        trained=((100, 101), (103, 104), (106, 106), (108, 109)),
+        failed=((102, 102),),
+        masked=((105, 105), (107, 107)),
+        uniform=((110, 111),),
+    )
 
 
 TWICE = {"epochs": 2, "minibatches": 2, "entropy_coefficient": 0.01}
@@ -513,6 +540,54 @@ def test_bfloat16_gradients_accumulate_in_float32(single_rank: Rank, zero_stage:
     for order in (gradients, gradients[::-1]):
         report = engine.optimizer_step(order, lambda value, _: engine.module(value))
         assert report.grad_norm == 1.25 * 2
+
+
+def refusal(action: Callable[[], object]) -> tuple[FailureKind, str, str]:
+    """What a guard says. Its traceback is let go of: it would keep an engine, which ZeRO-3 must not outlive."""
+    try:
+        action()
+    except RoleFailure as failure:
+        return failure.kind, failure.guard, failure.cause
+    raise AssertionError("nobody refused")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero_stage"),
+    [("float32", 0), ("float32", 3), ("bfloat16", 1), ("bfloat16", 2), ("bfloat16", 3)],
+)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_applied(single_rank: Rank, dtype: str, zero_stage: int, broken: float):
+    settings = learner_settings(zero_stage=zero_stage, dtype=dtype)
+    engine = DeepSpeedEngine(Weighted, settings, single_rank, dtype, TOTAL_STEPS)
+    engine.optimizer_step([1.0], lambda value, _: engine.module(value))
+    [(_, weight)] = engine.full_weights("")
+    before = weight.clone()
+    assert before.any()
+    kind, guard, cause = refusal(partial(engine.optimizer_step, [1.0, broken], lambda value, _: engine.module(value)))
+    assert (kind, guard) == (FailureKind.FATAL, "gradient")
+    assert cause.startswith("the gradient of update 2 is not finite")
+    [(_, weight)] = engine.full_weights("")
+    assert torch.equal(weight, before)
+    assert engine.steps_done == 1
+
+
+@pytest.mark.parametrize("poisoned", ["reference", "values"])
+def test_poisoned_columns_end_the_run_before_they_reach_the_weights(
+    policy_model: str, single_rank: Rank, poisoned: str
+):
+    """One NaN among the reference's log-probs for the policy, or among the old values for the critic."""
+    learner = (
+        policy_learner(policy_model, single_rank)
+        if poisoned == "reference"
+        else critic_learner(policy_model, single_rank)
+    )
+    before = trained(learner)
+    shards = [shard_of(rollout, TokenColumn(rollout.logprobs)) for rollout in ROLLOUTS]
+    column = getattr(shards[1], poisoned).data.copy()
+    column[0] = np.nan
+    shards[1] = replace(shards[1], **{poisoned: TokenColumn(column)})
+    assert refusal(partial(learner.train, 0, shards, KL_COEFFICIENT))[:2] == (FailureKind.FATAL, "gradient")
+    assert largest_difference(before, trained(learner)) == 0
 
 
 def test_settings_reach_deepspeed_and_can_be_overridden():

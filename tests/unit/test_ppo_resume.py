@@ -18,6 +18,7 @@ from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
 from rlhf_ray.ppo.step import conversations
 from rlhf_ray.reward.core.source import RewardSource
 from rlhf_ray.runtime.run import write_state
+from rlhf_ray.tracking.manifest import write_manifest
 from rlhf_ray.tracking.run_folder import RunFolder
 from tests.conftest import REPOSITORY
 
@@ -96,7 +97,15 @@ def test_a_checkpoint_of_before_there_was_a_record_is_tried(folder: RunFolder):
     written = json.loads(state.read_text())
     del written["learners"]
     state.write_text(json.dumps(written))
+    write_manifest(folder.checkpoint_path(4))
     check_resumable(config_of("policy.learner.replicas=2"), folder)
+
+
+def test_a_state_that_was_damaged_is_not_read(folder: RunFolder):
+    write_state(_made(folder.checkpoint_path(8)), LoopState(step=8, learners=learner_shapes(config_of())))
+    (folder.checkpoint_path(8) / "state.json").write_text("{")
+    with pytest.raises(BadInput, match="the checkpoint of step 4 was written with 1"):
+        check_resumable(config_of("policy.learner.replicas=2"), folder)
 
 
 def _made(path: Path) -> Path:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.reward import RewardSettings
-from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders, all_causes, num_failed, refuse_failures
+from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders, all_causes, num_failed
 from rlhf_ray.rollout import RewardColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Stored
 from rlhf_ray.tracking.metrics import check_known
@@ -85,11 +84,3 @@ def test_a_sample_that_several_sources_failed_on_counts_once_and_one_that_is_onl
     assert num_failed([one, other, watched]) == 3
     assert all_causes([one, other]) == {"a: why": 1, "b: why": 2, "b: else": 1}
     assert all_causes([other]) == {"why": 2, "else": 1}
-
-
-def test_a_failure_ends_the_run_where_it_is_to():
-    good, bad = column([1.0]), column([NAN])
-    refuse_failures([headers(source("a"), bad), headers(source("b", on_failure="fail"), good)], 3)
-    with pytest.raises(RoleFailure, match=r"reward 'b'.*1 samples of step 3 have no score.*'why': 1") as failure:
-        refuse_failures([headers(source("b", on_failure="fail"), bad)], 3)
-    assert failure.value.kind is FailureKind.FATAL

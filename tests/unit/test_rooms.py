@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "algorithms": {"config", "rollout"},
     "models": DATA,
-    "tracking": GROUND,
+    "tracking": GROUND | {"rollout"},
     "roles": NETWORKS,
     "runtime": NETWORKS | {"roles", "tracking"},
     "ppo": RUNTIME | {"reward.core"},

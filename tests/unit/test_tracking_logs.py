@@ -1,11 +1,12 @@
 import json
 import math
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
-from rlhf_ray.failures import BadInput
-from rlhf_ray.tracking.logs import EventLog, MetricsLog, read_log
+from rlhf_ray.failures import BadInput, RoleFailure
+from rlhf_ray.tracking.logs import EventLog, MetricsLog, append_row, read_log, truncate_after
 
 
 @pytest.fixture
@@ -65,15 +66,21 @@ def test_a_resume_drops_the_rows_it_does_again(metrics):
     for step in range(1, 6):
         metrics.write({"step": step, "reward": "ä"})
     before = metrics.read().rows
-    assert metrics.truncate_after(3) == 2
+    assert truncate_after(metrics._path, 3) == 2
     assert metrics.read().rows == before[:3]
-    assert metrics.truncate_after(3) == 0
+    assert truncate_after(metrics._path, 3) == 0
     metrics.write({"step": 4})
     assert [row["step"] for row in metrics.read().rows] == [1, 2, 3, 4]
 
 
+def test_a_full_disk_ends_the_run_and_is_named():
+    with pytest.raises(RoleFailure, match=r"/dev/full cannot be written \(No space left on device\)") as failure:
+        append_row(Path("/dev/full"), {"step": 1})
+    assert (failure.value.role, failure.value.guard) == ("driver", "disk")
+
+
 def test_truncating_a_log_that_is_not_there_drops_nothing(metrics):
-    assert metrics.truncate_after(3) == 0
+    assert truncate_after(metrics._path, 3) == 0
 
 
 def test_an_event_has_time_role_node_and_cause(events):

@@ -16,7 +16,7 @@ def checkpoint(folder, step, complete=True):
     path.mkdir(parents=True)
     (path / "weights.bin").write_bytes(b"w")
     if complete:
-        (path / "state.json").write_text("{}")
+        (path / "manifest.json").write_text("{}")
     return path
 
 
@@ -100,7 +100,7 @@ def test_an_interrupted_prune_leaves_nothing_that_looks_complete(folder, monkeyp
     monkeypatch.setattr("shutil.rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         folder.prune(keep=1)
-    assert not (folder.checkpoint_path(10) / "state.json").exists()
+    assert not (folder.checkpoint_path(10) / "manifest.json").exists()
     assert folder.latest_checkpoint() == (20, folder.checkpoint_path(20))
 
 

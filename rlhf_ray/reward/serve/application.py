@@ -70,7 +70,7 @@ class Replica:
         self._settings = ServiceSettings.model_validate(settings)
         self._monitor = monitor
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._began = time.time()
+        self._began = time.monotonic()
         self._process = process = ScorerProcess(self._settings.scorer)
         self._observer = Observer(self._settings.candidates, self._settings.scorer.batch_invariant)
         self._audit: AuditQueue | None = None
@@ -185,7 +185,7 @@ class Replica:
                 models=self._follower.models(),
                 load_failure=self._follower.failure,
                 queued=self._engine.queued_requests,
-                age_s=time.time() - self._began,
+                age_s=time.monotonic() - self._began,
                 traffic=self._observer.take(),
                 exposition=self._exposition(),
                 audit=self._audit.head if self._audit is not None else None,

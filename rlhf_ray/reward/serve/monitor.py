@@ -106,7 +106,7 @@ class ServiceMonitor:
 
     def beat(self, beat: Beat) -> ModelOrder:
         """Record a replica's report, and say which models it should have."""
-        now = time.time()
+        now = time.monotonic()
         if beat.replica not in self._replicas:
             self._note(f"replica {beat.replica} began to serve")
         self._replicas[beat.replica] = (now, beat)
@@ -127,7 +127,7 @@ class ServiceMonitor:
         if beat.audit is not None:
             # Also of replicas that are gone: their chains must still be there.
             self._audit[beat.audit.writer] = beat.audit
-        self._count(beat, now)
+        self._count(beat, time.time())
         if beat.order == self._decided.number:
             self._compare(beat)
         self._forget()
