@@ -32,7 +32,7 @@ class Run:
         total_steps: of the whole run.
         columns: for the display.
         checkpoints: when to write one, and how many to keep.
-        resume: continue from the latest checkpoint.
+        resume: continue what the folder holds; a run begins where it holds none.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class Run:
     ) -> None:
         self._checkpoints, self._resume = checkpoints, resume
         self._changed = changed_settings(config) if resume else []
-        self.folder = open_folder(config, resume)
-        self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
         self._stack = ExitStack()
+        self.folder = self._stack.enter_context(open_folder(config, resume))
+        self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
         self._stop: Sequence[int] = ()
 
     def __enter__(self) -> Self:
@@ -70,8 +70,13 @@ class Run:
 
         Rows of `metrics.jsonl` beyond it are dropped: their steps are done again.
         """
-        latest = self.folder.latest_checkpoint() if self._resume else None
+        if not self._resume:
+            return None
+        latest = self.folder.latest_checkpoint()
         if latest is None:
+            dropped = self.tracker.metrics.truncate_after(0)
+            self.tracker.events.write("nothing_to_resume", dropped_rows=dropped)
+            self.tracker.display.message(f"{self.folder.path} has no checkpoint: the run begins at its first step")
             return None
         step, path = latest
         self.tracker.phase(f"loading the checkpoint of step {step}")
