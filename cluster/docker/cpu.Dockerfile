@@ -3,10 +3,12 @@
 #   docker build -f cluster/docker/cpu.Dockerfile -t rlhf-ray:cpu .
 FROM python:3.11-slim-bookworm
 
-# The engines compile small kernels when they start; KubeRay's probes use wget.
+# The engines compile small kernels when they start; KubeRay's probes use wget. Versions are those of the distribution.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc g++ wget \
-    && rm -rf /var/lib/apt/lists/*
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 ray
 
 WORKDIR /opt/rlhf-ray
 ENV UV_NO_CACHE=1 UV_SYSTEM_PYTHON=1
@@ -18,7 +20,6 @@ COPY pyproject.toml README.md ./
 COPY rlhf_ray rlhf_ray
 RUN uv pip install --no-deps .
 
-# Nobody's code runs as root. Files on a shared volume belong to this user.
-RUN useradd --create-home --uid 1000 ray
-USER ray
+# Nothing runs as root; what is on shared volumes must be this user's.
+USER 1000
 WORKDIR /home/ray

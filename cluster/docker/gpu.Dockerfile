@@ -3,7 +3,9 @@
 #   docker build -f cluster/docker/gpu.Dockerfile -t rlhf-ray:gpu .
 FROM nvidia/cuda:13.0.2-devel-ubuntu24.04
 
-# The compiler and CUDA's headers stay: engines compile kernels when they start. KubeRay's probes use wget.
+# The compiler and CUDA's headers stay: engines compile kernels when they start. KubeRay's probes use wget. Versions are
+# those of the distribution.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ python3-dev python3-venv wget \
     && rm -rf /var/lib/apt/lists/* \
@@ -23,6 +25,6 @@ COPY pyproject.toml README.md ./
 COPY rlhf_ray rlhf_ray
 RUN uv pip install --no-deps .
 
-# Nobody's code runs as root. Ubuntu's image has a user 1000; files on a shared volume belong to it.
-USER ubuntu
+# Nothing runs as root; what is on shared volumes must be this user's (`ubuntu`, who is in the image).
+USER 1000
 WORKDIR /home/ubuntu

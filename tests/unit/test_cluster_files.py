@@ -250,3 +250,32 @@ def test_slurm_script_without_a_configuration_says_how_it_is_used(slurm):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert output.startswith("usage:")
+
+
+DOCKERFILES = sorted((CLUSTER / "docker").glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_image_is_made_of_the_lock_and_runs_as_nobody_in_particular(path):
+    instructions = re.sub(r"\\\n", " ", path.read_text()).splitlines()
+    by_kind = {kind: [line for line in instructions if line.startswith(f"{kind} ")] for kind in ("FROM", "COPY", "RUN")}
+    [base] = by_kind["FROM"]
+    assert re.fullmatch(r"FROM [a-z/]+:[a-z0-9.-]*\d[a-z0-9.-]*", base), "a base image with a version"
+    for line in by_kind["COPY"]:
+        for source in line.split()[1:-1]:
+            assert (ROOT / source).exists()
+    lock = f"requirements/{path.name.split('.')[0]}.lock"
+    assert any(
+        f"uv pip install --no-deps {flags} -r {lock}" in line
+        for line in by_kind["RUN"]
+        for flags in ("--require-hashes", "--torch-backend=cpu")
+    )
+    assert instructions.index("USER 1000") > max(instructions.index(line) for line in by_kind["RUN"])
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_package_is_locked_with_its_hashes_but_the_cpu_build_of_torch(name):
+    entries = re.split(r"\n(?=[a-z])", (ROOT / "requirements" / f"{name}.lock").read_text())
+    without = [entry.split()[0] for entry in entries if "==" in entry and "--hash=sha256:" not in entry]
+    assert [entry.partition("==")[0] for entry in without] == (["torch"] if name == "cpu" else [])
+    assert all("+cpu" in entry for entry in without)
