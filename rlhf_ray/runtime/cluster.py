@@ -7,7 +7,9 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -65,6 +67,9 @@ def connect(settings: ClusterSettings) -> None:
         include_dashboard=False,
         **quiet,
     )
+    # Ray makes it readable for everybody, and whoever has it runs code as this user.
+    with suppress(OSError):
+        Path("~/.ray/auth_token").expanduser().chmod(0o600)
 
 
 def _knock(address: str) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
+from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.lora import LoraSettings
@@ -219,6 +221,9 @@ def test_nothing_listens_beyond_loopback(pair: ActorGroup[Any]):
         if connection.status == psutil.CONN_LISTEN
     }
     assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
+    assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert Path("~/.ray/auth_token").expanduser().stat().st_mode & 0o077 == 0, "the token is its owner's alone"
     assert [each for each in sorted(listening) if not ipaddress.ip_address(each[1]).is_loopback] == []
 
 
