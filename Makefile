@@ -125,10 +125,15 @@ lint: $(READY)  ## ruff and mypy
 docs: $(READY)  ## Write docs/settings.md and docs/metrics.md again from the code
 	@$(BIN)/python -m rlhf_ray.documentation
 
-lock: $(READY)  ## Pin the whole CPU environment again
-	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-package rlhf-ray $(TORCH) \
-		--extra cpu --extra dev --override requirements/override.txt pyproject.toml -o requirements/cpu.lock \
-		--custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links
+PINS := $(BIN)/uv pip compile --quiet --generate-hashes --no-emit-package rlhf-ray --custom-compile-command "make lock" \
+	--no-emit-index-url --no-emit-find-links pyproject.toml
+
+lock: $(READY)  ## Pin both environments again, with hashes
+	@$(PINS) --universal --python-version 3.11 $(TORCH) --extra cpu --extra dev --override requirements/override.txt \
+		-o requirements/cpu.lock
+	@# torch's CPU build is not of the registry: where its wheels come from, and which there are, differs by machine.
+	@sed -i '/^torch==[0-9.]*+cpu/,/# via/{/--hash/d;s/ \\$$//}' requirements/cpu.lock
+	@$(PINS) --python-version 3.12 --python-platform x86_64-manylinux_2_28 --extra gpu -o requirements/gpu.lock
 
 clean:  ## Remove caches (not the environment, data or runs)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

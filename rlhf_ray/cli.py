@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rlhf_ray.failures import BadInput, PresetError, Refused, RoleFailure, Stopped
+from rlhf_ray.failures import BadInput, Finished, PresetError, Refused, RoleFailure, Stopped
 
 app = typer.Typer(
     name="rlhf-ray",
@@ -25,7 +25,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override the file.")
 ]
 
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the run's latest checkpoint.")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue the run from its latest checkpoint; begin it where there is none, and end at once where it is "
+        "finished. So the same command may be given until it succeeds.",
+    ),
+]
 
 
 @app.command()
@@ -196,6 +203,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
+    except Finished as error:
+        print(error)
     except BadInput as error:
         print(f"bad input: {error}", file=sys.stderr)
         sys.exit(2)

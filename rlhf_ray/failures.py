@@ -79,6 +79,22 @@ class Refused(Exception):
         return Refused, (self.model, self.refusals)
 
 
+class Finished(Exception):
+    """A run that was to be resumed had come to its end before. Exit status 0: a job that is started again until it
+    succeeds has succeeded.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        super().__init__(f"{folder} holds a finished run: nothing is left to do")
+
+    def __reduce__(self) -> tuple[type[Finished], tuple[str]]:
+        return Finished, (self.folder,)
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has kept its state."""
 

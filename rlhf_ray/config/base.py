@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -13,6 +13,15 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # YAML 1.1 reads a bare `off` as false.
 OffIsAWord = BeforeValidator(lambda value: "off" if value is False else value)
+
+
+_SECRET_WORDS = {"TOKEN", "TOKENS", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
+
+
+def names_a_secret(variable: str) -> bool:
+    """Whether an environment variable of this name holds a secret, and not the path of a file with one."""
+    words = variable.upper().split("_")
+    return bool(_SECRET_WORDS.intersection(words)) and words[-1] not in ("PATH", "FILE")
 
 
 class Settings(BaseModel):
@@ -34,7 +43,22 @@ class ActorSettings(Settings):
         "run take turns, so this may be lower than `threads`.",
     )
     gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for each process; 0 runs it on the CPU.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variables of each process.")
+    env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables of each process. No secrets: the configuration is kept in the run's folder. "
+        "Set those where Ray is started, or name a file.",
+    )
+
+    @field_validator("env")
+    @classmethod
+    def _no_secrets(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if names_a_secret(name):
+                raise ValueError(
+                    f"{name} is a secret, and the configuration is kept in the run's folder; set it in the environment "
+                    f"that Ray is started in, or name a file that holds it"
+                )
+        return env
 
     @property
     def concurrent_calls(self) -> int:

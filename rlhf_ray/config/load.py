@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -12,10 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from rlhf_ray.config.base import names_a_secret
 from rlhf_ray.config.settings import RunConfig
 from rlhf_ray.failures import BadInput
 
 Config = TypeVar("Config", bound=RunConfig)
+_SHORTEST_SECRET = 16
+"""Shorter values of the environment are too likely to be in the settings by chance."""
 
 
 def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,6 +62,7 @@ def load_config(cls: type[Config], path: str | Path, overrides: Sequence[str] = 
         raise BadInput(where, f"{error.full_key}: {message}", "values that can be resolved") from None
     except (ValueError, TypeError) as error:
         raise BadInput(str(path), _one_line(error), "values that can be resolved") from None
+    _refuse_secrets(path, node, values)
     try:
         return cls.model_validate(values)
     except ValidationError as error:
@@ -74,6 +79,37 @@ def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
     fields = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
     values = {name: field.get_default(call_default_factory=True, validated_data={}) for name, field in fields.items()}
     return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in values.items()}
+
+
+def _refuse_secrets(path: Path, node: yaml.Node, values: Any) -> None:
+    """See that no secret of the environment is in the settings (`${oc.env:…}`): they are kept in the run's folder.
+
+    Raises:
+        BadInput: one is. It names the variable, and not what it holds.
+    """
+    secrets = {
+        value: name
+        for name, value in os.environ.items()
+        if names_a_secret(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
+    }
+    for location, text in _texts(values) if secrets else ():
+        for value, name in secrets.items():
+            if value in text:
+                raise BadInput(
+                    _place(path, node, location),
+                    f"{'.'.join(location)} holds the value of the environment variable {name}, and settings are kept "
+                    "in the run's folder",
+                    "the environment alone, or a file with it where a key takes one",
+                )
+
+
+def _texts(values: Any, location: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every string in the settings, with its place."""
+    if isinstance(values, str):
+        yield location, values
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in items:
+        yield from _texts(value, (*location, str(key)))
 
 
 def _parse_override(override: str) -> tuple[str, Any]:
@@ -101,6 +137,8 @@ def _explain(
     # Where a section's keys contradict each other (value_error), an override of one of them may be the right one.
     starts = (f"{key}=",) if first["type"] == "value_error" else (f"{key}=", f"{key}.")
     override = next((text for text in reversed(overrides) if text.startswith(starts)), None)
+    if override and location[-1:] in (("env",), ("engine",), ("url",)):
+        override = f"{key}=…"  # it may be a secret that is wrong with it
     where = f"override '{override}'" if override else _place(path, node, location)
     others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":

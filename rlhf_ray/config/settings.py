@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_ray.config.algorithm import ADVANTAGES, AlgorithmSettings
 from rlhf_ray.config.base import (
@@ -23,6 +23,9 @@ from rlhf_ray.config.base import (
 )
 from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import RewardSources
+
+_OPENS_PICKLES = ("auto", "hf", "pt", "npcache")
+"""Formats of vLLM's `load_format`."""
 
 
 class PathSettings(Settings):
@@ -209,7 +212,22 @@ class GeneratorSettings(ActorSettings):
         "4 on a GPU, which one shard leaves idle.",
     )
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
-    engine: dict[str, object] = Field(default_factory=dict, description="Further vLLM engine arguments, as they are.")
+    engine: dict[str, object] = Field(
+        default_factory=dict,
+        description="Further vLLM engine arguments, as they are; but neither `trust_remote_code`, nor a `load_format` "
+        "that opens pickles, nor an `hf_token` (the environment variable `HF_TOKEN` is read).",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_runs_nobodys_code(cls, engine: dict[str, object]) -> dict[str, object]:
+        if engine.get("trust_remote_code"):
+            raise ValueError("trust_remote_code: code that lies beside a model is never run; remove it")
+        if engine.get("load_format", "safetensors") in _OPENS_PICKLES:
+            raise ValueError(f"load_format: '{engine['load_format']}' opens pickles; 'safetensors', or leave it out")
+        if isinstance(engine.get("hf_token"), str):
+            raise ValueError("hf_token: the configuration is kept in the run's folder; set HF_TOKEN in the environment")
+        return engine
 
     @model_validator(mode="after")
     def _has_the_gpus_it_is_spread_over(self) -> GeneratorSettings:

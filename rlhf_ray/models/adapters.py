@@ -20,6 +20,7 @@ from torch import nn
 
 from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import NO_CODE
 
 Head = Literal["CausalLM", "SequenceClassification"]
 
@@ -158,7 +159,7 @@ def check_adapters(model: str, settings: LoraSettings | None, key: str, head: He
 
     with torch.device("meta"):
         kind = getattr(transformers, f"AutoModelFor{head}")
-        empty = kind.from_config(transformers.AutoConfig.from_pretrained(model))
+        empty = kind.from_config(transformers.AutoConfig.from_pretrained(model, **NO_CODE))
     find_targets(empty, settings, key)
 
 

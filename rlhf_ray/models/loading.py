@@ -10,6 +10,11 @@ from typing import Any
 
 from rlhf_ray.failures import BadInput
 
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Of every `from_pretrained`: code that lies beside a model is never run."""
+SAFE_WEIGHTS: dict[str, Any] = {**NO_CODE, "use_safetensors": True}
+"""Of every `from_pretrained` of weights: pickles, which run code when they are loaded, are never opened."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _WINDOW_IN_THE_MASK = {"doge", "phimoe", "qwen2_moe"}
 """Architectures of transformers 5.19 that tell their attention of a sliding window by the mask alone."""
 _PACKED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -36,17 +41,18 @@ class ModelFacts:
 
 
 def read_model_facts(model: str, key: str) -> ModelFacts:
-    """Read a model's configuration and see that its weights are there and whole.
+    """Read a model's configuration and see that its weights are there, whole, and in the safetensors format.
 
     Raises:
-        BadInput: under `key`, when there is no such directory or hub model, or a file is missing or broken.
+        BadInput: under `key`, when there is no such directory or hub model, a file is missing or broken, the weights
+            are pickled, or the model needs code of its own.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(model)
     if folder.is_dir():
-        _check_weight_files(folder, key)
+        check_weight_files(folder, key)
     elif model.startswith((".", "/", "~")) or model.count("/") != 1 or folder.parent.is_dir():
         raise BadInput(
             key,
@@ -54,7 +60,9 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
             "a Hugging Face directory (see `rlhf-ray prepare --help`) or a hub id such as 'org/name'",
         )
     try:
-        found = AutoConfig.from_pretrained(model)
+        found = AutoConfig.from_pretrained(model, **NO_CODE)
+        if not folder.is_dir():
+            _check_hub_weights(model, key)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise BadInput(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
@@ -81,7 +89,7 @@ def load_tokenizer(model: str, key: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, **NO_CODE)
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise BadInput(
             key,
@@ -143,7 +151,7 @@ def check_packed_rows(model: str, key: str) -> None:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, **NO_CODE)
     reason = None
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = "transformers has no decoder-only language model of this kind"
@@ -172,7 +180,12 @@ def check_top_layers(top_layers: int | None, facts: ModelFacts, key: str) -> Non
         raise BadInput(key, f"{top_layers} layers", f"at most {facts.num_layers}, or empty for all")
 
 
-def _check_weight_files(folder: Path, key: str) -> None:
+def check_weight_files(folder: Path, key: str) -> None:
+    """See that a model's directory has whole weights in the safetensors format.
+
+    Raises:
+        BadInput: under `key`, naming what is missing, broken or pickled.
+    """
     if not (folder / "config.json").is_file():
         raise BadInput(key, f"'{folder}' has no config.json", "a Hugging Face directory")
     index = folder / "model.safetensors.index.json"
@@ -189,8 +202,36 @@ def _check_weight_files(folder: Path, key: str) -> None:
             _check_safetensors(folder / name, key)
     elif single.is_file():
         _check_safetensors(single, key)
-    elif not any(folder.glob("pytorch_model*.bin")):
+    else:
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise _pickled(key, str(folder), pickles)
         raise BadInput(key, f"'{folder}' has no weights", "model.safetensors beside config.json")
+
+
+def _check_hub_weights(model: str, key: str) -> None:
+    from transformers.utils import (
+        SAFE_WEIGHTS_INDEX_NAME,
+        SAFE_WEIGHTS_NAME,
+        WEIGHTS_INDEX_NAME,
+        WEIGHTS_NAME,
+        has_file,
+    )
+
+    if any(has_file(model, name) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        return
+    pickles = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if has_file(model, name)]
+    if pickles:
+        raise _pickled(key, model, pickles)
+
+
+def _pickled(key: str, model: str, names: list[str]) -> BadInput:
+    return BadInput(
+        key,
+        f"'{model}' has pickled weights ({', '.join(names[:3])}), which can run any code when they are loaded",
+        "weights in the safetensors format (where you trust the pickle: load it with transformers and "
+        "`save_pretrained` it)",
+    )
 
 
 def _check_safetensors(path: Path, key: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf_ray.models.loading import frozen_layers
+from rlhf_ray.models.loading import NO_CODE, SAFE_WEIGHTS, frozen_layers
 from rlhf_ray.models.packing import PackedBatch
 from rlhf_ray.models.token_loss import ChunkedHead, Objective
 from rlhf_ray.models.trunk import FrozenTrunk
@@ -127,7 +127,9 @@ def load_policy_model(
     """
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), attn_implementation=attention, **SAFE_WEIGHTS
+    )
     _remove_noise(loaded)
     return PolicyModel(loaded, temperature, float32_logits)
 
@@ -139,8 +141,8 @@ def load_critic_model(model: str, *, dtype: str, attention: str) -> CriticModel:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    config = AutoConfig.from_pretrained(model)
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": attention, **SAFE_WEIGHTS}
+    config = AutoConfig.from_pretrained(model, **NO_CODE)
     if config.num_labels == 1 and any("SequenceClassification" in name for name in config.architectures or ()):
         classifier = AutoModelForSequenceClassification.from_pretrained(model, **options)
         backbone, head = classifier.base_model, ValueHead(1, 1, bias=False)

@@ -13,6 +13,7 @@ from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import connected, ranks, role_group
 from rlhf_ray.tracking.manifest import find_fault
 from rlhf_ray.tracking.run_folder import RunFolder
+from rlhf_ray.tracking.run_lock import run_lock
 
 
 def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
@@ -27,7 +28,7 @@ def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
         The directory.
 
     Raises:
-        BadInput: there is no such run or checkpoint, it is damaged, or the directory exists.
+        BadInput: there is no such run or checkpoint, it is damaged, the run is still going on, or the directory exists.
         RoleFailure: a rank failed, died or did not answer.
     """
     folder = RunFolder(run)
@@ -48,7 +49,12 @@ def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
     if target.exists():
         raise BadInput(str(target), "exists", "a directory that is not there yet (--to)")
     request = RoleRequest("policy", "policy.learner", config.policy.learner)
-    with connected(config.cluster, [[request]]), role_group(request, config.cluster, folder.logs) as group:
+    with (
+        # A run that goes on has logs of the same names, and may delete the checkpoint meanwhile.
+        run_lock(folder.lock),
+        connected(config.cluster, [[request]]),
+        role_group(request, config.cluster, folder.logs) as group,
+    ):
         build = partial(PolicyLearner, config.policy, config.algorithm, total_steps=config.steps)
         group.build_all(*(partial(build, rank) for rank in ranks(group)))
         group.call_all(PolicyLearner.load_checkpoint, str(checkpoint.absolute()))

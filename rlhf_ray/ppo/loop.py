@@ -39,6 +39,7 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
 
     Raises:
         BadInput: before any actor starts.
+        Finished: it was to be resumed, and there is nothing left to do.
         RoleFailure: a role failed, died or did not answer.
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """

@@ -163,6 +163,9 @@ class Generator:
             "logprobs_mode": "processed_logprobs",
             # Sampling settings come from the plan alone, never from a file beside the model.
             "generation_config": "vllm",
+            # Not what lies beside them: no pickles, no code.
+            "load_format": "safetensors",
+            "trust_remote_code": False,
             "seed": 0,
             "disable_log_stats": True,
             **memory,

@@ -6,9 +6,12 @@ same order. A rank with less to do repeats its last batch and drops the result.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +32,11 @@ class Rank:
 
 
 def join_group(rank: Rank, on_gpu: bool) -> None:
-    """Join the role's process group (`nccl` on GPUs, `gloo` on CPUs), once a process."""
+    """Join the role's process group (`nccl` on GPUs, `gloo` on CPUs), once a process.
+
+    The group meets at its first rank's address and listens nowhere else: left to itself, torch's store, which asks
+    nobody for a token, listens on every interface.
+    """
     os.environ.update(
         RANK=str(rank.rank),
         LOCAL_RANK="0",
@@ -44,8 +51,34 @@ def join_group(rank: Rank, on_gpu: bool) -> None:
         # A shared-memory all-reduce that would be compiled at the first start (~40 s); gloo serves as well for
         # the few ranks that a CPU machine has.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    if dist.is_initialized():
+        return
+    if ipaddress.ip_address(rank.master_address).is_loopback:
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    backend = "nccl" if on_gpu else "gloo"
+    timeout = deepspeed.constants.default_pg_timeout
+    dist.init_process_group(
+        backend, store=_meeting_store(rank, timeout), rank=rank.rank, world_size=rank.world_size, timeout=timeout
+    )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _meeting_store(rank: Rank, timeout: timedelta) -> dist.TCPStore:
+    """The store of a group; its first rank serves it."""
+    listener = None
+    if rank.rank == 0:
+        family = socket.AF_INET6 if ":" in rank.master_address else socket.AF_INET
+        with socket.create_server((rank.master_address, rank.master_port), family=family) as server:
+            listener = server.detach()
+    return dist.TCPStore(
+        rank.master_address,
+        rank.master_port,
+        rank.world_size,
+        rank.rank == 0,
+        timeout=timeout,
+        master_listen_fd=listener,
+    )
 
 
 class RankEngine:

@@ -7,10 +7,13 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rlhf_ray.config.base import ActorSettings
@@ -32,6 +35,8 @@ class RoleRequest:
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster of the settings or of `RAY_ADDRESS`, or start one on this machine.
 
+    A cluster that is started here listens on loopback only, and asks for a token (Ray's default for such a cluster).
+
     Raises:
         BadInput: there is no such cluster.
     """
@@ -40,10 +45,14 @@ def connect(settings: ClusterSettings) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
+    joined = address if address != "local" else None
+    # Without clusters of several machines, Ray takes loopback for this machine's address; otherwise it takes the
+    # outward one (also where it is told 127.0.0.1) and listens on every interface.
+    ray_constants.ENABLE_RAY_CLUSTER = bool(joined)
+    if joined:
         try:
-            _knock(address)
-            ray.init(address=address, **quiet)
+            _knock(joined)
+            ray.init(address=joined, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise BadInput(
                 "cluster.address",
@@ -59,6 +68,9 @@ def connect(settings: ClusterSettings) -> None:
         include_dashboard=False,
         **quiet,
     )
+    # Ray makes it readable for everybody, and whoever has it runs code as this user.
+    with suppress(OSError):
+        Path("~/.ray/auth_token").expanduser().chmod(0o600)
 
 
 def _keep_ray_off_the_terminal() -> None:

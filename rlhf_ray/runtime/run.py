@@ -37,7 +37,7 @@ class Run:
         total_steps: of the whole run.
         columns: for the display.
         checkpoints: when to write one, and how many to keep.
-        resume: continue from the latest checkpoint.
+        resume: continue what the folder holds; a run begins where it holds none.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Run:
     ) -> None:
         self._checkpoints, self._resume = checkpoints, resume
         self._changed = changed_settings(config) if resume else []
-        self.folder = open_folder(config, resume)
-        self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
         self._stack = ExitStack()
+        self.folder = self._stack.enter_context(open_folder(config, resume))
+        self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
         self._stop: Sequence[int] = ()
         self._sound: tuple[int, Path] | None = None
         self._kept: int | None = None
         """Step of the checkpoint that this process has loaded or written last."""
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
+        with self._stack as stack:  # closed with the folder's lock, if one of these fails
             stack.enter_context(self.tracker)
             self._stop = stack.enter_context(stop_signals())
             if self._changed:
@@ -84,7 +84,9 @@ class Run:
         """
         if self._sound is None:
             if self._resume:
-                self.tracker.truncate_after(0)
+                dropped = self.tracker.truncate_after(0)
+                self.tracker.events.write("nothing_to_resume", dropped_rows=dropped)
+                self.tracker.display.message(f"{self.folder.path} has no checkpoint: the run begins at its first step")
             return None
         step, path = self._sound
         self.tracker.phase(f"loading the checkpoint of step {step}")

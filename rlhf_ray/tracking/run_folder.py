@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, Finished
 
 MANIFEST = "manifest.json"
 """Written last into a checkpoint: a folder without it is half a checkpoint and never resumed from."""
@@ -63,10 +63,11 @@ class RunFolder:
         Args:
             path: the folder.
             config_yaml: the resolved configuration.
-            resume: continue from the latest checkpoint; without it the folder must hold no run.
+            resume: continue what is there; without it the folder must hold no run.
 
         Raises:
-            BadInput: the folder holds another run, or nothing to resume from, or cannot be written.
+            BadInput: the folder holds another run, or cannot be written.
+            Finished: there is nothing left to resume.
         """
         folder = cls(Path(path))
         folder.refuse_another_run(resume)
@@ -81,17 +82,19 @@ class RunFolder:
     def refuse_another_run(self, resume: bool) -> None:
         """See that the folder may be used, without making it.
 
+        Args:
+            resume: continue what is there, from its latest checkpoint where it has one.
+
         Raises:
-            BadInput: it holds another run, or nothing to resume from.
+            BadInput: it holds another run.
+            Finished: there is nothing left to resume.
         """
         where = str(self.path)
         finished = self.summary.exists()
         if finished and resume:
-            raise BadInput(where, "holds a finished run", "nothing is left to resume; start another run.name")
+            raise Finished(where)
         if finished:
             raise BadInput(where, "holds a finished run", "choose another run.name, or delete the folder")
-        if resume and self.latest_checkpoint() is None:
-            raise BadInput(where, "has no checkpoint to resume from", "start without --resume")
         if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise BadInput(where, "holds an unfinished run", "add --resume, or choose another run.name")
 
@@ -99,6 +102,11 @@ class RunFolder:
     def config_yaml(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the process that writes into the folder (`run_lock`)."""
+        return self.path / ".lock"
 
     @property
     def metrics(self) -> Path:

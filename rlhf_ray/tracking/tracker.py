@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 from types import TracebackType
@@ -20,6 +20,7 @@ from rlhf_ray.tracking.display import Column, Display, open_display
 from rlhf_ray.tracking.logs import EventLog, MetricsLog, truncate_after
 from rlhf_ray.tracking.metrics import MetricKind, check_known
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.run_lock import refuse_locked, run_lock
 from rlhf_ray.tracking.sinks import Sink, open_sinks
 
 _CLOCK_JUMP_S = 5.0
@@ -157,9 +158,12 @@ def check_folder(config: RunConfig, resume: bool = False) -> None:
     """See that the run's folder may be used, before anything is read or started.
 
     Raises:
-        BadInput: it holds another run, or nothing to resume from.
+        BadInput: it holds another run, or another process writes into it.
+        Finished: there is nothing left to resume.
     """
-    RunFolder(Path(run_folder_path(config))).refuse_another_run(resume)
+    folder = RunFolder(Path(run_folder_path(config)))
+    refuse_locked(folder.lock)
+    folder.refuse_another_run(resume)
 
 
 def changed_settings(config: RunConfig) -> list[str]:
@@ -181,6 +185,14 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def open_folder(config: RunConfig, resume: bool = False) -> RunFolder:
-    """The run's folder, made or taken up again."""
-    return RunFolder.create(run_folder_path(config), dump_config(config), resume)
+@contextmanager
+def open_folder(config: RunConfig, resume: bool = False) -> Iterator[RunFolder]:
+    """The run's folder, made or taken up again, and locked for the length of a block.
+
+    Raises:
+        BadInput, Finished: as `check_folder`; or the folder cannot be written.
+    """
+    path = run_folder_path(config)
+    with run_lock(RunFolder(Path(path)).lock):
+        # Asked again: what was found before the lock was held may have changed.
+        yield RunFolder.create(path, dump_config(config), resume)

@@ -200,7 +200,6 @@ def test_commands_end_with_status_2_and_one_line_before_anything_starts(
         (*PPO, "sampling.prompts_per_stpe=8"): r".*did you mean 'sampling.prompts_per_step'\?",
         (*PPO, "policy.model=/nowhere"): r"policy.model: there is no directory '/nowhere'; .*",
         ("train-rm", str(train_rm)): rf"{pairs}:2: has no `chosen`; .*",
-        (*PPO, "--resume"): rf"{tmp_path}/runs/tiny-ppo: has no checkpoint to resume from; start without --resume",
         ("ppo", "nowhere.yaml"): r"nowhere.yaml: there is no such file; .*",
     }
     settings = (f"paths.data={data_root}", f"paths.runs={tmp_path}/runs")

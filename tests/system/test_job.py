@@ -4,24 +4,30 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
-from tests.system.commands import PPO, REPOSITORY, Command, start_program, user_environment, wait_until
+from rlhf_ray.tracking.run_folder import RunFolder
+from tests.system.commands import PPO, REPOSITORY, Command, rows_of, start_program, user_environment, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
 PROGRAMS = Path(sys.executable).parent
-STEPS = 2
+STEPS = 24
+SECRETS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
 MAX_UPLOAD_BYTES = 8 << 20
 
 
@@ -34,17 +40,29 @@ class Cluster:
         address: of the cluster.
         dashboard: where jobs are submitted.
         environment: of somebody who has the token.
+        head: the node's process.
     """
 
     folder: Path
     address: str
     dashboard: str
     environment: dict[str, str]
+    head: psutil.Process
 
     def without_token(self) -> dict[str, str]:
         """The environment of somebody who has not."""
         kept = {name: value for name, value in self.environment.items() if not name.startswith("RAY_")}
         return {**kept, "HOME": str(self.folder)}
+
+    def processes_of_runs(self) -> list[str]:
+        """Command lines of drivers, of what started them, and of roles."""
+        lines = []
+        for process in self.head.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                lines.append(" ".join(process.cmdline()))
+        return [
+            line for line in lines if any(name in line for name in ("retry.sh", "rlhf-ray", "rlhf_ray", "RoleHost"))
+        ]
 
 
 def free_ports(count: int) -> list[int]:
@@ -82,6 +100,8 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TMPDIR": str(folder),
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        **SECRETS,
     }
     port, dashboard, agent, client = free_ports(4)
     head = start_program(
@@ -103,7 +123,7 @@ def cluster() -> Iterator[Cluster]:
             "a dashboard that answers",
         )
         assert head.process.poll() is None, head.stdout + head.stderr
-        yield Cluster(folder, f"127.0.0.1:{port}", url, environment)
+        yield Cluster(folder, f"127.0.0.1:{port}", url, environment, psutil.Process(head.process.pid))
     finally:
         head.process.terminate()
         head.wait(60)
@@ -112,10 +132,18 @@ def cluster() -> Iterator[Cluster]:
     assert left == []
 
 
-def submit(cluster: Cluster, environment: dict[str, str], entrypoint: list[str], output: Path) -> Command:
-    """`ray job submit` from the repository's root."""
-    program = [str(PROGRAMS / "ray"), "job", "submit", f"--address={cluster.dashboard}", "--working-dir=.", "--"]
-    return start_program([*program, *entrypoint], output, environment, REPOSITORY)
+def ray_job(cluster: Cluster, environment: dict[str, str], verb: str, arguments: list[str], output: Path) -> Command:
+    """`ray job <verb>` from the repository's root."""
+    program = [str(PROGRAMS / "ray"), "job", verb, f"--address={cluster.dashboard}"]
+    return start_program([*program, *arguments], output, environment, REPOSITORY)
+
+
+def submit(
+    cluster: Cluster, environment: dict[str, str], entrypoint: list[str], output: Path, name: str = "job"
+) -> Command:
+    """`ray job submit`; a job's name is its submission id."""
+    arguments = [f"--submission-id={name}", "--working-dir=.", "--", *entrypoint]
+    return ray_job(cluster, environment, "submit", arguments, output)
 
 
 def test_a_job_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
@@ -138,16 +166,44 @@ def test_a_run_that_joins_without_the_token_is_refused(cluster: Cluster, data_ro
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_job_runs_to_its_end(cluster: Cluster, data_root: Path, tmp_path: Path) -> None:
+def test_a_job_survives_its_driver_stops_without_a_rest_and_goes_on_to_its_end(
+    cluster: Cluster, data_root: Path, tmp_path: Path
+) -> None:
+    """One command three times over: by `retry.sh` after a SIGKILL, and by hand after a stop."""
     script = PROGRAMS / "rlhf-ray"
     program = ["rlhf-ray"] if script.exists() else ["python", "-m", "rlhf_ray"]
-    settings = [f"paths.data={data_root}", f"paths.runs={tmp_path}", f"steps={STEPS}"]
-    job = submit(cluster, cluster.environment, [*program, *PPO, *settings], tmp_path / "output")
-    assert job.wait(300) == 0, job.stdout + job.stderr
-    assert "succeeded" in job.stdout + job.stderr
-    run = tmp_path / "tiny-ppo"
-    assert json.loads((run / "summary.json").read_text())["steps"] == STEPS
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == STEPS
+    settings = [f"paths.data={data_root}", f"paths.runs={tmp_path}", f"steps={STEPS}", "checkpoint.every_steps=1"]
+    command = ["bash", "cluster/retry.sh", "2", *program, *PPO, *settings, "evaluation.prompts=null", "--resume"]
+    run = RunFolder(tmp_path / "tiny-ppo")
+
+    def events(kind: str) -> list[dict[str, Any]]:
+        return [event for event in rows_of(run.events) if event["kind"] == kind]
+
+    first = submit(cluster, cluster.environment, command, tmp_path / "first", "first")
+    wait_until(lambda: first.process.poll() is not None or run.latest_checkpoint(), 200, "a first checkpoint")
+    os.kill(json.loads(run.lock.read_text())["pid"], signal.SIGKILL)
+    resumed = wait_until(lambda: events("checkpoint_loaded"), 200, "the retry")
+    wait_until(lambda: rows_of(run.metrics)[-1]["step"] > resumed[0]["step"], 100, "a step after it")
+    stop = ray_job(cluster, cluster.environment, "stop", ["first"], tmp_path / "stop")
+    assert stop.wait(150) == 0, stop.stderr
+    assert first.wait(60) != 0
+    wait_until(lambda: not cluster.processes_of_runs(), 30, "no process of a stopped run")
+    [stopped] = events("run_stopped")
+    assert (stopped["cause"], rows_of(run.metrics)[-1]["step"]) == ("signal 15", stopped["step"])
+
+    last = submit(cluster, cluster.environment, command, tmp_path / "last", "last")
+    assert last.wait(300) == 0, last.stdout + last.stderr
+    assert "succeeded" in last.stdout + last.stderr
+    assert json.loads(run.summary.read_text())["steps"] == STEPS
+    assert [row["step"] for row in rows_of(run.metrics)] == list(range(1, STEPS + 1))
+    begun = [event["kind"] for event in rows_of(run.events) if event["kind"] in ("run_started", "nothing_to_resume")]
+    assert begun == ["run_started", "nothing_to_resume", "run_started", "run_started"]
+    assert [event["step"] for event in events("checkpoint_loaded")] == [resumed[0]["step"], stopped["step"]]
+
+    written = [path for folder in (run.path, *cluster.folder.glob("session_2*/logs")) for path in folder.rglob("*")]
+    token = (cluster.folder / "token").read_text()
+    for secret in (token, *SECRETS.values()):
+        assert not [path for path in written if path.is_file() and secret.encode() in path.read_bytes()]
 
     packages = list(cluster.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
     assert len(packages) == 1

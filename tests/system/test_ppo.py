@@ -279,10 +279,12 @@ def test_the_driver_cannot_fetch_a_rollout(twins: tuple[Run, Run]) -> None:
 def test_a_finished_run_is_not_overwritten(finished: Run, data_root: Path, tmp_path: Path) -> None:
     before = (finished.folder / "metrics.jsonl").read_bytes()
     arguments = (*PPO, f"paths.data={data_root}", f"paths.runs={finished.folder.parent}")
-    for more in ((), ("--resume",)):
-        again = run((*arguments, *more), tmp_path / "output", 60)
-        assert again.process.returncode == 2
-        assert re.fullmatch(r"bad input: .*/tiny-ppo: holds a finished run; .*\n", again.stderr)
+    again = run(arguments, tmp_path / "again", 60)
+    assert again.process.returncode == 2
+    assert re.fullmatch(r"bad input: .*/tiny-ppo: holds a finished run; .*\n", again.stderr)
+    resumed = run((*arguments, "--resume"), tmp_path / "resumed", 60)
+    assert (resumed.process.returncode, resumed.stderr) == (0, "")
+    assert resumed.stdout == f"{finished.folder} holds a finished run: nothing is left to do\n"
     assert (finished.folder / "metrics.jsonl").read_bytes() == before
 
 

@@ -1,13 +1,17 @@
 """ZeRO-1, 2 and 3 on two ranks give what one process gives, and go on from a checkpoint bit for bit."""
 
+import ipaddress
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import ray
 import torch
+from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.lora import LoraSettings
@@ -204,6 +208,23 @@ def test_bfloat16_gradients_of_two_ranks_add_up_in_float32(pair: ActorGroup[Any]
     gradients = ([1.0, 0.0], [2.0**-9] * 2)
     found = pair.wait([rank.ask(Sum.grad_norm, own) for rank, own in zip(pair, gradients, strict=True)])
     assert found == pytest.approx([2 * (1 + 2 * 2.0**-9)] * 2, rel=1e-12)
+
+
+def test_nothing_listens_beyond_loopback(pair: ActorGroup[Any]):
+    """Neither Ray nor the ranks' own meeting point."""
+    pair.build_all(*(partial(Sum, place, 1) for place in ranks(pair)))
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = {
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {"gcs_server", "raylet"} <= {name for name, _ in listening}
+    assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert Path("~/.ray/auth_token").expanduser().stat().st_mode & 0o077 == 0, "the token is its owner's alone"
+    assert [each for each in sorted(listening) if not ipaddress.ip_address(each[1]).is_loopback] == []
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

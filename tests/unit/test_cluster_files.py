@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -102,7 +103,36 @@ def test_the_job_runs_a_configuration_that_exists_with_folders_on_the_shared_vol
     program, command, config, *overrides = job["spec"]["entrypoint"].split()
     assert (program, command) == ("rlhf-ray", "ppo")
     assert (ROOT / config.removeprefix("/shared/")).is_file()
-    assert overrides == ["paths.data=/shared/data", "paths.runs=/shared/runs"]
+    assert overrides == ["paths.data=/shared/data", "paths.runs=/shared/runs", "--resume"]
+    assert job["spec"]["backoffLimit"] > 0
+    assert job["spec"]["shutdownAfterJobFinishes"], "two attempts never have a cluster each"
+
+
+def test_only_known_pods_reach_the_ports_that_ray_and_the_service_have():
+    [policy] = [document["spec"] for document in documents() if document["kind"] == "NetworkPolicy"]
+    assert policy["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    assert policy["policyTypes"] == ["Ingress"]
+    among_themselves, *from_outside = policy["ingress"]
+    assert among_themselves == {"from": [{"podSelector": policy["podSelector"]}]}
+    ports = {
+        port["containerPort"]: port["name"]
+        for document in RAY_DOCUMENTS
+        for port in ray_spec(document)["headGroupSpec"]["template"]["spec"]["containers"][0]["ports"]
+    }
+    open_to = {}
+    for rule in from_outside:
+        [who] = rule["from"]
+        labels = {name: value for selector in who.values() for name, value in selector.get("matchLabels", {}).items()}
+        assert len(labels) == 1, "nobody is let in without a name"
+        # KubeRay opens 8080 for metrics in every container.
+        open_to[next(iter(labels.values()))] = {ports.get(port["port"], port["port"]) for port in rule["ports"]}
+    [job] = [document["metadata"]["name"] for document in RAY_DOCUMENTS if document["kind"] == "RayJob"]
+    assert open_to == {
+        "kuberay-operator": {"dashboard", "serve"},
+        job: {"dashboard"},
+        "monitoring": {8080, "serve"},
+        "true": {"serve"},
+    }
 
 
 def test_cluster_launcher_takes_the_file_and_every_node_starts_with_the_token():
@@ -121,7 +151,7 @@ def slurm(tmp_path):
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     stand_ins = {
-        "scontrol": "printf 'node-1\\nnode-2\\n'",
+        "scontrol": 'echo "scontrol $*" >>calls\n[[ $1 == show ]] && printf "node-1\\nnode-2\\n"',
         "srun": (
             'echo "srun $*" >>calls\nwhile [[ $1 == --* ]]; do shift; done\n'
             "[[ $1 == hostname ]] && echo 10.0.0.1 || exec sleep 60"
@@ -161,8 +191,9 @@ def slurm(tmp_path):
     return tmp_path, start
 
 
-def test_slurm_script_parses():
-    subprocess.run(["bash", "-n", str(SBATCH)], check=True)
+@pytest.mark.parametrize("script", [SBATCH, CLUSTER / "retry.sh"], ids=lambda path: path.name)
+def test_script_parses(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_slurm_script_starts_all_nodes_then_the_job_and_takes_the_token_away(slurm):
@@ -179,24 +210,38 @@ def test_slurm_script_starts_all_nodes_then_the_job_and_takes_the_token_away(slu
     assert "--address=10.0.0.1:6379" in started[1]
     assert all("--num-gpus=8" in call for call in started)
     assert calls[-2] == "joined", "the job is submitted once all nodes are there"
-    expected = f"rlhf-ray ppo configs/x.yaml paths.data={folder}/data paths.runs={folder}/runs run.name=second"
+    expected = f"rlhf-ray ppo configs/x.yaml paths.data={folder}/data paths.runs={folder}/runs run.name=second --resume"
     assert calls[-1].startswith("ray job submit --address")
-    assert calls[-1].endswith(expected)
+    assert calls[-1].endswith(f" -- bash cluster/retry.sh 5 {expected}")
     assert (folder / "modes").read_text().split() == ["600"], "only the owner may read the token"
     assert not list(folder.glob(".ray-token*"))
 
 
-def test_slurm_script_stops_the_job_when_its_time_is_nearly_up(slurm):
+@pytest.mark.parametrize(
+    ("sent", "status", "requeued"),
+    [(signal.SIGUSR1, "1", True), (signal.SIGUSR1, "0", False), (signal.SIGTERM, "1", False)],
+    ids=["time nearly up", "finished meanwhile", "cancelled"],
+)
+def test_slurm_script_stops_the_job_and_requeues_it_where_time_was_up(slurm, sent, status, requeued):
     folder, start = slurm
-    process = start("configs/x.yaml", JOB_STATUS="1", JOB_HANGS="yes")
+    process = start("configs/x.yaml", JOB_STATUS=status, JOB_HANGS="yes")
     assert process.stdout.readline() == "submitted\n"
-    process.terminate()
+    process.send_signal(sent)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode != 0, output
-    assert any(
-        call.startswith("ray job stop") and call.endswith("slurm-7")
-        for call in (folder / "calls").read_text().splitlines()
-    )
+    assert (process.returncode == 0) == (status == "0"), output
+    calls = (folder / "calls").read_text().splitlines()
+    [stopped] = [index for index, call in enumerate(calls) if call.startswith("ray job stop")]
+    assert calls[stopped].endswith("slurm-7")
+    assert calls[stopped + 1 :] == (["scontrol requeue 7"] if requeued else [])
+    assert not list(folder.glob(".ray-token*"))
+
+
+def test_slurm_requeues_and_warns_the_script_of_the_end():
+    options = re.findall(r"^#SBATCH (--\S+)", SBATCH.read_text(), re.MULTILINE)
+    assert {"--requeue", "--open-mode=append", "--signal=B:USR1@1800"} <= set(options)
+    # The head's environment says how long a stopped job has; Slurm kills after 1800 s.
+    [wait_s] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", SBATCH.read_text())
+    assert int(wait_s) < 1800
 
 
 def test_slurm_script_without_a_configuration_says_how_it_is_used(slurm):
@@ -205,3 +250,32 @@ def test_slurm_script_without_a_configuration_says_how_it_is_used(slurm):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert output.startswith("usage:")
+
+
+DOCKERFILES = sorted((CLUSTER / "docker").glob("*.Dockerfile"))
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_image_is_made_of_the_lock_and_runs_as_nobody_in_particular(path):
+    instructions = re.sub(r"\\\n", " ", path.read_text()).splitlines()
+    by_kind = {kind: [line for line in instructions if line.startswith(f"{kind} ")] for kind in ("FROM", "COPY", "RUN")}
+    [base] = by_kind["FROM"]
+    assert re.fullmatch(r"FROM [a-z/]+:[a-z0-9.-]*\d[a-z0-9.-]*", base), "a base image with a version"
+    for line in by_kind["COPY"]:
+        for source in line.split()[1:-1]:
+            assert (ROOT / source).exists()
+    lock = f"requirements/{path.name.split('.')[0]}.lock"
+    assert any(
+        f"uv pip install --no-deps {flags} -r {lock}" in line
+        for line in by_kind["RUN"]
+        for flags in ("--require-hashes", "--torch-backend=cpu")
+    )
+    assert instructions.index("USER 1000") > max(instructions.index(line) for line in by_kind["RUN"])
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_every_package_is_locked_with_its_hashes_but_the_cpu_build_of_torch(name):
+    entries = re.split(r"\n(?=[a-z])", (ROOT / "requirements" / f"{name}.lock").read_text())
+    without = [entry.split()[0] for entry in entries if "==" in entry and "--hash=sha256:" not in entry]
+    assert [entry.partition("==")[0] for entry in without] == (["torch"] if name == "cpu" else [])
+    assert all("+cpu" in entry for entry in without)

@@ -3,12 +3,15 @@
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.architectures import cases, configuration
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
     check_language_model,
@@ -21,6 +24,9 @@ from rlhf_ray.models.loading import (
     resolve_dtype,
     train_only_top_layers,
 )
+from rlhf_ray.models.token_models import load_policy_model
+from rlhf_ray.ppo.inputs import read_inputs
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -70,6 +76,68 @@ def test_configuration_without_a_vocabulary(model: Path):
 def test_no_weights(model: Path):
     (model / "model.safetensors").unlink()
     assert "has no weights" in refusal(model)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "model.ckpt"])
+def test_pickled_weights_are_refused_by_name(model: Path, name: str):
+    (model / "model.safetensors").rename(model / name)
+    assert f"has pickled weights ({name}), which can run any code" in refusal(model)
+
+
+def test_a_pickle_beside_whole_weights_is_never_opened(model: Path):
+    (model / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    read_model_facts(str(model), "policy.model")
+    load_policy_model(
+        str(model), dtype="float32", attention=resolve_attention("auto", False), temperature=1.0, float32_logits=True
+    )
+
+
+@pytest.mark.parametrize("name", ["policy.model", "reference.model", "critic.model", "reward.model"])
+def test_every_role_refuses_pickles_before_any_actor_starts(tiny: Path, tmp_path: Path, name: str):
+    source = tiny / ("reward_model" if name == "reward.model" else "policy")
+    pickled = Path(shutil.copytree(source, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    overrides = [f"paths.data={tiny.parent}", f"{name}={pickled}"]
+    config = load_config(PPOConfig, REPOSITORY / "configs" / "tiny" / "ppo.yaml", overrides)
+    with pytest.raises(BadInput, match=r"has pickled weights \(pytorch_model\.bin\)") as caught:
+        read_inputs(config)
+    assert caught.value.where == name
+
+
+@pytest.fixture
+def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model as the hub's cache has it, under the id `some-org/some-model`; gives its files."""
+    cached = tmp_path / "hub" / "models--some-org--some-model"
+    files = cached / "snapshots" / "0123"
+    shutil.copytree(model, files)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return files
+
+
+def test_pickled_weights_of_a_hub_model_are_refused(hub: Path):
+    read_model_facts("some-org/some-model", "policy.model")
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    assert "'some-org/some-model' has pickled weights (pytorch_model.bin)" in refusal("some-org/some-model")
+
+
+def test_code_beside_a_model_never_runs(model: Path, tmp_path: Path):
+    """A configuration of an unknown kind that brings its own class, and a tokenizer that does."""
+    config = json.loads((model / "config.json").read_text())
+    planted = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (model / "planted.py").write_text(planted)
+    own = {**config, "model_type": "of-its-own", "auto_map": {"AutoConfig": "planted.Config"}}
+    (model / "config.json").write_text(json.dumps(own))
+    assert "cannot be read (" in refusal(model)
+    (model / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": [None, "planted.Tokenizer"]}, "tokenizer_class": "OfItsOwn"}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with suppress(BadInput):  # whether transformers has a class of its own to fall back to
+        load_tokenizer(str(model), "policy.model")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_truncated_weights(model: Path):

@@ -75,6 +75,25 @@ def test_a_batch_is_padded_behind_the_text_to_a_multiple_of_eight():
     assert batch["attention_mask"].sum(1).tolist() == [3, 9]
 
 
+def test_pickled_weights_of_a_member_are_refused(tiny: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny / "reward_model", tmp_path / "model"))
+    shutil.copytree(tiny / "reward_model", model / "member-1")
+    card = RewardModelCard(
+        version="",
+        base_model="",
+        max_length=64,
+        append_eos=True,
+        chat_template=None,
+        training_data="",
+        layout=MemberLayout(folders=(".", "member-1")),
+    )
+    card.save(model)
+    RewardTexts.read(str(model))
+    (model / "member-1" / "model.safetensors").rename(model / "member-1" / "pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"member-1' has pickled weights \(pytorch_model\.bin\)"):
+        RewardTexts.read(str(model))
+
+
 @pytest.mark.parametrize("pad", ["<eos>", None])
 def test_padding_that_looks_like_the_end_is_refused(tiny: Path, tmp_path: Path, pad: str | None):
     model = shutil.copytree(tiny / "reward_model", tmp_path / "model")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.failures import BadInput, FailureKind, classify
@@ -107,7 +107,7 @@ def url(running: tuple[StubService, str]) -> str:
 
 def remote(url: str, policy: str, **chosen: Any) -> RemoteScorer:
     settings = {"timeout_s": 10.0, "on_too_long": "truncate", **chosen}
-    return RemoteScorer(RewardSettings(url=url, **settings), policy, TOKEN)
+    return RemoteScorer(RewardSettings(url=url, **settings), policy, SecretStr(TOKEN))
 
 
 def sampled(tokenizer: Any) -> Any:

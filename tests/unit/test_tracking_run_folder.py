@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, Finished
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 
 
@@ -33,21 +33,15 @@ def test_a_start_that_failed_before_its_first_step_may_be_repeated(folder):
     assert folder.config_yaml.read_text() == "a: 2\n"
 
 
-@pytest.mark.parametrize(
-    ("resume", "found", "allowed"),
-    [
-        (False, "holds a finished run", "another run.name, or delete"),
-        (True, "holds a finished run", "nothing is left to resume"),
-    ],
-)
-def test_a_finished_run_is_not_touched(folder, resume, found, allowed):
+def test_a_finished_run_is_not_touched(folder):
     folder.summary.write_text("{}")
     checkpoint(folder, 10)
     with pytest.raises(BadInput) as caught:
-        RunFolder.create(folder.path, "a: 2\n", resume)
-    assert caught.value.where == str(folder.path)
-    assert caught.value.found == found
-    assert allowed in caught.value.allowed
+        RunFolder.create(folder.path, "a: 2\n", resume=False)
+    assert (caught.value.where, caught.value.found) == (str(folder.path), "holds a finished run")
+    assert "another run.name, or delete" in caught.value.allowed
+    with pytest.raises(Finished, match=f"{folder.path} holds a finished run"):
+        RunFolder.create(folder.path, "a: 2\n", resume=True)
     assert folder.config_yaml.read_text() == "a: 1\n"
 
 
@@ -59,12 +53,11 @@ def test_an_unfinished_run_needs_resume_or_another_name(folder):
     RunFolder.create(folder.path, "a: 2\n", resume=True)
 
 
-def test_resume_needs_a_complete_checkpoint(folder, tmp_path):
+def test_a_run_that_is_not_there_yet_or_has_no_complete_checkpoint_is_begun_by_resume(folder, tmp_path):
     checkpoint(folder, 10, complete=False)
+    folder.metrics.write_text('{"step": 1}\n')
     for path in (folder.path, tmp_path / "nothing"):
-        with pytest.raises(BadInput, match="has no checkpoint to resume from"):
-            RunFolder.create(path, "", resume=True)
-    assert not (tmp_path / "nothing").exists()
+        assert RunFolder.create(path, "a: 2\n", resume=True).config_yaml.read_text() == "a: 2\n"
 
 
 def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):

@@ -188,7 +188,7 @@ class RewardModelCard(BesideWeights, _Part):
 def weights_version(folder: Path) -> str:
     """A hash that names a directory's weights: every byte of them, and of the configuration."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())

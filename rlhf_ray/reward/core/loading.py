@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.loading import ModelFacts, load_tokenizer
+from rlhf_ray.models.loading import NO_CODE, SAFE_WEIGHTS, ModelFacts, load_tokenizer
 from rlhf_ray.reward.core.card import RewardModelCard
 
 _LENGTH_STEP = 8
@@ -92,7 +92,7 @@ def load_reward_network(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, **NO_CODE)
     if not new_head:
         config.num_labels = num_labels
     config.pad_token_id = pad_token_id
@@ -106,6 +106,7 @@ def load_reward_network(
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         output_loading_info=True,
+        **SAFE_WEIGHTS,
     )
     made_up = sorted(loading["missing_keys"])
     if made_up and not new_head:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from pydantic import SecretStr
 
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
@@ -35,20 +36,20 @@ class RemoteScorer:
     Args:
         settings: where the service is and which of its models scores.
         policy_model: whose tokenizer decodes the responses.
-        token: the service's bearer token, or None.
+        token: the service's bearer token, or None; no log that shows what a scorer is made of has it.
 
     Raises:
         RewardServiceError: the service cannot be reached or refuses.
         BadInput: it has no such model.
     """
 
-    def __init__(self, settings: RewardSettings, policy_model: str, token: str | None = None) -> None:
+    def __init__(self, settings: RewardSettings, policy_model: str, token: SecretStr | None = None) -> None:
         assert settings.url is not None, "a remote scorer has a service"
         self._settings = settings
         self._responses = ResponseReader(policy_model)
         self._client = RewardClient(
             settings.url,
-            token,
+            None if token is None else token.get_secret_value(),
             timeout_s=settings.timeout_s,
             # An attempt that is lost without a word leaves time for two more.
             request_timeout_s=settings.timeout_s / 3,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pydantic import SecretStr
+
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
@@ -97,7 +99,7 @@ class RewardSource:
         elif self.settings.url is not None:
             # The token is read here: the processes of the cluster may have neither the file nor the variable.
             token = service_token(self.settings.token_file, self.key)
-            make = partial(RemoteScorer, self.settings, policy_model, token)
+            make = partial(RemoteScorer, self.settings, policy_model, None if token is None else SecretStr(token))
         else:
             make = partial(RewardScorer, self.settings, policy_model)
         return partial(TimedScorer, make)

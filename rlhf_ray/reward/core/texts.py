@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.loading import check_tokenizer_fits, load_tokenizer, read_model_facts
+from rlhf_ray.models.loading import check_tokenizer_fits, check_weight_files, load_tokenizer, read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, weights_version
 from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
@@ -48,6 +48,9 @@ class RewardTexts(RewardEncoding):
         facts = read_model_facts(model, key)
         card = RewardModelCard.load(model, key)
         check_reward_model(facts, card, model, key)
+        for member in card.layout.folders if card is not None else ():
+            if member != ".":
+                check_weight_files(Path(model) / member, key)
         tokenizer = load_reward_tokenizer(model, key)
         check_tokenizer_fits(tokenizer, facts, model, key)
         if card is not None and card.chat_template is not None:

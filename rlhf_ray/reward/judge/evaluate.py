@@ -82,8 +82,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         phases.append([RoleRequest("generator", "best_of_n.generator", policy.settings.generator)])
     if gate:
         phases.append(integrity_requests(config.scorer, config.gate))
-    with connected(config.cluster, phases):
-        folder = open_folder(config)
+    with connected(config.cluster, phases), open_folder(config) as folder:
         title = f"evaluation {config.run.name} · {config.model}"
         with Tracker(config, "reward_model", folder, title, 0, ()) as tracker:
             if policy is not None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.models.loading import NO_CODE, SAFE_WEIGHTS, load_tokenizer
 from rlhf_ray.randomness import keyed_generator
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard
 from rlhf_ray.reward.core.checks import Check, largest_difference, probe_check, raw_scores_check
@@ -140,7 +140,7 @@ class RewardInspector:
     def _longest_text(self) -> int:
         from transformers import AutoConfig
 
-        positions = AutoConfig.from_pretrained(self._member_paths[0]).max_position_embeddings
+        positions = AutoConfig.from_pretrained(self._member_paths[0], **NO_CODE).max_position_embeddings
         return min(int(positions), self._tokenizer.model_max_length)
 
     def _load_plain(self, path: str) -> PlainMember:
@@ -148,7 +148,7 @@ class RewardInspector:
 
         try:
             network, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+                path, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE_WEIGHTS
             )
         except (OSError, ValueError, KeyError) as error:
             raise BadInput("reward.model", f"'{path}' cannot be read ({error})", "a reward model's directory") from None

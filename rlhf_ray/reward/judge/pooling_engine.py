@@ -47,6 +47,8 @@ class PoolingEngine:
             kv_cache_memory_bytes=int(kv_cache_gib * (1 << 30)),
             seed=0,
             disable_log_stats=True,
+            load_format="safetensors",
+            trust_remote_code=False,
         )
 
     def score_tokens(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float64]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
 from rlhf_ray.config.reward_model import AggregationSettings, RewardModelConfig
-from rlhf_ray.failures import Refused
+from rlhf_ray.failures import Finished, Refused
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.ensemble import fit_member_scale
@@ -64,7 +65,11 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
         Refused: the model is written, and the release gate refused it.
     """
-    check_folder(config, resume)
+    try:
+        check_folder(config, resume)
+    except Finished as finished:
+        _refuse_again(RunFolder(Path(finished.folder)))
+        raise
     if config.gate.enabled and config.held_out is not None:
         check_vllm(config.gate)
     inputs = read_training_inputs(config)
@@ -79,6 +84,18 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
             with role_group(learner, config.cluster, run.folder.logs) as group:
                 trained = RewardTraining(config, inputs, layout, group, run).train()
             _finish(config, inputs, layout, trained, report, run.folder, run.tracker)
+
+
+def _refuse_again(folder: RunFolder) -> None:
+    """A model that was refused stays refused, however often its run is resumed.
+
+    Raises:
+        Refused: it was.
+    """
+    model = str(folder.reward_model)
+    card = RewardModelCard.load(model, "paths.runs")
+    if card is not None and card.released is False:
+        raise Refused(model, card.refusals)
 
 
 def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracker) -> data_report.DataReport:
