@@ -100,8 +100,8 @@ def revoke(checkpoint: Path) -> None:
 
 
 def checkpoint_bytes(checkpoint: Path) -> int:
-    """Size of a complete checkpoint."""
-    return sum(each.size for each in read_manifest(checkpoint))
+    """How much room a checkpoint takes."""
+    return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
 
 
 def _synced(checkpoint: Path, path: Path) -> FileSum:

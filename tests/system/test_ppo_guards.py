@@ -34,7 +34,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(data_root: Path, tmp_path: P
 
 
 def test_a_source_that_fails_too_often_ends_the_run_before_it_is_trained_on(data_root: Path, tmp_path: Path) -> None:
-    source = "reward={function: 'tests.unit.reward_functions:picky', timeout_s: 60, max_failed_fraction: 0}"
+    source = "reward=[{function: 'tests.unit.reward_functions:picky', timeout_s: 60, max_failed_fraction: 0}]"
     _, event = refused(data_root, tmp_path, source, "evaluation.prompts=null")
     assert (event["role"], event["guard"]) == ("reward 'picky'", "scores")
     assert "above max_failed_fraction 0: {'picky raised ValueError" in event["cause"]

@@ -85,7 +85,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_manifest_lists_every_file_and_is_written_last(runs: Path):
     listed = {each.name: each.size for each in read_manifest(newest(runs))}
     assert listed == {WEIGHTS: WEIGHT_BYTES, "state.json": (newest(runs) / "state.json").stat().st_size}
-    assert checkpoint_bytes(newest(runs)) == sum(listed.values())
+    assert checkpoint_bytes(newest(runs)) == sum(listed.values()) + (newest(runs) / "manifest.json").stat().st_size
     assert find_fault(newest(runs)) is None
     written = [(newest(runs) / name).stat().st_mtime_ns for name in (*listed, "manifest.json")]
     assert written == sorted(written)
