@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, OutOfReach
 
 _WINDOW_IN_THE_MASK = {"doge", "phimoe", "qwen2_moe"}
 """Architectures of transformers 5.19 that tell their attention of a sliding window by the mask alone."""
@@ -39,9 +39,10 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
     """Read a model's configuration and see that its weights are there and whole.
 
     Raises:
-        BadInput: under `key`, when there is no such directory or hub model, or a file is missing or broken.
+        BadInput: under `key`, when there is no such directory or hub model, or a file is missing or broken;
+            `OutOfReach` when the hub cannot be asked.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(model)
@@ -56,7 +57,8 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
     try:
         found = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise BadInput(
+        is_unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)
+        raise (OutOfReach if is_unreachable else BadInput)(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
         ) from None
     if not hasattr(found, "vocab_size"):
@@ -189,8 +191,10 @@ def _check_weight_files(folder: Path, key: str) -> None:
             _check_safetensors(folder / name, key)
     elif single.is_file():
         _check_safetensors(single, key)
-    elif not any(folder.glob("pytorch_model*.bin")):
-        raise BadInput(key, f"'{folder}' has no weights", "model.safetensors beside config.json")
+    else:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"no weights but {pickles[0]}, a pickle, which runs code when it is loaded" if pickles else "no weights"
+        raise BadInput(key, f"'{folder}' has {found}", "model.safetensors beside config.json")
 
 
 def _check_safetensors(path: Path, key: str) -> None:

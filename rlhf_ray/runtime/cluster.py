@@ -29,6 +29,46 @@ class RoleRequest:
     settings: ActorSettings
 
 
+@dataclass(frozen=True)
+class NodeShape:
+    """What one node has.
+
+    Attributes:
+        address: of the node.
+        cpus, gpus: that Ray hands out.
+        object_store_bytes: shared memory for objects.
+        memory_bytes: of the node in all; 0: not known.
+        gpu_memory_bytes: of its smallest GPU; 0: not known.
+    """
+
+    address: str
+    cpus: float
+    gpus: float
+    object_store_bytes: int
+    memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+
+
+def cluster_nodes() -> list[NodeShape]:
+    """The nodes of the cluster that this process has joined, as Ray counts them."""
+    return [
+        NodeShape(
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            int(node["Resources"].get("object_store_memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def cluster_address(settings: ClusterSettings) -> str | None:
+    """The running cluster that the settings or `RAY_ADDRESS` name; None: a new one on this machine."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
+
+
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster of the settings or of `RAY_ADDRESS`, or start one on this machine.
 
@@ -38,8 +78,8 @@ def connect(settings: ClusterSettings) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
+    address = cluster_address(settings)
+    if address is not None:
         try:
             _knock(address)
             ray.init(address=address, **quiet)
@@ -71,16 +111,15 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
 
 
-def check_resources(requests: Sequence[RoleRequest]) -> None:
+def check_resources(requests: Sequence[RoleRequest], nodes: Sequence[NodeShape]) -> None:
     """See that the cluster could ever hold all roles.
 
     Raises:
         BadInput: naming the roles that ask for it, what they ask for in all and what there is.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     for resource, attribute in (("CPU", "cpus"), ("GPU", "gpus")):
-        available = sum(node["Resources"].get(resource, 0.0) for node in nodes)
-        largest = max((node["Resources"].get(resource, 0.0) for node in nodes), default=0.0)
+        amounts: list[float] = [getattr(node, attribute) for node in nodes]
+        available, largest = sum(amounts), max(amounts, default=0.0)
         asked = {request.key: _amount(request, attribute) * request.settings.replicas for request in requests}
         total = sum(asked.values())
         parts = ", ".join(f"{key} {amount:g}" for key, amount in asked.items() if amount)
@@ -100,7 +139,7 @@ def check_resources(requests: Sequence[RoleRequest]) -> None:
                     f"{largest:g}",
                     "at most what one node has",
                 )
-    largest_cpu = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
+    largest_cpu = max((node.cpus for node in nodes), default=0.0)
     for request in requests:
         if request.settings.threads > max(largest_cpu, 1.0):
             raise BadInput(
