@@ -303,11 +303,11 @@ def test_more_than_the_cluster_has_is_bad_input(local_ray: Path, settings: Actor
 
 def test_a_process_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch):
     """Two nodes of a stand-in cluster have enough together, none alone."""
-    nodes = [{"Alive": alive, "NodeManagerAddress": "?", "Resources": {"CPU": cpus}} for alive, cpus in _NODES]
+    nodes = [
+        {"Alive": alive, "NodeManagerAddress": "?", "Resources": {"CPU": cpus}}
+        for alive, cpus in ((True, 2.0), (True, 2.0), (False, 64.0))
+    ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     check_resources([RoleRequest("reward", "reward", ActorSettings(replicas=2, cpus=2.0))], cluster_nodes())
     with pytest.raises(BadInput, match=r"reward\.cpus: one process asks for 3 CPUs; the largest node has 2"):
         check_resources([RoleRequest("reward", "reward", ActorSettings(cpus=3.0))], cluster_nodes())
-
-
-_NODES = ((True, 2.0), (True, 2.0), (False, 64.0))
