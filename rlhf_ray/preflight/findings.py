@@ -87,3 +87,12 @@ class Findings:
     def _add(self, finding: Finding) -> None:
         self.found.append(finding)
         self.show(finding)
+
+
+def size_text(size: float) -> str:
+    """Bytes, in decimal units."""
+    unit = next((unit for unit in _UNITS if size >= 0.1 * _UNITS[unit]), "kB")
+    return f"{size / _UNITS[unit]:.1f} {unit}"
+
+
+_UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf_ray.config.lora import LoraSettings
@@ -35,30 +35,39 @@ class Need:
 
     Attributes:
         memory: None where the role's model cannot be read here.
+        checkpoint: bytes that a group of learners keeps in one.
+        exported: bytes of the models that are written of it.
     """
 
     request: RoleRequest
     memory: Memory | None
+    checkpoint: float = 0.0
+    exported: float = 0.0
+
+    def of_learner(self, settings: LearnerSettings, size: ModelSize, exports: int = 0) -> Need:
+        """The same with what is written of a learner.
+
+        DeepSpeed keeps the weights as they are computed with, two float32 moments, and a float32 copy of what is
+        trained where ZeRO has one.
+
+        Args:
+            exports: directories that are written of the model.
+        """
+        dtype = resolve_dtype(settings.dtype, settings.gpus > 0)
+        zero = deepspeed_configuration(settings, dtype, settings.replicas)["zero_optimization"]
+        weights = ITEM_BYTES[dtype] * size.parameters
+        checkpoint = weights + (12 if zero["stage"] else 8) * size.trained
+        return replace(self, checkpoint=float(checkpoint), exported=float(exports * weights))
 
 
-@dataclass(frozen=True)
-class DiskNeed:
-    """Bytes that a run writes.
-
-    Attributes:
-        checkpoint: one of them.
-        exports: the models at the end, the best one included.
-    """
-
-    checkpoint: float
-    exports: float
-
-
-def ppo_needs(config: PPOConfig, policy: PolicyFacts, rewards: Sequence[RewardSource]) -> list[Need]:
+def ppo_needs(
+    config: PPOConfig, policy: PolicyFacts, rewards: Sequence[RewardSource], unread: Collection[str]
+) -> list[Need]:
     """All roles of a PPO run, which are there at the same time.
 
     Args:
         rewards: sources that could be read.
+        unread: keys of models that could not.
     """
     sampling, algorithm, size = config.sampling, config.algorithm, policy.size
     samples = sampling.prompts_per_step * sampling.samples_per_prompt
@@ -79,7 +88,7 @@ def ppo_needs(config: PPOConfig, policy: PolicyFacts, rewards: Sequence[RewardSo
         "evaluation": process_memory(),
         **{source.key: source_memory(source) for source in rewards},
     }
-    if config.reference_role is not None:
+    if config.reference_role is not None and "reference.model" not in unread:
         own = config.reference_role.model
         memories["reference"] = reference_memory(
             config.reference_role,
@@ -90,11 +99,15 @@ def ppo_needs(config: PPOConfig, policy: PolicyFacts, rewards: Sequence[RewardSo
                 *lengths,
             ),
         )
-    if config.critic is not None:
-        learner = config.critic.learner
-        critic = _classifier(config.critic.model or config.policy.model, learner)
-        memories["critic.learner"] = learner_memory(learner, critic, minibatch(learner), has_head=False)
-    return [Need(request, memories.get(request.key)) for request in role_requests(config)]
+    needs = {request.key: Need(request, memories.get(request.key)) for request in role_requests(config)}
+    exports = 2 if config.evaluation.keep_best else 1
+    needs["policy.learner"] = needs["policy.learner"].of_learner(learner, size, exports)
+    if config.critic is not None and "critic.model" not in unread:
+        key, learner = "critic.learner", config.critic.learner
+        critic = classifier_size(config.critic.model or config.policy.model, learner)
+        memory = learner_memory(learner, critic, minibatch(learner), has_head=False)
+        needs[key] = replace(needs[key], memory=memory).of_learner(learner, critic)
+    return list(needs.values())
 
 
 def source_memory(source: RewardSource) -> Memory:
@@ -109,42 +122,26 @@ def sft_needs(config: SFTConfig, policy: PolicyFacts) -> list[Need]:
     """The learner."""
     learner = config.policy.learner
     work = Pass.of(learner.micro_batch_tokens, config.batch_size // learner.replicas, 0, config.text.max_tokens)
-    return [Need(RoleRequest("policy", "policy.learner", learner), learner_memory(learner, policy.size, work))]
+    need = Need(RoleRequest("policy", "policy.learner", learner), learner_memory(learner, policy.size, work))
+    return [need.of_learner(learner, policy.size, exports=1)]
 
 
 def reward_model_needs(config: RewardModelConfig) -> list[list[Need]]:
     """The learner, the scorers, and those who check the result: one after the other."""
     learner, training = config.learner, config.training
-    size = _classifier(config.model, learner, training.lora)
+    size = classifier_size(config.model, learner, training.lora)
     work = Pass.of(learner.micro_batch_tokens, 2 * training.batch_size // learner.replicas, 0, training.max_length)
-    trained = Need(
-        RoleRequest("reward-learner", "learner", learner), learner_memory(learner, size, work, has_head=False)
-    )
+    memory = learner_memory(learner, size, work, has_head=False)
+    trained = Need(RoleRequest("reward-learner", "learner", learner), memory)
+    trained = trained.of_learner(learner, size, config.ensemble.num_models)
     scored = scorer_memory(config.scorer, size, config.ensemble.num_models)
     # The checks compute in float32, one of them in an engine.
     checked = scorer_memory(config.scorer.model_copy(update={"dtype": "float32"}), size, config.ensemble.num_models)
-    checks = integrity_requests(config.scorer, config.gate) if config.gate.enabled and config.held_out else []
+    checks = integrity_requests(config.scorer, config.gate)
     return [[trained], [Need(scorer_request(config.scorer), scored)], [Need(each, checked) for each in checks]]
 
 
-def disk_need(learners: Sequence[tuple[LearnerSettings, ModelSize]], exports: int) -> DiskNeed:
-    """What a run writes: DeepSpeed's checkpoints have the weights as they are computed with, float32 moments, and a
-    float32 copy of what is trained where ZeRO keeps one.
-
-    Args:
-        learners: the first of them is exported.
-        exports: directories that are written of it.
-    """
-    checkpoint, written = 0.0, 0.0
-    for settings, size in learners:
-        dtype = resolve_dtype(settings.dtype, settings.gpus > 0)
-        zero = deepspeed_configuration(settings, dtype, settings.replicas)["zero_optimization"]
-        checkpoint += ITEM_BYTES[dtype] * size.parameters + (12 if zero["stage"] else 8) * size.trained
-        written = written or exports * ITEM_BYTES[dtype] * size.parameters
-    return DiskNeed(checkpoint, written)
-
-
-def _classifier(model: str, learner: LearnerSettings, lora: LoraSettings | None = None) -> ModelSize:
+def classifier_size(model: str, learner: LearnerSettings, lora: LoraSettings | None = None) -> ModelSize:
     """A backbone with a head of its own: a critic or a reward model."""
     return read_model_size(
         model, head="SequenceClassification", trained_top_layers=learner.trainable_top_layers, lora=lora

@@ -1,4 +1,4 @@
-"""What the nodes are like: their memory, versions and files, asked of each by a tiny task where a cluster is running."""
+"""What the nodes are like: memory, versions and files, asked of each by a tiny task where a cluster is running."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_ray.config.settings import ClusterSettings
+from rlhf_ray.failures import BadInput
 from rlhf_ray.preflight.findings import Findings
 from rlhf_ray.runtime.cluster import NodeShape
 
@@ -86,39 +88,44 @@ def this_machine(settings: ClusterSettings) -> NodeShape:
 
 
 def look_everywhere(findings: Findings, readable: Sequence[str], runs: str) -> list[NodeReport]:
-    """A look at every node of the cluster that this process has joined."""
+    """A look at every node of the cluster that this process has joined.
+
+    Raises:
+        BadInput: the folder of the runs cannot be written here.
+    """
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     task = ray.remote(num_cpus=0, max_retries=0)(look)
-    folder = Path(runs).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker = tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-")
-    except OSError as error:
-        findings.change(
-            "paths.runs", f"'{folder}' cannot be written ({error.strerror})", "a folder this user may write"
-        )
-        return []
-    with marker:
-        asked = {
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                address, readable, str(folder), marker.name
-            ): address
-            for node, address in nodes.items()
-        }
+    folder = str(Path(runs).absolute())
+    reports: list[NodeReport] = []
+    with _marker(folder) as marker:
+        asked = {}
+        for node, address in nodes.items():
+            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+            asked[there.remote(address, readable, folder, marker)] = address
         done, late = ray.wait(list(asked), num_returns=len(asked), timeout=_TASK_TIMEOUT_S)
-        reports = []
         for reference in done:
             try:
                 reports.append(ray.get(reference))
             except ray.exceptions.RayError as error:
                 cause = str(error).strip().splitlines()[-1]
-                findings.change(
-                    f"node {asked[reference]}", f"a task failed there ({cause})", "this package on all nodes"
-                )
+                findings.change(f"node {asked[reference]}", f"a task failed ({cause})", "this package on all nodes")
         for reference in late:
             findings.change(f"node {asked[reference]}", f"no answer in {_TASK_TIMEOUT_S:.0f} s", "a node that is well")
             ray.cancel(reference, force=True)
     return reports
+
+
+@contextmanager
+def _marker(folder: str) -> Iterator[str]:
+    """A file in a folder, for the length of a block."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
+            yield file.name
+    except OSError as error:
+        raise BadInput(
+            "paths.runs", f"'{folder}' cannot be written ({error})", "a folder this user may write"
+        ) from None
 
 
 def with_memory(nodes: Sequence[NodeShape], reports: Sequence[NodeReport]) -> list[NodeShape]:
