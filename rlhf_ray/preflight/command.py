@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward_model import RewardModelConfig
 from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
 from rlhf_ray.failures import BadInput
+from rlhf_ray.preflight.examine import Site, examine
 from rlhf_ray.preflight.findings import Finding, Findings, State
 from rlhf_ray.preflight.needs import Need
 
@@ -37,23 +39,27 @@ def run_preflight(path: Path, overrides: Sequence[str] = (), resume: bool = Fals
         Whether nothing has to be changed.
     """
     console = Console(highlight=False)
-    findings = Findings(lambda finding: _show(console, finding))
     _skip_an_unreachable_hub()
-    needs: list[Need] = []
-    command = findings.check("configuration", lambda: _command_of(path, overrides))
-    config = None
-    if command is not None:
-        name, kind = command
-        console.print(f"[bold]{name} {escape(str(path))}[/bold]\n")
-        config = findings.check("configuration", lambda: load_config(kind, path, overrides), lambda read: read.run.name)
-    if config is not None:
-        from rlhf_ray.preflight.examine import examine
-
-        needs = examine(config, findings, resume)
+    console.print(f"[bold]Preflight of {escape(str(path))}[/bold]\n")
+    findings = Findings(partial(_show, console))
+    needs = preflight(path, overrides, findings, resume)
     if any(need.memory for need in needs):
         console.print(_memory_table(needs))
     console.print(_summary(findings))
     return not findings.of(State.CHANGE)
+
+
+def preflight(
+    path: Path, overrides: Sequence[str], findings: Findings, resume: bool = False, site: Site | None = None
+) -> list[Need]:
+    """Read a configuration and check everything; see `examine`."""
+
+    def read() -> tuple[str, RunConfig]:
+        command, kind = _command_of(path, overrides)
+        return command, load_config(kind, path, overrides)
+
+    found = findings.check("configuration", read, lambda found: f"of `{found[0]}`, run '{found[1].run.name}'")
+    return [] if found is None else examine(found[1], findings, resume, site)
 
 
 def _command_of(path: Path, overrides: Sequence[str]) -> tuple[str, type[RunConfig]]:

@@ -91,8 +91,9 @@ class Findings:
 
 def size_text(size: float) -> str:
     """Bytes, in decimal units."""
-    unit = next((unit for unit in _UNITS if size >= 0.1 * _UNITS[unit]), "kB")
-    return f"{size / _UNITS[unit]:.1f} {unit}"
+    unit = next((unit for unit in _UNITS if size >= _UNITS[unit]), "kB")
+    number = size / _UNITS[unit]
+    return f"{number:.3g} {unit}" if number < 1000 else f"{number:,.0f} {unit}"
 
 
-_UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}

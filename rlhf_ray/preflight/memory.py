@@ -24,8 +24,8 @@ _LEARNER, _REFERENCE, _SCORER, _ENGINE = 0.46e9, 0.41e9, 0.40e9, 0.66e9
 DRIVER_BYTES, RAY_BYTES = 0.5e9, 0.6e9
 _CUDA_HOST, _CUDA_DEVICE = 3e9, 1e9
 """Bytes of a process with CUDA's libraries, in the node's memory and on the GPU. Not measured."""
-_REDUCE_BUCKET = 500_000_000
-"""DeepSpeed's default, in elements."""
+_REDUCE_BUCKET, _LIVE_PARAMETERS = 500_000_000, 1_000_000_000
+"""DeepSpeed's defaults, in elements."""
 
 Parts = dict[str, float]
 """Bytes by what they are for."""
@@ -95,7 +95,13 @@ def learner_memory(
     gradients = _FLOAT32 * size.trained / (ranks if stage >= 2 else 1)
     moments = 2 * _FLOAT32 * size.trained / (ranks if stage else 1)
     master = _FLOAT32 * size.trained / ranks if stage else 0.0
-    buffers = min(zero.get("reduce_bucket_size", _REDUCE_BUCKET), size.trained) * item if stage >= 2 else 0.0
+    # What a backward pass adds to the float32 sums: all of it in bfloat16, a bucket where gradients are shared out.
+    # ZeRO-3 also gathers weights.
+    buffers = item * size.trained if stage == 1 and item < _FLOAT32 else 0.0
+    if stage >= 2:
+        buffers = item * min(zero.get("reduce_bucket_size", _REDUCE_BUCKET), size.trained)
+    if stage == 3:
+        buffers += item * min(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS), size.parameters)
     parts: Parts = {
         "weights": weights,
         "gradients": gradients,
@@ -184,13 +190,15 @@ def _layer_activations(size: ModelSize, work: Pass, item: int, on_gpu: bool) -> 
     """Of one layer, kept for its backward pass.
 
     Two norms keep what they are given in float32, normalised and scaled; attention keeps queries, keys, values and
-    what comes of them; a gated MLP keeps gate, its activation, up and their product. Written-out attention (short
-    sequences on a CPU) keeps its weights, in float32.
+    what comes of them; a gated MLP keeps gate, its activation, up and their product. On a CPU attention lays the row
+    out as a padded batch, a second copy; written out (short sequences) it keeps this copy and its weights in float32.
     """
     norms = 2 * size.hidden * (_FLOAT32 + 2 * item)
     attention = item * 2 * (size.heads + size.kv_heads) * size.head_size
-    weights = 0 if on_gpu or work.width > SHORT_WIDTH else _FLOAT32 * size.heads * work.width
-    return work.tokens * (norms + attention + weights + 4 * item * size.intermediate)
+    padded = 0 if on_gpu else attention
+    if not on_gpu and work.width <= SHORT_WIDTH:
+        padded = _FLOAT32 * (size.heads * work.width + (size.heads + 2 * size.kv_heads) * size.head_size)
+    return float(work.tokens * (norms + attention + padded + 4 * item * size.intermediate))
 
 
 def _kept_activations(size: ModelSize, work: Pass, item: int, checkpointed: bool, on_gpu: bool) -> float:

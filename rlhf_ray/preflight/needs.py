@@ -137,8 +137,9 @@ def reward_model_needs(config: RewardModelConfig) -> list[list[Need]]:
     scored = scorer_memory(config.scorer, size, config.ensemble.num_models)
     # The checks compute in float32, one of them in an engine.
     checked = scorer_memory(config.scorer.model_copy(update={"dtype": "float32"}), size, config.ensemble.num_models)
-    checks = integrity_requests(config.scorer, config.gate)
-    return [[trained], [Need(scorer_request(config.scorer), scored)], [Need(each, checked) for each in checks]]
+    checks = integrity_requests(config.scorer, config.gate) if config.gate.enabled else []
+    phases = [[trained], [Need(scorer_request(config.scorer), scored)], [Need(each, checked) for each in checks]]
+    return [phase for phase in phases if phase]
 
 
 def classifier_size(model: str, learner: LearnerSettings, lora: LoraSettings | None = None) -> ModelSize:
