@@ -123,6 +123,24 @@ def ppo(
 
 
 @app.command()
+def preflight(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="As the run will be started with.")] = False,
+) -> None:
+    """Check a configuration of `sft`, `train-rm` or `ppo` before anything is started.
+
+    Reads what the run would read, and asks each node of a running cluster. Writes nothing; prints a line a check: ok,
+    or what to change. Exit status 2 when something must be changed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from rlhf_ray.preflight.command import run_preflight
+
+    if not run_preflight(config, overrides or (), resume):
+        raise typer.Exit(2)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a PPO run.")],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; the latest when left out.")] = None,

@@ -35,7 +35,11 @@ class BadInput(Exception):
         super().__init__(f"{where}: {found}; {allowed}")
 
     def __reduce__(self) -> tuple[type[BadInput], tuple[str, str, str]]:
-        return BadInput, (self.where, self.found, self.allowed)
+        return type(self), (self.where, self.found, self.allowed)
+
+
+class OutOfReach(BadInput):
+    """What a key names may well be there, on a hub that this machine cannot reach."""
 
 
 class PresetError(Exception):

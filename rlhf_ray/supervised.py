@@ -10,14 +10,7 @@ from functools import partial
 from rlhf_ray.config.algorithm import AlgorithmSettings
 from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.data.text import TextExample, load_text
-from rlhf_ray.models.adapters import check_adapters
-from rlhf_ray.models.loading import (
-    check_language_model,
-    check_tokenizer_fits,
-    check_top_layers,
-    load_policy_tokenizer,
-    read_model_facts,
-)
+from rlhf_ray.models.policy import read_policy
 from rlhf_ray.randomness import batch_rows
 from rlhf_ray.roles.policy_learner import PolicyLearner, TextReport
 from rlhf_ray.runtime.actor_group import ActorGroup
@@ -53,13 +46,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
     """
     check_folder(config, resume)
     policy = config.policy
-    facts = read_model_facts(policy.model, "policy.model")
-    tokenizer = load_policy_tokenizer(policy.model, "policy.model")
-    check_tokenizer_fits(tokenizer, facts, policy.model, "policy.model")
-    check_language_model(facts, policy.model, "policy.model")
-    check_top_layers(policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
-    check_adapters(policy.model, policy.lora, "policy.lora.target_modules")
-    text = load_text(config.text, tokenizer)
+    text = load_text(config.text, read_policy(policy).tokenizer)
     steps = config.steps or config.epochs * math.ceil(len(text.examples) / config.batch_size)
     request = RoleRequest("policy", "policy.learner", policy.learner)
     title = f"SFT {config.run.name} · {policy.model}"

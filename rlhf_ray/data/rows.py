@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, OutOfReach
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 SOURCES = "a .jsonl or .parquet file, a folder of such files, or a `datasets` name"
@@ -110,7 +110,7 @@ def read_rows(path: str, bad_rows: BadRows, *, split: str | None, limit: int | N
         key: the settings key that holds `path`, for messages.
 
     Raises:
-        BadInput: missing or unreadable source, no rows.
+        BadInput: missing or unreadable source, no rows; `OutOfReach` when the hub cannot be asked.
     """
     num_rows = 0
     for place, values in islice(_all_rows(path, split, key), limit):
@@ -255,7 +255,7 @@ def _dataset_rows(name: str, split: str, key: str) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # `datasets` lets through whatever its readers and the network raise
         cause = " ".join(str(error).split())
-        raise BadInput(
+        raise (OutOfReach if isinstance(error, ConnectionError) else BadInput)(
             key,
             f"'{name}' is no local path, and as a `datasets` name its split '{split}' cannot be loaded "
             f"({type(error).__name__}: {cause})",

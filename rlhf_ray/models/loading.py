@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, OutOfReach
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Of every `from_pretrained`: code that lies beside a model is never run."""
@@ -45,9 +45,9 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
 
     Raises:
         BadInput: under `key`, when there is no such directory or hub model, a file is missing or broken, the weights
-            are pickled, or the model needs code of its own.
+            are pickled, or the model needs code of its own; `OutOfReach` when the hub cannot be asked.
     """
-    from huggingface_hub.errors import StrictDataclassError
+    from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
     from transformers import AutoConfig
 
     folder = Path(model)
@@ -64,7 +64,8 @@ def read_model_facts(model: str, key: str) -> ModelFacts:
         if not folder.is_dir():
             _check_hub_weights(model, key)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        raise BadInput(
+        is_unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)
+        raise (OutOfReach if is_unreachable else BadInput)(
             key, f"'{model}' cannot be read ({_first_line(error)})", "a Hugging Face directory or hub id"
         ) from None
     if not hasattr(found, "vocab_size"):

@@ -24,7 +24,7 @@ from rlhf_ray.rollout import Rollout, TrunkColumn, offsets
 _WIDTH_STEP = 16
 """Sequences are padded to multiples of so many tokens."""
 
-_SHORT_WIDTH = 128
+SHORT_WIDTH = 128
 """Up to here attention on a CPU is written out: the fused kernel's backward pass takes longer, in bfloat16 many times,
 and the weights that are kept for it are no larger than the other activations."""
 
@@ -360,7 +360,7 @@ def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted:
         return padded.unflatten(0, (num_sequences, width)).transpose(1, 2)
 
     query, key, value = (spread(each) for each in heads)
-    short = wanted.causal and width <= _SHORT_WIDTH and query.device.type == "cpu"
+    short = wanted.causal and width <= SHORT_WIDTH and query.device.type == "cpu"
     if short or wanted.softcap is not None or wanted.sinks is not None:
         attended = _written_out_attention(query, key, value, wanted)
     else:

@@ -37,7 +37,7 @@ class SequenceObjective:
 
 Objective = TokenObjective | SequenceObjective
 
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Float32 logits of one chunk: enough rows to keep a matrix product efficient."""
 
 _PROBES = (-60.0, -1.0, 0.5, 7.0, 300.0)
@@ -178,7 +178,7 @@ class _Head:
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
         """Slices of about equal length whose logits fit."""
-        most = max(_CHUNK_BYTES.get(self.weight.device.type, 128 << 20) // (4 * len(self.weight)), 1)
+        most = max(CHUNK_BYTES.get(self.weight.device.type, 128 << 20) // (4 * len(self.weight)), 1)
         size = -(-num_positions // -(-num_positions // most)) if num_positions else 1
         for start in range(0, num_positions, size):
             yield slice(start, min(start + size, num_positions))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
-from rlhf_ray.models.adapters import check_adapters
 from rlhf_ray.models.loading import (
     check_language_model,
     check_packed_rows,
     check_tokenizer_fits,
     check_top_layers,
-    load_policy_tokenizer,
     read_model_facts,
 )
+from rlhf_ray.models.policy import PolicyFacts, read_policy
+from rlhf_ray.models.sizes import ModelSize
 from rlhf_ray.reward.core.source import RewardSource
 
 
@@ -29,6 +30,7 @@ class Inputs:
         held_out: to judge on, or None.
         rewards: where they come from, in the order of the configuration.
         trunk_sharers: see `trunk_sharers`.
+        size: of the policy; None where stub roles stand in for it.
     """
 
     eos_token_id: int
@@ -37,6 +39,7 @@ class Inputs:
     held_out: PromptSet | None
     rewards: tuple[RewardSource, ...]
     trunk_sharers: frozenset[str] = frozenset()
+    size: ModelSize | None = None
 
 
 def read_inputs(config: PPOConfig) -> Inputs:
@@ -45,55 +48,81 @@ def read_inputs(config: PPOConfig) -> Inputs:
     Raises:
         BadInput: naming the key or the file and line.
     """
-    policy = config.policy.model
-    facts = read_model_facts(policy, "policy.model")
-    tokenizer = load_policy_tokenizer(policy, "policy.model")
-    check_tokenizer_fits(tokenizer, facts, policy, "policy.model")
-    check_language_model(facts, policy, "policy.model")
-    check_top_layers(config.policy.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
-    check_adapters(policy, config.policy.lora, "policy.lora.target_modules")
-    if config.reference_role is not None and config.reference_role.model is not None:
-        reference = config.reference_role.model
-        reference_facts = read_model_facts(reference, "reference.model")
-        check_tokenizer_fits(tokenizer, reference_facts, policy, "reference.model")
-        check_language_model(reference_facts, reference, "reference.model")
-    if config.critic is not None:
-        critic = facts
-        if config.critic.model is not None:
-            critic = read_model_facts(config.critic.model, "critic.model")
-            check_tokenizer_fits(tokenizer, critic, policy, "critic.model")
-            check_packed_rows(config.critic.model, "critic.model")
-        check_top_layers(config.critic.learner.trainable_top_layers, critic, "critic.learner.trainable_top_layers")
+    policy = read_policy(config.policy)
+    check_reference(config, policy)
+    check_critic(config, policy)
     rewards = tuple(
         RewardSource.read(source, key) for source, key in zip(config.reward, source_keys(config), strict=True)
     )
-    wanted = config.sampling.max_prompt_tokens + config.sampling.max_response_tokens
-
-    def prompts(settings: PromptSettings, key: str) -> PromptSet:
-        return load_prompts(
-            settings,
-            tokenizer,
-            max_prompt_tokens=config.sampling.max_prompt_tokens,
-            context_tokens=facts.context_tokens,
-            max_response_tokens=config.sampling.max_response_tokens,
-            key=key,
-            section="sampling",
-        )
-
     held_out = config.evaluation.prompts
-    inputs = Inputs(
-        eos_token_id=int(tokenizer.eos_token_id),
-        context_tokens=min(facts.context_tokens, wanted),
-        prompts=prompts(config.prompts, "prompts.path"),
-        held_out=prompts(held_out, "evaluation.prompts.path") if held_out else None,
+    return Inputs(
+        eos_token_id=int(policy.tokenizer.eos_token_id),
+        context_tokens=context_tokens(config, policy),
+        prompts=read_prompts(config, policy, config.prompts, "prompts.path", rewards),
+        held_out=read_prompts(config, policy, held_out, "evaluation.prompts.path", rewards) if held_out else None,
         rewards=rewards,
-        trunk_sharers=trunk_sharers(config, facts.num_layers),
+        trunk_sharers=trunk_sharers(config, policy.facts.num_layers),
+        size=policy.size,
     )
-    for chosen in (inputs.prompts, inputs.held_out):
-        first_chat = [prompt.messages for prompt in chosen or () if prompt.messages is not None][:1]
-        for reward in rewards:
-            reward.check_prompts(first_chat)
-    return inputs
+
+
+def check_reference(config: PPOConfig, policy: PolicyFacts) -> None:
+    """See that a reference of its own goes with the policy.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    if config.reference_role is not None and config.reference_role.model is not None:
+        reference = config.reference_role.model
+        facts = read_model_facts(reference, "reference.model")
+        check_tokenizer_fits(policy.tokenizer, facts, config.policy.model, "reference.model")
+        check_language_model(facts, reference, "reference.model")
+
+
+def check_critic(config: PPOConfig, policy: PolicyFacts) -> None:
+    """See that the critic's backbone goes with the policy.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    if config.critic is not None:
+        facts = policy.facts
+        if config.critic.model is not None:
+            facts = read_model_facts(config.critic.model, "critic.model")
+            check_tokenizer_fits(policy.tokenizer, facts, config.policy.model, "critic.model")
+            check_packed_rows(config.critic.model, "critic.model")
+        check_top_layers(config.critic.learner.trainable_top_layers, facts, "critic.learner.trainable_top_layers")
+
+
+def read_prompts(
+    config: PPOConfig, policy: PolicyFacts, settings: PromptSettings, key: str, rewards: Sequence[RewardSource]
+) -> PromptSet:
+    """Read and check prompts, and see that the reward models can be shown them.
+
+    Args:
+        key: of their path.
+
+    Raises:
+        BadInput: naming the key or the file and line.
+    """
+    prompts = load_prompts(
+        settings,
+        policy.tokenizer,
+        max_prompt_tokens=config.sampling.max_prompt_tokens,
+        context_tokens=policy.facts.context_tokens,
+        max_response_tokens=config.sampling.max_response_tokens,
+        key=key,
+        section="sampling",
+    )
+    first_chat = [prompt.messages for prompt in prompts if prompt.messages is not None][:1]
+    for reward in rewards:
+        reward.check_prompts(first_chat)
+    return prompts
+
+
+def context_tokens(config: PPOConfig, policy: PolicyFacts) -> int:
+    """Longest prompt and response together."""
+    return min(policy.facts.context_tokens, config.sampling.max_prompt_tokens + config.sampling.max_response_tokens)
 
 
 def source_keys(config: PPOConfig) -> list[str]:

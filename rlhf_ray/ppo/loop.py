@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.guards import check_finite, check_scores, kl_beyond
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row, warn_if_off_policy
+from rlhf_ray.ppo.object_store import check_object_store
 from rlhf_ray.ppo.recovery import Recovery
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, RoleStarter, role_requests
@@ -57,7 +59,7 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
     """
     title = f"PPO {config.run.name} · {config.policy.model}"
     with (
-        connected(config.cluster, [role_requests(config)]),
+        connected(config.cluster, [role_requests(config)], partial(check_object_store, config, inputs.size)),
         Run(config, "ppo", title, config.steps, COLUMNS, config.checkpoint, resume) as run,
     ):
         refuse_rollouts_in_this_process()

@@ -32,6 +32,46 @@ class RoleRequest:
     settings: ActorSettings
 
 
+@dataclass(frozen=True)
+class NodeShape:
+    """What one node has.
+
+    Attributes:
+        address: of the node.
+        cpus, gpus: that Ray hands out.
+        object_store_bytes: shared memory for objects.
+        memory_bytes: of the node in all; 0: not known.
+        gpu_memory_bytes: of its smallest GPU; 0: not known.
+    """
+
+    address: str
+    cpus: float
+    gpus: float
+    object_store_bytes: int
+    memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+
+
+def cluster_nodes() -> list[NodeShape]:
+    """The nodes of the cluster that this process has joined, as Ray counts them."""
+    return [
+        NodeShape(
+            node["NodeManagerAddress"],
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
+            int(node["Resources"].get("object_store_memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def cluster_address(settings: ClusterSettings) -> str | None:
+    """The running cluster that the settings or `RAY_ADDRESS` name; None: a new one on this machine."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
+
+
 def connect(settings: ClusterSettings) -> None:
     """Join the cluster of the settings or of `RAY_ADDRESS`, or start one on this machine.
 
@@ -44,19 +84,18 @@ def connect(settings: ClusterSettings) -> None:
     _keep_ray_off_the_terminal()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    joined = address if address != "local" else None
+    joined = cluster_address(settings)
     # Without clusters of several machines, Ray takes loopback for this machine's address; otherwise it takes the
     # outward one (also where it is told 127.0.0.1) and listens on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = bool(joined)
-    if joined:
+    ray_constants.ENABLE_RAY_CLUSTER = joined is not None
+    if joined is not None:
         try:
             _knock(joined)
             ray.init(address=joined, **quiet)
         except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise BadInput(
                 "cluster.address",
-                f"no Ray cluster answers at '{address}' ({str(error).splitlines()[0]})",
+                f"no Ray cluster answers at '{joined}' ({str(error).splitlines()[0]})",
                 "the address of a running cluster (where it asks for a token: RAY_AUTH_MODE=token, and the token in "
                 "RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), or empty for a new cluster on this machine",
             ) from None
@@ -92,16 +131,15 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
 
 
-def check_resources(requests: Sequence[RoleRequest]) -> None:
+def check_resources(requests: Sequence[RoleRequest], nodes: Sequence[NodeShape]) -> None:
     """See that the cluster could ever hold all roles.
 
     Raises:
         BadInput: naming the roles that ask for it, what they ask for in all and what there is.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     for resource, attribute in (("CPU", "cpus"), ("GPU", "gpus")):
-        available = sum(node["Resources"].get(resource, 0.0) for node in nodes)
-        largest = max((node["Resources"].get(resource, 0.0) for node in nodes), default=0.0)
+        amounts: list[float] = [getattr(node, attribute) for node in nodes]
+        available, largest = sum(amounts), max(amounts, default=0.0)
         asked = {request.key: _amount(request, attribute) * request.settings.replicas for request in requests}
         total = sum(asked.values())
         parts = ", ".join(f"{key} {amount:g}" for key, amount in asked.items() if amount)
@@ -121,7 +159,7 @@ def check_resources(requests: Sequence[RoleRequest]) -> None:
                     f"{largest:g}",
                     "at most what one node has",
                 )
-    largest_cpu = max((node["Resources"].get("CPU", 0.0) for node in nodes), default=0.0)
+    largest_cpu = max((node.cpus for node in nodes), default=0.0)
     for request in requests:
         if request.settings.threads > max(largest_cpu, 1.0):
             raise BadInput(

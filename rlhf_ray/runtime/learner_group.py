@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,35 @@ import ray
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
-from rlhf_ray.runtime.cluster import RoleRequest, check_resources, connect, release, reserve
+from rlhf_ray.runtime.cluster import (
+    NodeShape,
+    RoleRequest,
+    check_resources,
+    cluster_nodes,
+    connect,
+    release,
+    reserve,
+)
 from rlhf_ray.runtime.limits import Limits
 
 
 @contextmanager
-def connected(cluster: ClusterSettings, phases: Sequence[Sequence[RoleRequest]]) -> Iterator[None]:
-    """A cluster that could hold the roles of each phase, for the length of a block."""
+def connected(
+    cluster: ClusterSettings,
+    phases: Sequence[Sequence[RoleRequest]],
+    check: Callable[[Sequence[NodeShape]], None] = lambda nodes: None,
+) -> Iterator[None]:
+    """A cluster that could hold the roles of each phase, for the length of a block.
+
+    Args:
+        check: what else its nodes must satisfy; raises `BadInput`.
+    """
     connect(cluster)
     try:
+        nodes = cluster_nodes()
         for requests in phases:
-            check_resources(requests)
+            check_resources(requests, nodes)
+        check(nodes)
         yield
     finally:
         ray.shutdown()

@@ -20,7 +20,7 @@ from rlhf_ray.ppo.metrics import StepClock
 from rlhf_ray.rollout import Rollout, TokenColumn, refuse_rollouts_in_this_process
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, OneByOne, collect
-from rlhf_ray.runtime.cluster import RoleRequest, check_resources, reserve
+from rlhf_ray.runtime.cluster import RoleRequest, check_resources, cluster_nodes, reserve
 from tests.making import random_rollout
 from tests.system.groups import started
 
@@ -296,15 +296,18 @@ def test_no_room_is_said_in_time_with_what_was_asked(local_ray: Path):
 def test_more_than_the_cluster_has_is_bad_input(local_ray: Path, settings: ActorSettings, where: str, found: str):
     requests = [RoleRequest("generator", "generator", settings), RoleRequest("reward", "reward", ActorSettings())]
     with pytest.raises(BadInput) as caught:
-        check_resources(requests)
+        check_resources(requests, cluster_nodes())
     assert caught.value.where == where
     assert found in caught.value.found
 
 
 def test_a_process_must_fit_on_one_node(monkeypatch: pytest.MonkeyPatch):
     """Two nodes of a stand-in cluster have enough together, none alone."""
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 2.0}}]
-    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
-    check_resources([RoleRequest("reward", "reward", ActorSettings(replicas=2, cpus=2.0))])
+    nodes = [
+        {"Alive": alive, "NodeManagerAddress": "?", "Resources": {"CPU": cpus}}
+        for alive, cpus in ((True, 2.0), (True, 2.0), (False, 64.0))
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    check_resources([RoleRequest("reward", "reward", ActorSettings(replicas=2, cpus=2.0))], cluster_nodes())
     with pytest.raises(BadInput, match=r"reward\.cpus: one process asks for 3 CPUs; the largest node has 2"):
-        check_resources([RoleRequest("reward", "reward", ActorSettings(cpus=3.0))])
+        check_resources([RoleRequest("reward", "reward", ActorSettings(cpus=3.0))], cluster_nodes())

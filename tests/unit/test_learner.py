@@ -168,7 +168,7 @@ def test_a_step_of_any_algorithm_does_not_depend_on_micro_batches_or_chunks_of_l
     rollouts = [masked_rollout(rollout) if masked else rollout for rollout in ROLLOUTS]
     for tokens, positions in ((32, 5), (4096, 4096)):
         vocabulary = read_model_facts(policy_model, "policy.model").vocab_size
-        monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": positions * vocabulary * 4})
+        monkeypatch.setattr(token_loss, "CHUNK_BYTES", {"cpu": positions * vocabulary * 4})
         learner = policy_learner(policy_model, single_rank, algorithm=algorithm, micro_batch_tokens=tokens)
         before = trained(learner)
         asks = algorithm.asks_old_logprobs

@@ -68,7 +68,7 @@ def brute_force(model: Any, temperature: float) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("rows", [19, 4])
 def test_loss_and_gradients_against_all_logits_at_once(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
     """Float64 sums of 301 words; float32 hidden states and products are what both have in common."""
-    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": rows * 301 * 4})
+    monkeypatch.setattr(token_loss, "CHUNK_BYTES", {"cpu": rows * 301 * 4})
     model = built(name)
     expected, logprobs, entropies = brute_force(model, 0.7)
     parameters = dict(model.named_parameters())
@@ -90,7 +90,7 @@ def test_loss_and_gradients_against_all_logits_at_once(name: str, rows: int, mon
 
 @pytest.mark.parametrize("rows", [19, 4])
 def test_no_chunk_of_logits_is_larger_than_asked_for(rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(token_loss, "_CHUNK_BYTES", {"cpu": rows * 301 * 4})
+    monkeypatch.setattr(token_loss, "CHUNK_BYTES", {"cpu": rows * 301 * 4})
     sizes: list[int] = []
     apply_ = LogitTransform.apply_
 
