@@ -48,6 +48,8 @@ _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "rolled_back": ("warn", lambda event: f"back from step {event.get('from_step')} to step {event.get('to_step')}"),
     "checkpoint_broken": ("bad", lambda event: f"the checkpoint of step {event.get('step')} cannot be used"),
     "checkpoint_loaded": ("", lambda event: f"went on from the checkpoint of step {event.get('step')}"),
+    "nothing_to_resume": ("warn", lambda event: "no checkpoint: began again at the first step"),
+    "supervision_ended": ("bad", lambda event: "lost roles are no longer noticed"),
     "settings_changed": ("warn", lambda event: f"other settings than before: {'; '.join(event.get('changes') or [])}"),
     "sync_repeated": ("warn", lambda event: f"the weights of version {event.get('version')} were sent again"),
     "sink_failed": ("warn", lambda event: f"{event.get('sink')} is off"),
