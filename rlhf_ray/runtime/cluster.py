@@ -43,12 +43,11 @@ def connect(settings: ClusterSettings) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    joins = bool(address) and address != "local"
+    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
     # Without clusters of several machines, Ray takes loopback for this machine's address; otherwise it takes the
     # outward one (also where it is told 127.0.0.1) and listens on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = joins
-    if joins:
+    ray_constants.ENABLE_RAY_CLUSTER = address != "local"
+    if address != "local":
         try:
             _knock(address)
             ray.init(address=address, **quiet)
