@@ -21,6 +21,7 @@ from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 
 _KNOCK_TIMEOUT_S = 10.0
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def connect(settings: ClusterSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
     # Without clusters of several machines, Ray takes loopback for this machine's address; otherwise it takes the
-    # outward one (also where it is told 127.0.0.1) and listens on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = address != "local"
+    # outward one (also where it is told 127.0.0.1), and listens on every interface.
+    ray_constants.ENABLE_RAY_CLUSTER = address.rpartition(":")[0] not in _LOOPBACK and address != "local"
     if address != "local":
         try:
             _knock(address)
