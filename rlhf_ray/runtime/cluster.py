@@ -21,6 +21,7 @@ from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 
 _KNOCK_TIMEOUT_S = 10.0
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def connect(settings: ClusterSettings) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     joined = cluster_address(settings)
     # Without clusters of several machines, Ray takes loopback for this machine's address; otherwise it takes the
-    # outward one (also where it is told 127.0.0.1) and listens on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = joined is not None
+    # outward one (also where it is told 127.0.0.1), and listens on every interface.
+    ray_constants.ENABLE_RAY_CLUSTER = joined is not None and joined.rpartition(":")[0] not in _LOOPBACK
     if joined is not None:
         try:
             _knock(joined)

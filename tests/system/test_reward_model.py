@@ -166,7 +166,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(data_root: Path, runs: Path
         "gate.enabled=false",
     )
     whole = train(data_root, runs, "whole", *more)
-    stopped = train(data_root, runs, "stopped", *more)
+    stopped = train(data_root, runs, "stopped", *more, "--resume")
 
     def steps() -> list[dict[str, Any]]:
         return rows_of(runs / "stopped" / "metrics.jsonl")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.system.commands import Command, rows_of, start, wait_until, without_times
+from tests.system.commands import Command, rows_of, run, start, wait_until, without_times
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -38,10 +38,15 @@ def test_a_stopped_run_resumes_bit_for_bit(data_root: Path, tmp_path: Path) -> N
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     for folder in (alone, stopped):
         folder.mkdir()
-    commands = [begin(data_root, alone), begin(data_root, stopped)]
+    commands = [begin(data_root, alone), begin(data_root, stopped, "--resume")]
     metrics = stopped / "warm-up" / "metrics.jsonl"
     wait_until(lambda: len(rows_of(metrics)) >= 2 or commands[1].process.poll() is not None, 300, "the second step")
+    commands[1].process.send_signal(signal.SIGSTOP)  # or it would be at its end by the time that the second one looks
+    second = run(("sft", str(stopped / "sft.yaml"), "--resume"), stopped / "second", 120)
+    assert second.process.returncode == 2
+    assert f"another process writes into it (process {commands[1].process.pid} on " in second.stderr
     commands[1].process.send_signal(signal.SIGTERM)
+    commands[1].process.send_signal(signal.SIGCONT)
     assert commands[0].wait(300) == 0, commands[0].stderr
     assert commands[1].wait(60) == 1
     last = rows_of(metrics)[-1]["step"]
