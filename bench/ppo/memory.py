@@ -15,6 +15,12 @@ import psutil
 from bench.ppo.cases import SAMPLES_PER_PROMPT, Prepared
 from bench.ppo.ours import run_ppo
 from bench.results import Result
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.models.policy import read_policy
+from rlhf_ray.ppo.inputs import source_keys
+from rlhf_ray.preflight.needs import ppo_needs
+from rlhf_ray.reward.core.source import RewardSource
 
 DRIVER, RAY = "driver", "Ray's own"
 SETTLED_STEP = 10
@@ -140,7 +146,8 @@ def memory_results(
     }
     run_ppo("memory.yaml", runs, data, run.steps, overrides, more, watch.watch)
     label = f"{prepared.case.model} float32, {run.prompts * SAMPLES_PER_PROMPT} samples"
-    return peak_results(label, watch.samples) + growth_results(label, watch.samples, run.steps + 1)
+    results = peak_results(label, watch.samples) + growth_results(label, watch.samples, run.steps + 1)
+    return results + computed_results(label, watch.samples, runs / "bench" / "config.yaml")
 
 
 def peak_results(label: str, samples: Sequence[Sample]) -> list[Result]:
@@ -151,6 +158,20 @@ def peak_results(label: str, samples: Sequence[Sample]) -> list[Result]:
         for name in names
     ]
     return [*results, Result(f"{label}: all, peak", max(sample.total for sample in samples) / 1e9, "GB", "<= 12 GB")]
+
+
+def computed_results(label: str, samples: Sequence[Sample], config_yaml: Path) -> list[Result]:
+    """How far the peaks that `rlhf-ray preflight` computes are from those of each role."""
+    config = load_config(PPOConfig, config_yaml)
+    rewards = [RewardSource.read(source, key) for source, key in zip(config.reward, source_keys(config), strict=True)]
+    results = []
+    for need in ppo_needs(config, read_policy(config.policy), rewards, unread=()):
+        name = f"{need.request.role}-0"
+        measured = max((sample.shared.get(name, 0) for sample in samples), default=0)
+        if measured and need.memory is not None:
+            apart = 100 * abs(need.memory.first_bytes / measured - 1)
+            results.append(Result(f"{label}: {name}, computed peak is off by", apart, "%", "<= 15 %"))
+    return results
 
 
 def growth_results(label: str, samples: Sequence[Sample], steps: int) -> list[Result]:

@@ -110,7 +110,7 @@ def _memory_table(needs: Sequence[Need]) -> Table:
         host, device = need.memory.host, need.memory.device
         largest = sorted((device or host).items(), key=lambda part: -part[1])
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in largest if size >= 5e6)
-        figures = [f"{(need.memory.host_bytes + need.memory.first) / 1e9:.2f}"]
+        figures = [f"{need.memory.first_bytes / 1e9:.2f}"]
         figures += [f"{need.memory.device_bytes / 1e9:.2f}" if device else ""] if on_gpu else []
         table.add_row(need.request.role, str(need.request.settings.replicas), *figures, parts)
     return table

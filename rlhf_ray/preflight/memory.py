@@ -50,6 +50,11 @@ class Memory:
         return sum(self.host.values())
 
     @property
+    def first_bytes(self) -> float:
+        """In the node's memory, of a group's first process."""
+        return self.host_bytes + self.first
+
+    @property
     def device_bytes(self) -> float:
         return sum(self.device.values())
 
@@ -107,7 +112,7 @@ def learner_memory(
         "gradients": gradients,
         "optimizer": master + moments,
         "buffers": buffers,
-        "activations": _kept_activations(size, work, item, settings.gradient_checkpointing, on_gpu),
+        "activations": kept_activations(size, work, item, settings.gradient_checkpointing, on_gpu),
         "logits": _logits(settings, size, work, item, on_gpu, has_entropy) if has_head else 0.0,
     }
     # The embedding's gradient is as large as the embedding, and lies beside the sum of those before it.
@@ -201,7 +206,7 @@ def _layer_activations(size: ModelSize, work: Pass, item: int, on_gpu: bool) -> 
     return float(work.tokens * (norms + attention + padded + 4 * item * size.intermediate))
 
 
-def _kept_activations(size: ModelSize, work: Pass, item: int, checkpointed: bool, on_gpu: bool) -> float:
+def kept_activations(size: ModelSize, work: Pass, item: int, checkpointed: bool, on_gpu: bool) -> float:
     layer = _layer_activations(size, work, item, on_gpu)
     if checkpointed:
         return layer + size.trained_layers * work.tokens * size.hidden * item

@@ -37,7 +37,9 @@ class Process:
     @property
     def host_bytes(self) -> float:
         memory = self.need.memory
-        return 0.0 if memory is None else memory.host_bytes + (memory.first if self.index == 0 else 0.0)
+        if memory is None:
+            return 0.0
+        return memory.host_bytes if self.index else memory.first_bytes
 
 
 def place(needs: Sequence[Need], nodes: Sequence[NodeShape], strategy: str) -> list[list[Process]]:

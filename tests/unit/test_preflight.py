@@ -10,16 +10,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, LlamaConfig, Qwen2Config
 
-from rlhf_ray.preflight.command import preflight
+from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.config.load import load_config
+from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.failures import BadInput
+from rlhf_ray.models.loading import resolve_attention
+from rlhf_ray.models.packing import pack
+from rlhf_ray.models.policy import read_policy
+from rlhf_ray.models.sizes import ITEM_BYTES, read_model_size
+from rlhf_ray.models.token_models import load_policy_model
+from rlhf_ray.ppo.object_store import check_object_store, rollout_bytes, snapshot_bytes
+from rlhf_ray.preflight.command import preflight, run_preflight
 from rlhf_ray.preflight.examine import Site
 from rlhf_ray.preflight.findings import Findings, State
-from rlhf_ray.preflight.nodes import NodeReport, own_versions
+from rlhf_ray.preflight.memory import Pass, kept_activations
+from rlhf_ray.preflight.needs import Need, ppo_needs
+from rlhf_ray.preflight.nodes import NodeReport, look, own_versions
+from rlhf_ray.preflight.outside import working_directory_bytes
+from rlhf_ray.preflight.room import place
 from rlhf_ray.reward.core.card import RewardModelCard
-from rlhf_ray.runtime.cluster import NodeShape
+from rlhf_ray.reward.core.source import RewardSource
+from rlhf_ray.runtime.cluster import NodeShape, RoleRequest
 from tests.conftest import REPOSITORY
 from tests.planting import edit_json, edit_tokenizer
 
@@ -460,3 +477,145 @@ def test_a_planted_fault_is_named_by_its_key(name: str, workplace: Workplace):
 def test_a_sound_configuration_has_nothing_to_change(workplace: Workplace):
     findings = preflight_of(CONFIGS / "tiny/ppo.yaml", workplace.overrides(), site_of())
     assert {finding.state for finding in findings.found} == {State.OK}
+
+
+MEASURED = {"generator": 2.283, "reward": 0.412, "policy": 3.378, "reference": 1.162, "critic": 2.945}
+"""GB at the peak of each process of SmolLM2 in float32, from `python -m bench.ppo --parts memory`."""
+
+
+def test_computed_memory_is_within_fifteen_percent_of_what_was_measured(shapes: Path, tiny: Path):
+    overrides = [
+        f"prompts.path={shapes}/rows.jsonl",
+        f"policy.model={shapes}/smollm2",
+        f"reward.model={tiny}/reward_model",
+        "sampling.prompts_per_step=16",
+        "sampling.prompts_per_shard=8",
+        "sampling.max_response_tokens=32",
+    ]
+    config = load_config(PPOConfig, REPOSITORY / "bench" / "ppo" / "memory.yaml", overrides)
+    needs = ppo_needs(config, read_policy(config.policy), [RewardSource.read(config.reward[0])], unread=())
+    computed = {need.request.role: need.memory.first_bytes / 1e9 for need in needs if need.memory}
+    assert computed == {role: pytest.approx(size, rel=0.15) for role, size in MEASURED.items()}
+
+
+@pytest.mark.parametrize("length", [48, 128, 256])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_those_that_autograd_keeps(dtype: str, length: int, policy_model: str):
+    """All storages that are saved for the backward pass, but for the weights."""
+    model = load_policy_model(
+        policy_model,
+        dtype=dtype,
+        attention=resolve_attention("auto", on_gpu=False),
+        temperature=1.0,
+        float32_logits=True,
+    )
+    random = np.random.default_rng(0)
+    batch = pack([random.integers(3, 300, length).astype(np.int32) for _ in range(4)], [length // 2] * 4)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model(batch, lambda part, logprobs, entropies: -logprobs.sum())  # what the head learns of the model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(batch, lambda part, logprobs, entropies: -logprobs.sum())
+    size = read_model_size(policy_model)
+    computed = kept_activations(size, Pass(4 * length, 2 * length, length), ITEM_BYTES[dtype], False, on_gpu=False)
+    # The embedding, the last norm and the positions are no layer's.
+    rest = 4 * length * (4 + 2 * ITEM_BYTES[dtype] + 2 * 4) * size.hidden
+    assert computed <= sum(saved.values()) <= computed + rest
+
+
+def test_a_snapshot_is_what_the_learner_sends(policy_model: str):
+    assert read_model_size(policy_model).published == read_model_size(policy_model).parameters
+    top = read_model_size(policy_model, trained_top_layers=1)
+    assert top.published == top.trained < top.parameters
+    adapted = read_model_size(policy_model, lora=LoraSettings(rank=2))
+    # Adapters are merged into the layers that are sent; the output projection and the embedding stay.
+    assert adapted.trained < adapted.published < adapted.parameters - adapted.trained
+
+
+def test_a_step_ahead_needs_room_for_another_version(policy_model: str, tiny: Path):
+    def needed(*overrides: str) -> int:
+        config = load_config(PPOConfig, CONFIGS / "tiny/ppo.yaml", [f"paths.data={tiny.parent}", *overrides])
+        size = read_model_size(policy_model)
+        total = snapshot_bytes(config, size) + rollout_bytes(config, size) + (config.weights.bucket_mib << 20)
+        check_object_store(config, size, [replace(LAPTOP, object_store_bytes=total)])
+        with pytest.raises(BadInput, match="object_store_gib"):
+            check_object_store(config, size, [replace(LAPTOP, object_store_bytes=total - 1)])
+        return snapshot_bytes(config, size)
+
+    assert needed() == 4 * read_model_size(policy_model).parameters
+    assert needed("algorithm.max_staleness=3") == 4 * needed()
+
+
+def test_nodes_are_filled_or_spread_as_ray_does():
+    actor = ActorSettings(replicas=4, cpus=1)
+    needs = [Need(RoleRequest("reward", "reward", actor), None)]
+    two = site_of(count=2).nodes
+    assert [len(node) for node in place(needs, two, "PACK")] == [2, 2]
+    needs = [Need(RoleRequest("reward", "reward", actor.model_copy(update={"replicas": 2})), None)]
+    assert [len(node) for node in place(needs, two, "PACK")] == [2, 0]
+    assert [len(node) for node in place(needs, two, "SPREAD")] == [1, 1]
+
+
+def test_a_look_at_this_node(tmp_path: Path):
+    report = look("here", [str(tmp_path), "/no/such/model"], str(tmp_path / "runs" / "deep"))
+    assert report.unreadable == ("/no/such/model",)
+    assert (report.unwritable, report.versions) == ("", own_versions())
+    assert report.memory_bytes > GIB
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    assert look("here", [], str(tmp_path), str(tmp_path / "marker")).unwritable
+
+
+def test_the_working_directory_is_without_what_is_ignored(tmp_path: Path):
+    for name, size in {"code.py": 10, "data/big": 1000, "runs/log": 100, ".git/pack": 5000}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / ".gitignore").write_text("data/\n")
+    (tmp_path / ".rayignore").write_text("runs\n")
+    ignored = sum((tmp_path / name).stat().st_size for name in (".gitignore", ".rayignore"))
+    assert working_directory_bytes(tmp_path) == (10 + ignored, tmp_path / "code.py")
+
+
+def test_an_environment_without_secrets_is_left_alone(workplace: Workplace):
+    chosen = {"TOKENIZERS_PARALLELISM": "'false'", "HF_TOKEN_PATH": "/run/token", "NCCL_DEBUG": "INFO", "KEYRING": "x"}
+    overrides = [f"generator.env.{name}={value}" for name, value in chosen.items()]
+    assert not preflight_of(CONFIGS / "tiny/ppo.yaml", workplace.overrides() + overrides, site_of()).of(State.CHANGE)
+
+
+def test_a_model_on_a_hub_that_cannot_be_reached_is_no_fault(workplace: Workplace):
+    overrides = [*workplace.overrides(), "policy.model=some-org/some-model"]
+    findings = preflight_of(CONFIGS / "tiny/ppo.yaml", overrides, site_of())
+    assert not findings.of(State.CHANGE)
+    unknown = {finding.what: finding.found for finding in findings.of(State.UNKNOWN)}
+    assert unknown.keys() == {"policy.model", "prompts.path", "evaluation.prompts.path", "memory"}
+    assert "not readable here: 'some-org/some-model'" in unknown["policy.model"]
+
+
+def test_the_command_prints_a_line_a_check(workplace: Workplace, capsys: pytest.CaptureFixture[str]):
+    tiny = CONFIGS / "tiny/ppo.yaml"
+    assert run_preflight(tiny, workplace.overrides())
+    printed = capsys.readouterr().out
+    assert "Nothing to change" in printed
+    assert "✓ policy.model" in printed
+    assert "│ generator │" in printed
+    assert not run_preflight(tiny, [*workplace.overrides(), "reward.model=/no/such/model", "policy.learner.cpus=900"])
+    printed = capsys.readouterr().out
+    assert "2 to change" in printed
+    assert "✗ reward.model" in printed
+    assert "✗ policy.learner.cpus" in printed
+    assert "→" in printed
+
+
+def test_a_file_of_another_command_is_named(tmp_path: Path):
+    other = tmp_path / "other.yaml"
+    other.write_text("run: {name: x}\nmodels: {}\n")
+    for path in (other, tmp_path / "missing.yaml"):
+        [finding] = preflight_of(path, [], site_of()).found
+        assert finding.state is State.CHANGE
+        assert str(path) in finding.what

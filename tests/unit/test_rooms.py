@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "roles": NETWORKS,
     "runtime": NETWORKS | {"roles", "tracking"},
     "ppo": RUNTIME | {"reward.core"},
+    "preflight": JUDGE | {"ppo", "reward.judge"},
     "reward.client": set(),
     "reward.core": CORE,
     "reward.judge": JUDGE,
