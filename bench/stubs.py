@@ -271,8 +271,6 @@ class StubPolicyLearner(PolicyLearner):
             num_samples=len(scores),
             num_valid=len(scores),
             num_valid_tokens=int(lengths.sum()),
-            score_mean=float(scores.mean()),
-            score_std=float(scores.std()),
             shaped_reward_mean=float(scores.mean()),
             kl_reference=0.0,
             advantage_mean=0.0,
@@ -280,8 +278,6 @@ class StubPolicyLearner(PolicyLearner):
             response_length_mean=float(lengths.mean()),
             truncated_fraction=0.0,
             num_masked=0,
-            num_groups=len(scores),
-            num_uniform_groups=0,
         )
         return PolicyReport(
             stats=stats,

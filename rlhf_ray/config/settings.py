@@ -237,6 +237,12 @@ class SamplingSettings(Settings):
     """How much is sampled each step, and how."""
 
     prompts_per_step: PositiveInt = Field(16, description="Prompts of one step.")
+    spare_prompts: NonNegativeInt = Field(
+        0,
+        description="Prompts that each step samples beside these, to take the place of those whose responses all have "
+        "the same score (dynamic sampling). Needs `algorithm.drop_uniform_groups`. About `prompts_per_step` · u / (1 − "
+        "u) fill a step where `group/uniform_fraction` is u.",
+    )
     samples_per_prompt: PositiveInt = Field(4, description="Responses to each prompt; they form a group.")
     prompts_per_shard: PositiveInt = Field(
         8,
@@ -271,10 +277,21 @@ class SamplingSettings(Settings):
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of prompts_per_shard "
                 f"({self.prompts_per_shard})"
             )
+        if self.spare_prompts % self.prompts_per_shard:
+            raise ValueError(
+                f"spare_prompts ({self.spare_prompts}) must be a multiple of prompts_per_shard "
+                f"({self.prompts_per_shard})"
+            )
         return self
 
     @property
+    def prompts_drawn(self) -> int:
+        """Prompts that a step samples."""
+        return self.prompts_per_step + self.spare_prompts
+
+    @property
     def num_shards(self) -> int:
+        """Shards that a step trains on."""
         return self.prompts_per_step // self.prompts_per_shard
 
 
@@ -425,6 +442,11 @@ class PPOConfig(RunConfig):
         if needs.group and sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"sampling.samples_per_prompt: '{algorithm.advantage}' compares the samples of a prompt; at least 2"
+            )
+        if sampling.spare_prompts and not algorithm.drop_uniform_groups:
+            raise ValueError(
+                "sampling.spare_prompts: they take the place of prompts whose responses all have the same score, which "
+                "are trained on unless algorithm.drop_uniform_groups is true"
             )
         if algorithm.length.rescale and sampling.samples_per_prompt < 2:
             raise ValueError("sampling.samples_per_prompt: algorithm.length.rescale compares lengths; at least 2")

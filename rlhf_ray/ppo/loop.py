@@ -20,7 +20,7 @@ from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
 from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
-from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
+from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.answers import Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
@@ -127,16 +127,20 @@ class PPO:
         config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
         self._run.tracker.phase("sampling")
         step = self._admission.next()
-        columns = learner_columns(roles, step.shards, step.columns, config.algorithm.asks_old_logprobs)
-        headers = wait_for_columns(step.shards, columns, clock)
+        trained, sampling = step.trained, config.sampling
+        if sampling.spare_prompts:
+            choice = wait_for_columns(step.shards, step.rewards, (), clock).choice(sampling)
+            trained = shards_of_groups(roles, step.shards, step.rewards, choice.places, sampling.prompts_per_shard)
+        trained = learner_columns(roles, trained, config.algorithm.asks_old_logprobs)
+        headers = wait_for_columns(step.shards, step.rewards, trained, clock)
         self._check_scores(headers)
         # Whoever still needs these weights holds them; kept here, they would take up the room of the new ones.
         self._snapshot = None
 
         self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
-        policy = train_policy(roles, step.shards, columns, state.step, coefficient)
-        critic = train_critic(roles, step.shards, columns, state.step, coefficient)
+        policy = train_policy(roles, trained, state.step, coefficient)
+        critic = train_critic(roles, trained, state.step, coefficient)
         # The policy's weights leave while the critic is still learning, and the next step is sampled with them.
         newest = self._weights.begin(state.step + 1, self._admission.owed())
         self._admission.hand_out(newest.version, newest.snapshot)
@@ -152,10 +156,13 @@ class PPO:
         warn_if_off_policy(self._run.tracker.events, state.step, policy_report)
         kl = policy_report.stats.kl_reference
         if kl is not None:
-            self._kl.update(kl, headers.num_samples)
+            self._kl.update(kl, policy_report.stats.num_samples)
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
-        row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
+        choice = headers.choice(sampling)
+        row = step_row(
+            state, headers, choice, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy
+        )
         self._snapshot = newest.snapshot
         row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
         self._run.tracker.step(row)

@@ -263,6 +263,10 @@ class Generator:
         """A shard that `write` kept."""
         return Rollout.read(Path(path))
 
+    def gather(self, rollouts: list[Rollout], samples: list[list[int]]) -> Rollout:
+        """Some samples of several shards as one shard; see `Rollout.gathered`."""
+        return Rollout.gathered(rollouts, samples)
+
     def join_senders(self, init_info: dict[str, Any]) -> None:
         """Meet the policy learner in the group of the `nccl` transport."""
         self._engine.init_weight_transfer_engine({"init_info": init_info})
