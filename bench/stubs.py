@@ -204,6 +204,9 @@ class StubGenerator(Generator):
         nothing = np.zeros(0)
         return Probed(snapshot.version, nothing, nothing, Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, ""))
 
+    def sleep(self) -> None:
+        self._facts.write("slept", version=self._version)
+
     def _bring(self, snapshot: Snapshot, before: Probed | None = None) -> None:
         """Called with the lock. What is broadcast arrives in a call of its own, which may begin after this one."""
         if snapshot.version == self._version and not snapshot.names:
@@ -274,8 +277,6 @@ class StubPolicyLearner(PolicyLearner):
             num_samples=len(scores),
             num_valid=len(scores),
             num_valid_tokens=int(lengths.sum()),
-            score_mean=float(scores.mean()),
-            score_std=float(scores.std()),
             shaped_reward_mean=float(scores.mean()),
             kl_reference=0.0,
             advantage_mean=0.0,
@@ -283,8 +284,6 @@ class StubPolicyLearner(PolicyLearner):
             response_length_mean=float(lengths.mean()),
             truncated_fraction=0.0,
             num_masked=0,
-            num_groups=len(scores),
-            num_uniform_groups=0,
         )
         return PolicyReport(
             stats=stats,

@@ -144,6 +144,34 @@ class Rollout(Shipped):
         starts = self.token_starts()
         return self.tokens[starts[index] : starts[index + 1]]
 
+    @classmethod
+    def gathered(cls, rollouts: Sequence[Rollout], samples: Sequence[Sequence[int]]) -> Rollout:
+        """Some samples of several shards as one shard.
+
+        Args:
+            rollouts: at least one.
+            samples: places of the samples to take, at least one, of each rollout.
+        """
+        masked = any(rollout.loss_mask is not None for rollout in rollouts)
+        parts = [rollout._of_samples(places, masked) for rollout, places in zip(rollouts, samples, strict=True)]
+        present = [name for name, array in vars(parts[0]).items() if array is not None]
+        return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in present})
+
+    def _of_samples(self, places: Sequence[int], masked: bool) -> Rollout:
+        chosen = np.array(places)
+        tokens, response_tokens = _entries(self.lengths, chosen), _entries(self.response_lengths, chosen)
+        return Rollout(
+            tokens=self.tokens[tokens],
+            prompt_lengths=self.prompt_lengths[chosen],
+            response_lengths=self.response_lengths[chosen],
+            logprobs=self.logprobs[response_tokens],
+            policy_versions=self.policy_versions[response_tokens],
+            finish_reasons=self.finish_reasons[chosen],
+            sample_ids=self.sample_ids[chosen],
+            prompt_ids=self.prompt_ids[chosen],
+            loss_mask=self.sampled()[response_tokens] if masked else None,
+        )
+
     def header(self) -> RolloutHeader:
         """What the driver may know of these rows."""
         versions = self.policy_versions if self.loss_mask is None else self.policy_versions[self.loss_mask]
@@ -279,16 +307,21 @@ class RewardColumn(Shipped):
         """`[B]` true where there is a score."""
         return np.array([not cause for cause in self.failures], dtype=bool)
 
+    @classmethod
+    def gathered(cls, columns: Sequence[RewardColumn], samples: Sequence[Sequence[int]]) -> RewardColumn:
+        """What these columns say of some samples; arguments as for `Rollout.gathered`."""
+        pairs = [(column, place) for column, places in zip(columns, samples, strict=True) for place in places]
+        return cls(
+            np.array([column.scores[place] for column, place in pairs], dtype=np.float64),
+            tuple(column.failures[place] for column, place in pairs),
+            ", ".join(dict.fromkeys(column.version for column in columns)),
+        )
+
     def header(self) -> RewardHeader:
-        good = self.scores[self.ok]
         return RewardHeader(
-            num_samples=len(self.scores),
-            num_scored=len(good),
-            score_sum=float(good.sum()),
-            score_square_sum=float((good**2).sum()),
+            scores=np.where(self.ok, self.scores, np.nan),
             disagreement_sum=None if self.disagreement is None else float(self.disagreement[self.ok].sum()),
             num_truncated=self.num_truncated,
-            failed=tuple(np.flatnonzero(~self.ok).tolist()),
             failure_causes=self._causes(),
             version=self.version,
             time_s=self.time_s,
@@ -311,10 +344,7 @@ def weighted_sum(columns: Sequence[RewardColumn], names: Sequence[str], weights:
         columns: of the same shard.
         names, weights: of their sources.
     """
-    scores = np.zeros(len(columns[0].scores))
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite gets a cause below
-        for weight, column in zip(weights, columns, strict=True):
-            scores += weight * column.scores
+    scores = weighted_scores([column.scores for column in columns], weights)
     failures = []
     for place, causes in enumerate(zip(*(column.failures for column in columns), strict=True)):
         cause = "; ".join(f"{name}: {cause}" for name, cause in zip(names, causes, strict=True) if cause)
@@ -326,21 +356,31 @@ def weighted_sum(columns: Sequence[RewardColumn], names: Sequence[str], weights:
     )
 
 
+def weighted_scores(scores: Sequence[NDArray[np.float64]], weights: Sequence[float]) -> NDArray[np.float64]:
+    """`[B]` the sum over sources of weight times score; not finite where a score is not, or the sum is too large.
+
+    Args:
+        scores: `[B]` of each source.
+        weights: of the sources.
+    """
+    total = np.zeros(len(scores[0]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for weight, each in zip(weights, scores, strict=True):
+            total += weight * each
+    return total
+
+
 @dataclass(frozen=True)
 class RewardHeader:
-    """Sums over one shard's scores, enough for mean and standard deviation over all shards.
+    """What the driver may know of one shard's scores: one number for each sample, none for a token.
 
     Attributes:
-        failed: places of the samples without a score, so that those that several sources failed on are counted once.
+        scores: `[B]` float64, NaN where there is none.
     """
 
-    num_samples: int
-    num_scored: int
-    score_sum: float
-    score_square_sum: float
+    scores: NDArray[np.float64]
     disagreement_sum: float | None
     num_truncated: int
-    failed: tuple[int, ...]
     failure_causes: dict[str, int]
     version: str
     time_s: float
@@ -386,3 +426,9 @@ def offsets(lengths: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.int
     result = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=result[1:])
     return result
+
+
+def _entries(lengths: NDArray[np.integer[Any]], chosen: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Where the entries of some segments are in flat data."""
+    starts = offsets(lengths)
+    return np.concatenate([np.arange(starts[place], starts[place + 1]) for place in chosen])

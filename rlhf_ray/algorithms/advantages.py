@@ -207,32 +207,18 @@ ESTIMATORS: Mapping[str, Estimator] = {
 }
 
 
-@dataclass(frozen=True)
-class UniformGroups:
-    """Groups that say nothing, because all their scores are equal: every advantage in them is 0.
+def in_uniform_group(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
+    """`[B]` bool: samples of groups that say nothing, because all their scores are equal: every advantage is 0.
 
-    Attributes:
-        samples: `[B]` bool, in such a group.
-        num_groups: groups with at least two valid samples.
-        num_uniform: those of them whose valid samples have exactly one score.
+    What dynamic sampling leaves out (DAPO, Yu et al. 2025, eq. 11). Arguments as for `rloo`.
     """
-
-    samples: torch.Tensor
-    num_groups: int
-    num_uniform: int
-
-    @classmethod
-    def of(cls, scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> UniformGroups:
-        """Arguments as for `rloo`. What dynamic sampling leaves out (DAPO, Yu et al. 2025, eq. 11)."""
-        compared = comparable(group_ids, ok)
-        groups, index = torch.unique(group_ids[compared], return_inverse=True)
-        bounds = scores.new_zeros(len(groups))
-        lowest, highest = (
-            bounds.scatter_reduce(0, index, scores[compared], reduce, include_self=False) for reduce in ("amin", "amax")
-        )
-        uniform = lowest == highest
-        samples = torch.zeros_like(ok).masked_scatter(compared, uniform[index])
-        return cls(samples, len(groups), int(uniform.sum()))
+    compared = comparable(group_ids, ok)
+    groups, index = torch.unique(group_ids[compared], return_inverse=True)
+    bounds = scores.new_zeros(len(groups))
+    lowest, highest = (
+        bounds.scatter_reduce(0, index, scores[compared], reduce, include_self=False) for reduce in ("amin", "amax")
+    )
+    return torch.zeros_like(ok).masked_scatter(compared, (lowest == highest)[index])
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rlhf_ray.algorithms.advantages import ESTIMATORS, AdvantageInputs, UniformGroups, whiten
+from rlhf_ray.algorithms.advantages import ESTIMATORS, AdvantageInputs, in_uniform_group, whiten
 from rlhf_ray.algorithms.kl import kl_estimate
 from rlhf_ray.algorithms.losses import normalizer_weights, token_weights
 from rlhf_ray.algorithms.rewards import length_penalty, rescale_by_length, shape_scores, token_rewards
@@ -63,8 +63,6 @@ class ExperienceStats:
         num_samples: all samples.
         num_valid: samples with a score.
         num_valid_tokens: their response tokens that the policy sampled.
-        score_mean: mean of the scores as the reward model gave them.
-        score_std: their population standard deviation.
         shaped_reward_mean: mean over sequences of the summed token rewards, what the advantages are made of: the shaped
             score, less β·KL where the penalty is in the reward.
         kl_reference: mean over sequences of the summed per-token k1 of old log-probs against the reference, nats; None
@@ -74,15 +72,11 @@ class ExperienceStats:
         response_length_mean: tokens.
         truncated_fraction: share of responses that did not end by themselves.
         num_masked: valid samples left out of the policy loss because they were cut off.
-        num_groups: prompts with at least two valid samples.
-        num_uniform_groups: those of them whose scores are all equal.
     """
 
     num_samples: int
     num_valid: int
     num_valid_tokens: int
-    score_mean: float
-    score_std: float
     shaped_reward_mean: float
     kl_reference: float | None
     advantage_mean: float
@@ -90,8 +84,6 @@ class ExperienceStats:
     response_length_mean: float
     truncated_fraction: float
     num_masked: int
-    num_groups: int
-    num_uniform_groups: int
 
 
 @dataclass(frozen=True)
@@ -203,23 +195,20 @@ def build_experience(
         AdvantageInputs(rewards, lengths, counted, values, group_ids, ok), algorithm
     )
 
-    uniform = UniformGroups.of(scores, group_ids, ok)
     cut = ok & ~ended if algorithm.mask_truncated else torch.zeros_like(ok)
-    dropped = uniform.samples & ~cut if algorithm.drop_uniform_groups else torch.zeros_like(ok)
+    uniform = in_uniform_group(scores, group_ids, ok)
+    dropped = uniform & ~cut if algorithm.drop_uniform_groups else torch.zeros_like(ok)
     kept = ~(cut | dropped)
     value_weights = token_weights(lengths, counted, algorithm.loss_aggregation)
     weights = torch.where(kept[samples], value_weights, 0.0)
     advantages, informative = estimated.advantages, estimated.informative & kept[samples]
 
-    sums = [len(ok), ok.sum(), sampled_lengths[ok].sum(), (ok & ~ended).sum(), rewards.sum(), kl("k1").sum()]
-    counts = [cut.sum(), uniform.num_groups, uniform.num_uniform]
-    local = torch.tensor(
-        [*map(float, [*sums, *counts]), *Moments.of(advantages, informative).vector()], dtype=torch.float64
-    )
+    counts = [len(ok), ok.sum(), sampled_lengths[ok].sum(), (ok & ~ended).sum(), cut.sum()]
+    sums = [*counts, rewards.sum(), kl("k1").sum()]
+    local = torch.tensor([*map(float, sums), *Moments.of(advantages, informative).vector()], dtype=torch.float64)
     reduced = all_reduce(local).tolist()
-    num_samples, num_valid, num_valid_tokens, truncated, reward_sum, kl_sum = reduced[: len(sums)]
-    num_masked, num_groups, num_uniform = map(int, reduced[len(sums) : len(sums) + len(counts)])
-    advantage_moments = Moments(*reduced[len(sums) + len(counts) :])
+    num_samples, num_valid, num_valid_tokens, truncated, num_masked, reward_sum, kl_sum = reduced[: len(sums)]
+    advantage_moments = Moments(*reduced[len(sums) :])
     if algorithm.advantage_whiten:
         advantages = whiten(advantages, informative, advantage_moments)
 
@@ -247,17 +236,13 @@ def build_experience(
             num_samples=int(num_samples),
             num_valid=int(num_valid),
             num_valid_tokens=int(num_valid_tokens),
-            score_mean=score_moments.mean,
-            score_std=score_moments.std,
             shaped_reward_mean=mean(reward_sum),
             kl_reference=None if reference_logprobs is None or old_logprobs is None else mean(kl_sum),
             advantage_mean=advantage_moments.mean,
             advantage_std=advantage_moments.std,
             response_length_mean=mean(num_valid_tokens),
             truncated_fraction=mean(truncated),
-            num_masked=num_masked,
-            num_groups=num_groups,
-            num_uniform_groups=num_uniform,
+            num_masked=int(num_masked),
         ),
     )
 

@@ -115,7 +115,7 @@ def clipped_surrogate(
 def clipped_weight(
     logprobs: torch.Tensor, log_ratios: torch.Tensor, advantages: torch.Tensor, algorithm: AlgorithmSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CISPO (MiniMax-M1, Chen et al. 2025, eq. 4-5), `−sg(clip(r, 1 − low, 1 + high)) A log π` a token.
+    """CISPO (MiniMax-M1, Chen et al. 2025, section 3.1, eq. 4-5), `−sg(clip(r, 1 − low, 1 + high)) A log π` a token.
 
     The clipped ratio is a constant weight, so that every token keeps a gradient: also one whose ratio is outside.
     Arguments as for `clipped_surrogate`; the second result is where the weight is clipped.
@@ -151,8 +151,8 @@ POLICY_LOSSES: Mapping[str, PolicyLossRule] = {
 def sequence_log_ratios(
     logprobs: torch.Tensor, old_logprobs: torch.Tensor, active: torch.Tensor, sequences: torch.Tensor
 ) -> torch.Tensor:
-    """`[R]` log of the sequence ratio of GSPO (Zheng et al. 2025, eq. 7): the mean of log r over a sequence's tokens,
-    for each of them. Without gradient.
+    """`[R]` log of the sequence ratio of GSPO (Zheng et al. 2025, arXiv 2507.18071v2, eq. 7): the mean of log r over a
+    sequence's tokens, for each of them. Without gradient.
 
     Args:
         logprobs: `[R]` under the policy in training.

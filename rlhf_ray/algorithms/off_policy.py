@@ -1,6 +1,6 @@
 """Correction for responses that were sampled by another policy than the one the ratio is taken to.
 
-Three policies play a part (decoupled PPO, Hilton et al. 2022, eq. 3): the one in training, the *proximal* one that
+Three policies play a part (decoupled PPO, Hilton et al. 2022, section 2): the one in training, the *proximal* one that
 clipping keeps it near (the learner's weights at the start of the step), and the *behaviour* policy that sampled (the
 engine, perhaps with older weights). The loss is multiplied by `w = π_proximal / π_behaviour`, without gradient. By
 token, w is the ratio of that token (truncated importance sampling, Yao et al. 2025, "Your efficient RL framework

@@ -211,6 +211,12 @@ class GeneratorSettings(ActorSettings):
         description="Shards that one engine samples at the same time. Empty: 1 on a CPU, where it is computing anyway; "
         "4 on a GPU, which one shard leaves idle.",
     )
+    sleep: bool = Field(
+        False,
+        description="Share GPUs with the policy's learner: generator i has the GPU of rank i, and gives its memory "
+        "back while the learner works (vLLM's sleep mode, level 1). What the learner keeps between steps stays there, "
+        "so `gpu_memory_utilization` must leave room for it. Needs `max_staleness` 0. Not yet run.",
+    )
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
     engine: dict[str, object] = Field(
         default_factory=dict,
@@ -265,7 +271,13 @@ class GeneratorSettings(ActorSettings):
 class SamplingSettings(Settings):
     """How much is sampled each step, and how."""
 
-    prompts_per_step: PositiveInt = Field(16, description="Prompts of one step.")
+    prompts_per_step: PositiveInt = Field(16, description="Prompts that one step trains on.")
+    spare_prompts: NonNegativeInt = Field(
+        0,
+        description="Prompts that each step samples beside these, to take the place of those whose responses all have "
+        "the same score (dynamic sampling). Needs `algorithm.drop_uniform_groups`. About `prompts_per_step` · u / (1 − "
+        "u) fill a step where `group/uniform_fraction` is u.",
+    )
     samples_per_prompt: PositiveInt = Field(4, description="Responses to each prompt; they form a group.")
     prompts_per_shard: PositiveInt = Field(
         8,
@@ -300,10 +312,21 @@ class SamplingSettings(Settings):
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of prompts_per_shard "
                 f"({self.prompts_per_shard})"
             )
+        if self.spare_prompts % self.prompts_per_shard:
+            raise ValueError(
+                f"spare_prompts ({self.spare_prompts}) must be a multiple of prompts_per_shard "
+                f"({self.prompts_per_shard})"
+            )
         return self
 
     @property
+    def prompts_drawn(self) -> int:
+        """Prompts that a step samples."""
+        return self.prompts_per_step + self.spare_prompts
+
+    @property
     def num_shards(self) -> int:
+        """Shards that a step trains on."""
         return self.prompts_per_step // self.prompts_per_shard
 
 
@@ -455,6 +478,11 @@ class PPOConfig(RunConfig):
             raise ValueError(
                 f"sampling.samples_per_prompt: '{algorithm.advantage}' compares the samples of a prompt; at least 2"
             )
+        if sampling.spare_prompts and not algorithm.drop_uniform_groups:
+            raise ValueError(
+                "sampling.spare_prompts: they take the place of prompts whose responses all have the same score, which "
+                "are trained on unless algorithm.drop_uniform_groups is true"
+            )
         if algorithm.length.rescale and sampling.samples_per_prompt < 2:
             raise ValueError("sampling.samples_per_prompt: algorithm.length.rescale compares lengths; at least 2")
         for name, tokens in (
@@ -500,11 +528,41 @@ class PPOConfig(RunConfig):
                 f"reference.replicas: {self.reference.replicas} ranks that share one model cannot share "
                 f"{sampling.num_shards} shards evenly (sampling.prompts_per_step / sampling.prompts_per_shard)"
             )
+        self._check_shared_gpus()
         if self.weights.transport == "nccl" and (self.generator.gpus == 0 or self.policy.learner.gpus == 0):
             raise ValueError(
                 "weights.transport: 'nccl' needs generator.gpus and policy.learner.gpus above 0; use 'object_store'"
             )
         return self
+
+    def _check_shared_gpus(self) -> None:
+        """What `generator.sleep` needs.
+
+        Raises:
+            ValueError: naming what stands against it.
+        """
+        generator, learner = self.generator, self.policy.learner
+        if not generator.sleep:
+            return
+        if generator.gpus != 1 or learner.gpus != 1:
+            raise ValueError(
+                f"generator.sleep: gpus is {generator.gpus:g}, and that of policy.learner {learner.gpus:g}; both must "
+                "be 1, the GPU that each engine shares with one rank (on a CPU vLLM has no sleep mode)"
+            )
+        if generator.replicas != learner.replicas:
+            raise ValueError(
+                f"generator.sleep: {generator.replicas} engines cannot share the GPUs of {learner.replicas} ranks "
+                "(generator.replicas, policy.learner.replicas); as many of the one as of the other"
+            )
+        if self.algorithm.max_staleness:
+            raise ValueError(
+                "generator.sleep: with algorithm.max_staleness above 0 the engine samples while the learner works, and "
+                "never sleeps; 0, or GPUs of their own"
+            )
+        if self.weights.transport == "nccl":
+            raise ValueError(
+                "generator.sleep: NCCL refuses two members of a group on one GPU; weights.transport 'object_store'"
+            )
 
     @property
     def reference_role(self) -> ReferenceSettings | None:

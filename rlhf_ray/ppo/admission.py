@@ -17,7 +17,16 @@ from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.data.prompts import Prompt, PromptSet
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.ppo.step import Columns, Shard, conversations, frozen_columns, generate, plan_shards
+from rlhf_ray.ppo.scoring import ShardRewards
+from rlhf_ray.ppo.step import (
+    Shard,
+    TrainingShard,
+    conversations,
+    frozen_columns,
+    generate,
+    plan_shards,
+    score,
+)
 from rlhf_ray.roles.generator import Generator, ShardPlan
 from rlhf_ray.rollout import RolloutHeader
 from rlhf_ray.runtime.answers import Answer, Deferred
@@ -31,13 +40,16 @@ class StepUnderWay:
         step: number of the step.
         version: the weights that it is sampled with; with in-flight updates, the oldest.
         shards: its rows.
-        columns: of the roles that never change.
+        rewards: theirs.
+        trained: what is trained on, with the columns of the roles that never change; nothing with spare prompts, where
+            that depends on the scores.
     """
 
     step: int
     version: int
     shards: list[Shard]
-    columns: list[Columns]
+    rewards: list[ShardRewards]
+    trained: list[TrainingShard]
 
     def headers(self) -> list[Answer[RolloutHeader]]:
         """Of every shard: what the generators owe."""
@@ -111,11 +123,15 @@ class Admission:
 
     def _plans(self, step: int) -> tuple[list[tuple[int, Prompt]], list[ShardPlan]]:
         config = self._config
-        drawn = self._prompts.draw(config.run.seed, step, config.sampling.prompts_per_step)
+        drawn = self._prompts.draw(config.run.seed, step, config.sampling.prompts_drawn)
         return drawn, plan_shards(drawn, config.sampling, config.run.seed, "train")
 
     def _add(self, step: int, version: int, shards: list[Shard]) -> None:
-        self._under_way.append(StepUnderWay(step, version, shards, frozen_columns(self._roles, shards)))
+        rewards, trained = score(self._roles, shards), []
+        if not self._config.sampling.spare_prompts:
+            rollouts = [shard.rollout for shard in shards]
+            trained = frozen_columns(self._roles, rollouts, [each.data for each in rewards])
+        self._under_way.append(StepUnderWay(step, version, shards, rewards, trained))
 
 
 def _file(folder: Path, step: int, shard: int) -> Path:

@@ -61,8 +61,6 @@ def check_finite(step: int, policy: PolicyReport, critic: CriticReport | None) -
     """
     stats = policy.stats
     figures: list[tuple[str, str, float | None]] = [
-        ("reward", "reward/mean", stats.score_mean),
-        ("reward", "reward/std", stats.score_std),
         ("reference", "kl/reference", stats.kl_reference),
         ("policy", "reward/shaped_mean", stats.shaped_reward_mean),
         ("policy", "policy/loss", policy.loss),

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_ray.algorithms.kl import kl_controller
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import PPOConfig
@@ -22,8 +24,9 @@ from rlhf_ray.ppo.object_store import check_object_store
 from rlhf_ray.ppo.recovery import Recovery
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, RoleStarter, role_requests
-from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
-from rlhf_ray.ppo.step import learner_columns, train_critic, train_policy, wait_for_columns
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
+from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
+from rlhf_ray.roles.generator import Generator
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.answers import Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
@@ -89,7 +92,11 @@ class PPO:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
-        self._state = LoopState(max_staleness=config.algorithm.max_staleness, learners=learner_shapes(config))
+        self._state = LoopState(
+            max_staleness=config.algorithm.max_staleness,
+            learners=learner_shapes(config),
+            prompts=prompt_counts(config),
+        )
         self._ledger = Ledger(run.folder.ledger)
         self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
@@ -116,7 +123,7 @@ class PPO:
         restored = run.restore(LoopState)
         if restored is not None:
             found, checkpoint = restored
-            self._state = replace(found, learners=self._state.learners)
+            self._state = replace(found, learners=self._state.learners, prompts=self._state.prompts)
             self._kl.load_state_dict(found.kl_controller)
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
             admission.read(found.rollouts, checkpoint)
@@ -145,8 +152,16 @@ class PPO:
         config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
         self._run.tracker.phase("sampling")
         step = self._admission.next()
-        columns = learner_columns(roles, step.shards, step.columns, config.algorithm.asks_old_logprobs)
-        headers = wait_for_columns(step.shards, columns, clock)
+        trained, sampling = step.trained, config.sampling
+        if sampling.spare_prompts or config.generator.sleep:
+            scored = wait_for_columns(step.shards, step.rewards, (), clock)
+        if config.generator.sleep:
+            roles.generators.call_all(Generator.sleep)
+        if sampling.spare_prompts:
+            choice = scored.choice(sampling)
+            trained = shards_of_groups(roles, step.shards, step.rewards, choice.places, sampling.prompts_per_shard)
+        trained = learner_columns(roles, trained, config.algorithm.asks_old_logprobs)
+        headers = wait_for_columns(step.shards, step.rewards, trained, clock)
         if headers.failure_causes:
             self._run.tracker.events.write("scores_failed", step=state.step + 1, causes=headers.failure_causes)
         check_scores(headers, state.step + 1)
@@ -155,8 +170,8 @@ class PPO:
 
         self._run.tracker.phase("learning")
         coefficient = self._kl.coefficient
-        policy = train_policy(roles, step.shards, columns, state.step, coefficient)
-        critic = train_critic(roles, step.shards, columns, state.step, coefficient)
+        policy = train_policy(roles, trained, state.step, coefficient)
+        critic = train_critic(roles, trained, state.step, coefficient)
         # The policy's weights leave while the critic is still learning, and the next step is sampled with them.
         newest = self._weights.begin(state.step + 1, self._admission.owed())
         self._admission.hand_out(newest.version, newest.snapshot)
@@ -173,13 +188,17 @@ class PPO:
         warn_if_off_policy(self._run.tracker.events, state.step, policy_report)
         kl = policy_report.stats.kl_reference
         if kl is not None:
-            self._kl.update(kl, headers.num_samples)
+            self._kl.update(kl, policy_report.stats.num_samples)
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
-        row = step_row(state, headers, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy)
+        choice = headers.choice(sampling)
+        row = step_row(
+            state, headers, choice, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy
+        )
         self._ledger.write(
             state.step,
             [report.samples for report in done["train"][: len(policy)]],
+            spare=choice.left_out(np.concatenate([shard.plan.sample_ids for shard in step.shards])),
             versions=headers.versions,
             digests=[header.digest for header in headers.rollouts],
             causes=headers.failure_causes,

@@ -8,8 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_ray.algorithms.groups import GroupChoice, choose_groups
 from rlhf_ray.algorithms.parity import Parity
-from rlhf_ray.ppo.scoring import SourceHeaders, all_causes, num_failed
+from rlhf_ray.config.settings import SamplingSettings
+from rlhf_ray.ppo.scoring import SourceHeaders, all_causes, mean_and_std, rewards_of
 from rlhf_ray.ppo.state import LoopState
 from rlhf_ray.roles.critic_learner import CriticReport
 from rlhf_ray.roles.policy_learner import PolicyReport
@@ -49,9 +54,18 @@ class StepHeaders:
         return sum(header.num_response_tokens for header in self.rollouts)
 
     @property
+    def scores(self) -> NDArray[np.float64]:
+        """`[B]` the rewards as the sources gave them, in the order of the draw; NaN where there is none."""
+        return rewards_of(self.rewards)
+
+    @property
     def num_failures(self) -> int:
         """Samples without a reward."""
-        return num_failed(self.rewards)
+        return int(np.isnan(self.scores).sum())
+
+    def choice(self, sampling: SamplingSettings) -> GroupChoice:
+        """Which prompts are trained on."""
+        return choose_groups(self.scores.reshape(-1, sampling.samples_per_prompt), sampling.prompts_per_step)
 
     @property
     def failure_causes(self) -> dict[str, int]:
@@ -126,6 +140,7 @@ class StepClock:
 def step_row(
     state: LoopState,
     headers: StepHeaders,
+    choice: GroupChoice,
     policy: PolicyReport,
     critic: CriticReport | None,
     parity: Parity,
@@ -138,18 +153,21 @@ def step_row(
 
     Args:
         state: after the step.
+        headers: of all that was sampled.
+        choice: what of it was trained on.
         sampled_version: the learner's version when the step was sampled.
         busy: share of the cluster's core-seconds that roles used.
     """
     stats = policy.stats
+    reward_mean, reward_std = mean_and_std(headers.scores)
     staleness_mean, staleness_max = headers.staleness(sampled_version)
     step_s = clock.step_s
     row: dict[str, float | int | None] = {
         "step": state.step,
         "samples": state.samples,
         "tokens": state.tokens,
-        "reward/mean": stats.score_mean,
-        "reward/std": stats.score_std,
+        "reward/mean": reward_mean,
+        "reward/std": reward_std,
         "reward/shaped_mean": stats.shaped_reward_mean,
         "reward/failures": headers.num_failures,
         "reward/truncated": sum(header.num_truncated for each in headers.rewards for header in each.shards),
@@ -171,7 +189,7 @@ def step_row(
         "policy/lr": policy.learning_rate,
         "advantage/mean": stats.advantage_mean,
         "advantage/std": stats.advantage_std,
-        "group/uniform_fraction": stats.num_uniform_groups / stats.num_groups if stats.num_groups else None,
+        "group/uniform_fraction": choice.num_uniform / choice.num_compared if choice.num_compared else None,
         "response/length_mean": stats.response_length_mean,
         "response/truncated_fraction": stats.truncated_fraction,
         "response/eos_fraction": 1.0 - stats.truncated_fraction,
@@ -194,6 +212,8 @@ def step_row(
     }
     for each in headers.rewards:
         row |= each.metrics()
+    if choice.num_groups > len(choice.places):
+        row |= {"group/surplus": choice.num_surplus, "group/unfilled": choice.num_unfilled}
     ensembles = [(each.source.weight, each.disagreement) for each in headers.rewards if each.disagreement is not None]
     if ensembles:
         row["reward/disagreement"] = sum(abs(weight) * disagreement for weight, disagreement in ensembles)

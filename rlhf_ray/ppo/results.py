@@ -115,7 +115,7 @@ def write_results(
 def _check_ledger(config: PPOConfig, run: Run, steps: int) -> dict[str, object]:
     """See that each sample was used exactly once; where not, events, display and summary say so."""
     sampling = config.sampling
-    check = check_ledger(run.folder.ledger, sampling.prompts_per_step * sampling.samples_per_prompt, steps)
+    check = check_ledger(run.folder.ledger, sampling.prompts_drawn * sampling.samples_per_prompt, steps)
     run.tracker.events.write("ledger_checked", cause="; ".join(check.problems) or None, samples=check.trained)
     for problem in check.problems:
         run.tracker.display.message(f"warning: {run.folder.ledger}: {problem}")

@@ -22,7 +22,7 @@ from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer, collect
-from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.cluster import RoleRequest, Room, reserve
 from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.limits import Limits
 
@@ -98,7 +98,7 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
             RoleRequest(name, key, source)
             for name, key, source in zip(scorer_names(config), source_keys(config), config.reward, strict=True)
         ),
-        RoleRequest("policy", "policy.learner", config.policy.learner),
+        RoleRequest("policy", "policy.learner", config.policy.learner, "generator" if config.generator.sleep else None),
     ]
     if config.reference_role is not None:
         requests.append(RoleRequest("reference", "reference", config.reference_role))
@@ -171,20 +171,14 @@ class RoleStarter:
     def _built(self, names: Set[str]) -> dict[str, ActorGroup[Any]]:
         assert self._placement is not None, "room is reserved first"
         groups: dict[str, ActorGroup[Any]] = {}
-        first_bundle = 0
-        for request in self._requests:
-            maker = self.makers[request.role]
-            if request.role in names:
-                groups[request.role] = ActorGroup.start(
-                    request.role,
-                    request.settings,
-                    self._placement,
-                    first_bundle,
-                    self._logs,
-                    self._limits,
-                    maker.make if maker.restarts else None,
+        room = Room.of(self._requests)
+        for role, settings in room.settings.items():
+            if role in names:
+                maker = self.makers[role]
+                remake = maker.make if maker.restarts else None
+                groups[role] = ActorGroup.start(
+                    role, settings, self._placement, room.first_bundle[role], self._logs, self._limits, remake
                 )
-            first_bundle += request.settings.replicas
         try:
             building = [answer for name, group in groups.items() for answer in self.makers[name].build(group)]
             collect(building, self._limits.start_s)

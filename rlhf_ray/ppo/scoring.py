@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.reward.core.protocol import Conversation, Scorer
-from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout, weighted_sum
+from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout, weighted_scores, weighted_sum
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
@@ -93,17 +95,18 @@ class SourceHeaders:
         return tuple(cls(source, tuple(headers[place :: len(sources)])) for place, source in enumerate(sources))
 
     @property
-    def num_failures(self) -> int:
-        return sum(len(header.failed) for header in self.shards)
+    def scores(self) -> NDArray[np.float64]:
+        """`[B]` of all shards, NaN where there is none."""
+        return np.concatenate([header.scores for header in self.shards])
 
     @property
-    def num_scored(self) -> int:
-        return sum(header.num_scored for header in self.shards)
+    def num_failures(self) -> int:
+        return int(np.isnan(self.scores).sum())
 
     @property
     def failed_fraction(self) -> float:
         """Share of the samples that it has no score for."""
-        return self.num_failures / (self.num_failures + self.num_scored)
+        return self.num_failures / len(self.scores)
 
     @property
     def failure_causes(self) -> dict[str, int]:
@@ -117,27 +120,38 @@ class SourceHeaders:
     def disagreement(self) -> float | None:
         """Mean standard deviation over the members of an ensemble; None where there is none."""
         totals = [header.disagreement_sum for header in self.shards if header.disagreement_sum is not None]
-        return sum(totals) / max(self.num_scored, 1) if len(totals) == len(self.shards) else None
+        scores = self.scores
+        num_scored = len(scores) - self.num_failures
+        return sum(totals) / max(num_scored, 1) if len(totals) == len(self.shards) else None
 
     def metrics(self) -> dict[str, float | int | None]:
         """Of this source, under its name."""
-        count = self.num_scored
-        mean = sum(header.score_sum for header in self.shards) / count if count else None
-        square = sum(header.score_square_sum for header in self.shards) / count if count else None
+        scores = self.scores
+        mean, std = mean_and_std(scores)
         values = {
             "mean": mean,
-            "std": None if mean is None or square is None else math.sqrt(max(square - mean**2, 0.0)),
+            "std": std,
             "failed_fraction": self.failed_fraction,
             "time_s": sum(header.time_s for header in self.shards) / len(self.shards),
         }
         return {f"reward/{self.source.name}/{name}": value for name, value in values.items()}
 
 
-def num_failed(sources: Sequence[SourceHeaders]) -> int:
-    """Samples that have no reward; one that several sources failed on counts once."""
+def rewards_of(sources: Sequence[SourceHeaders]) -> NDArray[np.float64]:
+    """`[B]` a step's rewards, the weighted sums that `ShardRewards.data` is made of; NaN where there is none."""
     counted = [each for each in sources if each.source.weight]
-    shards = zip(*(each.shards for each in counted), strict=True)
-    return sum(len({place for header in shard for place in header.failed}) for shard in shards)
+    total = weighted_scores([each.scores for each in counted], [each.source.weight for each in counted])
+    return np.where(np.isfinite(total), total, np.nan)
+
+
+def mean_and_std(scores: NDArray[np.float64]) -> tuple[float | None, float | None]:
+    """Mean and population standard deviation of those that are there; None where there are none.
+
+    Args:
+        scores: `[B]`, NaN where there is none.
+    """
+    found = scores[~np.isnan(scores)]
+    return (float(found.mean()), float(found.std())) if len(found) else (None, None)
 
 
 def all_causes(sources: Sequence[SourceHeaders]) -> dict[str, int]:

@@ -24,13 +24,13 @@ from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.rollout import Rollout, TokenColumn, TrunkColumn
+from rlhf_ray.rollout import RewardColumn, Rollout, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard as the driver knows it.
+    """One shard as it was sampled.
 
     Attributes:
         plan: what was asked for.
@@ -44,25 +44,26 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """What the roles add to one shard."""
+class TrainingShard:
+    """One shard that is trained on: rows, and what the roles add to them."""
 
-    rewards: ShardRewards
+    rollout: Stored[Rollout]
+    rewards: Deferred[RewardColumn]
     trunk: Stored[TrunkColumn] | None = None
     reference: Stored[TokenColumn] | None = None
     values: Stored[TokenColumn] | None = None
     policy: Stored[TokenColumn] | None = None
 
-    def experience(self, shard: Shard, *, with_trunk: bool) -> Deferred[ExperienceShard]:
+    def experience(self, *, with_trunk: bool) -> Deferred[ExperienceShard]:
         """Rows and columns, put together in the learner.
 
         Args:
             with_trunk: the learner begins behind the frozen layers.
         """
-        present = {name: column.data for name, column in vars(self).items() if column is not None}
+        present = {name: each.data for name, each in vars(self).items() if isinstance(each, Stored)}
         if not with_trunk:
             present.pop("trunk", None)
-        return Assembly(ExperienceShard, {"rollout": shard.rollout.data, **present})
+        return Assembly(ExperienceShard, {**present, "rewards": self.rewards})
 
 
 def plan_shards(
@@ -149,27 +150,59 @@ def _refer_to(
     return roles.references.of(index).keep(Reference.logprobs, rows, states)
 
 
-def frozen_columns(roles: Roles, shards: Sequence[Shard]) -> list[Columns]:
-    """Ask the roles that never change for their columns of every shard; each begins as soon as the shard is there.
+def frozen_columns(
+    roles: Roles, rollouts: Sequence[Stored[Rollout]], rewards: Sequence[Deferred[RewardColumn]]
+) -> list[TrainingShard]:
+    """Ask the references for their columns of every shard; each begins as soon as the rows are there.
 
     The ranks of a sharded reference are asked for the same number of shards each, in the same order: their forward
     passes are collectives.
     """
-    columns = []
-    for index, (shard, rewards) in enumerate(zip(shards, score(roles, shards), strict=True)):
+    shards = []
+    for index, (rollout, scored) in enumerate(zip(rollouts, rewards, strict=True)):
         trunk = reference = None
         if roles.references is not None:
             # Frozen layers first: everybody else waits for these.
             if roles.trunk_sharers:
-                trunk = roles.references.of(index).keep(Reference.trunk, shard.rollout.data)
-            reference = _refer_to(roles, index, shard.rollout.data, None if trunk is None else trunk.data)
-        columns.append(Columns(rewards, trunk, reference))
-    return columns
+                trunk = roles.references.of(index).keep(Reference.trunk, rollout.data)
+            reference = _refer_to(roles, index, rollout.data, None if trunk is None else trunk.data)
+        shards.append(TrainingShard(rollout, scored, trunk, reference))
+    return shards
 
 
-def learner_columns(
-    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], old_logprobs: bool
-) -> list[Columns]:
+def shards_of_groups(
+    roles: Roles,
+    shards: Sequence[Shard],
+    rewards: Sequence[ShardRewards],
+    places: Sequence[int],
+    prompts_per_shard: int,
+) -> list[TrainingShard]:
+    """Put the chosen groups together in shards of the usual size, and ask the roles that never change for their
+    columns.
+
+    Args:
+        shards: as they were sampled, of `prompts_per_shard` prompts each.
+        rewards: theirs.
+        places: of the groups; a multiple of `prompts_per_shard`.
+    """
+    rollouts: list[Stored[Rollout]] = []
+    columns: list[Deferred[RewardColumn]] = []
+    for start in range(0, len(places), prompts_per_shard):
+        taken: dict[int, list[int]] = {}
+        for place in places[start : start + prompts_per_shard]:
+            shard, group = divmod(place, prompts_per_shard)
+            count = shards[shard].plan.samples_per_prompt
+            taken.setdefault(shard, []).extend(range(group * count, (group + 1) * count))
+        samples = list(taken.values())
+        rows = AllOf(tuple(shards[shard].rollout.data for shard in taken))
+        # In a thread of its own: the engine may be sampling the next step already.
+        rollouts.append(roles.generators.of(len(rollouts)).beside.keep(Generator.gather, rows, samples))
+        scored = AllOf(tuple(rewards[shard].data for shard in taken))
+        columns.append(Assembly(RewardColumn.gathered, {"columns": scored, "samples": samples}))
+    return frozen_columns(roles, rollouts, columns)
+
+
+def learner_columns(roles: Roles, shards: Sequence[TrainingShard], old_logprobs: bool) -> list[TrainingShard]:
     """Ask the learners for their columns as well, as they are now.
 
     The ranks of a learner are asked for the same number of shards each, in the same order: their forward passes are
@@ -179,10 +212,10 @@ def learner_columns(
         old_logprobs: ask the policy learner for its own log-probs.
     """
     complete = []
-    for index, (shard, column) in enumerate(zip(shards, columns, strict=True)):
+    for index, shard in enumerate(shards):
         rows = shard.rollout.data
-        states = None if column.trunk is None else column.trunk.data
-        reference, values, policy = column.reference, None, None
+        states = None if shard.trunk is None else shard.trunk.data
+        reference, values, policy = shard.reference, None, None
         if roles.policy_is_reference:
             reference = _refer_to(roles, index, rows, None)
         if roles.critic is not None:
@@ -190,15 +223,15 @@ def learner_columns(
             values = roles.critic.of(index).keep(CriticLearner.values, rows, begun_at)
         if old_logprobs:
             policy = roles.policy.of(index).keep(PolicyLearner.logprobs, rows, states)
-        complete.append(replace(column, reference=reference, values=values, policy=policy))
+        complete.append(replace(shard, reference=reference, values=values, policy=policy))
     return complete
 
 
 def train_policy(
-    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], step: int, kl_coefficient: float
+    roles: Roles, shards: Sequence[TrainingShard], step: int, kl_coefficient: float
 ) -> list[Answer[PolicyReport]]:
     """Every rank learns from its own shards."""
-    experience = [column.experience(shard, with_trunk=True) for shard, column in zip(shards, columns, strict=True)]
+    experience = [shard.experience(with_trunk=True) for shard in shards]
     ranks = len(roles.policy)
     return [
         replica.ask(PolicyLearner.train, step, AllOf(tuple(experience[rank::ranks])), kl_coefficient)
@@ -207,40 +240,39 @@ def train_policy(
 
 
 def train_critic(
-    roles: Roles, shards: Sequence[Shard], columns: Sequence[Columns], step: int, kl_coefficient: float
+    roles: Roles, shards: Sequence[TrainingShard], step: int, kl_coefficient: float
 ) -> list[Answer[CriticReport]]:
     """As `train_policy`; nothing without a critic."""
     critic, with_trunk = roles.critic, "critic" in roles.trunk_sharers
     if critic is None:
         return []
-    experience = [
-        column.experience(shard, with_trunk=with_trunk) for shard, column in zip(shards, columns, strict=True)
-    ]
+    experience = [shard.experience(with_trunk=with_trunk) for shard in shards]
     return [
         replica.ask(CriticLearner.train, step, AllOf(tuple(experience[rank :: len(critic)])), kl_coefficient)
         for rank, replica in enumerate(critic)
     ]
 
 
-def wait_for_columns(shards: Sequence[Shard], columns: Sequence[Columns], clock: StepClock) -> StepHeaders:
-    """Wait until every shard is sampled and has all its columns.
+def wait_for_columns(
+    sampled: Sequence[Shard], rewards: Sequence[ShardRewards], trained: Sequence[TrainingShard], clock: StepClock
+) -> StepHeaders:
+    """Wait until every shard is sampled and scored, and those that are trained on have all their columns.
 
     Raises:
         RoleFailure: of whichever role failed first, whatever the others are doing.
     """
 
     def headers(name: str) -> list[Answer[Any]]:
-        stored = [vars(column)[name] for column in columns]
+        stored = [vars(shard)[name] for shard in trained]
         return [each.header for each in stored if each is not None]
 
     done = clock.wait(
         {
-            "generate": [shard.rollout.header for shard in shards],
-            "reward": [header for column in columns for header in column.rewards.headers],
+            "generate": [shard.rollout.header for shard in sampled],
+            "reward": [header for each in rewards for header in each.headers],
             "reference": headers("trunk") + headers("reference"),
             "values": headers("values"),
             "old_logprobs": headers("policy"),
         }
     )
-    rewards = SourceHeaders.by_source([column.rewards for column in columns], done["reward"])
-    return StepHeaders(tuple(done["generate"]), rewards)
+    return StepHeaders(tuple(done["generate"]), SourceHeaders.by_source(rewards, done["reward"]))

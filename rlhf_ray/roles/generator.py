@@ -52,6 +52,14 @@ class ShardPlan:
     max_response_tokens: int
     stop: tuple[str, ...] = ()
 
+    @property
+    def sample_ids(self) -> NDArray[np.int64]:
+        """`[P * samples_per_prompt]` of its responses, unique in the run."""
+        count = self.samples_per_prompt
+        return np.repeat(np.array(self.prompt_ids, dtype=np.int64) * count, count) + np.tile(
+            np.arange(count), len(self.prompt_ids)
+        )
+
 
 def cut_into_shards(
     prompts: Sequence[tuple[int, NDArray[np.int32]]],
@@ -168,10 +176,12 @@ class Generator:
             "trust_remote_code": False,
             "seed": 0,
             "disable_log_stats": True,
+            "enable_sleep_mode": settings.sleep,
             **memory,
             **settings.engine,
         }
         self._engine = LLM(**arguments)
+        self._asleep = False
         self._engine.llm_engine.set_weight_version(str(UNTRAINED.version))
         # What `auto` became on this node, or `engine` asked for.
         self._dtype = str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -240,7 +250,7 @@ class Generator:
             logprobs=np.array(logprobs, dtype=np.float32),
             policy_versions=np.concatenate(versions),
             finish_reasons=np.where(finished, FINISH_STOP, FINISH_LENGTH).astype(np.int8),
-            sample_ids=prompt_ids * count + np.tile(np.arange(count), len(plan.prompts)),
+            sample_ids=plan.sample_ids,
             prompt_ids=prompt_ids,
         )
 
@@ -260,6 +270,13 @@ class Generator:
             assert self._probed is not None, "a snapshot with its proof has been loaded"
             return self._probed
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back, until there is something to load or to sample. Weights go to the host."""
+        with self._turns:
+            self._finish_requests()
+            self._engine.sleep(level=1)
+            self._asleep = True
+
     def write(self, rollout: Rollout, path: str) -> None:
         """Keep a shard in a file of a checkpoint."""
         rollout.write(Path(path))
@@ -267,6 +284,10 @@ class Generator:
     def read(self, path: str) -> Rollout:
         """A shard that `write` kept."""
         return Rollout.read(Path(path))
+
+    def gather(self, rollouts: list[Rollout], samples: list[list[int]]) -> Rollout:
+        """Some samples of several shards as one shard; see `Rollout.gathered`."""
+        return Rollout.gathered(rollouts, samples)
 
     def join_senders(self, init_info: dict[str, Any]) -> None:
         """Meet the policy learner in the group of the `nccl` transport."""
@@ -301,6 +322,9 @@ class Generator:
 
     def _bring(self, snapshot: Snapshot, before: Probed | None = None) -> None:
         """Make the engine compute with these weights; with in-flight updates, with these or later ones."""
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
         if self._in_flight and snapshot.version < self._version:
             return
         probed = self._probed

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from rlhf_ray.rollout import SampleUse, id_ranges, ids_in
 from rlhf_ray.tracking.logs import append_row, drop_torn_line, read_log
 
-USES = tuple(SampleUse.__dataclass_fields__)
+USES = (*SampleUse.__dataclass_fields__, "spare")
+"""What the learners did with their samples; `spare` ones did not reach them."""
 _SHOWN = 3
 """Ranges of ids that a message names."""
 
@@ -38,6 +39,7 @@ class Ledger:
         step: int,
         uses: Sequence[SampleUse],
         *,
+        spare: NDArray[np.int64],
         versions: tuple[int, int],
         digests: Sequence[str],
         causes: Mapping[str, int],
@@ -47,11 +49,16 @@ class Ledger:
         Args:
             step: its number, from 1.
             uses: what each rank of the policy's learner did with its samples.
+            spare: ids of samples that were drawn and did not reach the learners, because enough others did.
             versions: oldest and newest of the weights that its tokens were sampled with.
             digests: of its shards: equal for two runs whose samples are equal bit-for-bit.
             causes: of failed scores, and how often each occurred.
         """
-        merged = {name: id_ranges(np.concatenate([ids_in(vars(use)[name]) for use in uses])) for name in USES}
+        merged = {
+            name: id_ranges(np.concatenate([ids_in(vars(use)[name]) for use in uses]))
+            for name in SampleUse.__dataclass_fields__
+        }
+        merged["spare"] = id_ranges(spare)
         digest = hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
         append_row(self._path, {"step": step, **merged, "causes": causes, "versions": versions, "digest": digest})
 
@@ -83,7 +90,7 @@ def check_ledger(path: Path, samples_per_step: int, steps: int) -> LedgerCheck:
 
     Args:
         path: the file.
-        samples_per_step: of the run, the same at every step.
+        samples_per_step: that are drawn, the same at every step.
         steps: done by the run.
     """
     rows = [(int(row["step"] or 0), row) for row in read_log(path).rows]

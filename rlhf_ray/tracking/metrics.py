@@ -260,6 +260,18 @@ PPO_METRICS: tuple[Metric, ...] = (
         "prompt.",
     ),
     Metric(
+        "group/unfilled",
+        "prompts",
+        "Prompts that are in the step for want of others, although their responses all score alike or have no scores; "
+        "only with `sampling.spare_prompts`, which should be raised where this is not 0.",
+    ),
+    Metric(
+        "group/surplus",
+        "prompts",
+        "Prompts that were sampled and would have taught something, but were not needed to fill the step; only with "
+        "`sampling.spare_prompts`, which can be lowered where this stays high.",
+    ),
+    Metric(
         "response/length_mean",
         "tokens",
         "Mean response length, counted in tokens that the policy sampled. A steady climb to the limit often means that "

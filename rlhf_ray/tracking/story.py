@@ -262,9 +262,8 @@ def _ledger(folder: RunFolder, steps: int) -> LedgerCheck | None:
         return None
     sampling = yaml.safe_load(folder.config_yaml.read_text(encoding="utf-8"))["sampling"]
     written = [int(row["step"] or 0) for row in read_log(folder.ledger).rows]
-    return check_ledger(
-        folder.ledger, sampling["prompts_per_step"] * sampling["samples_per_prompt"], max([steps, *written])
-    )
+    drawn = sampling["prompts_per_step"] + sampling.get("spare_prompts", 0)
+    return check_ledger(folder.ledger, drawn * sampling["samples_per_prompt"], max([steps, *written]))
 
 
 def _back(event: _Event) -> str:

@@ -165,6 +165,33 @@ def haunted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.fixture(scope="session")
+def spared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run, Run]:
+    """Three runs one step ahead whose steps are filled with spare prompts: two left alone, and one stopped after its
+    second step and resumed."""
+    settings = (
+        *("steps=8", "algorithm.max_staleness=1", "evaluation.prompts=null", "evaluation.judge=none"),
+        *("sampling.prompts_per_step=4", "sampling.spare_prompts=8", "algorithm.drop_uniform_groups=true"),
+        *("algorithm.advantage=grpo", "algorithm.advantage_whiten=false"),
+        "algorithm.kl={coefficient: 0.05, estimator: k3, placement: loss, controller: fixed}",
+        "reward=[{function: 'tests.unit.reward_functions:even', batch_size: 8}]",
+        "critic=null",
+    )
+    alone, stopped = (begin(data_root, tmp_path_factory.mktemp(name), *settings) for name in ("spared", "halfway"))
+    wait_until(
+        lambda: len(stopped.metrics) >= 2 or stopped.command.process.poll() is not None, DEADLINE_S, "the second step"
+    )
+    stopped.command.process.send_signal(signal.SIGTERM)
+    stopped.command.wait(60)
+    assert 2 <= len(stopped.metrics) < 8, stopped.command.stderr
+    again = begin(data_root, tmp_path_factory.mktemp("again"), *settings)
+    resumed = begin(data_root, stopped.folder.parent, *settings, "--resume")
+    for each in (alone, again, resumed):
+        each.command.wait(DEADLINE_S)
+        assert each.command.process.returncode == 0, each.command.stderr
+    return alone, again, resumed
+
+
 def tensor_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a saved model."""
     tensors = load_file(folder / "model.safetensors")
@@ -396,3 +423,26 @@ def test_the_events_tell_who_was_lost_and_what_was_done_about_it(haunted: Run) -
 
 def test_no_process_outlives_a_run_that_lost_some(haunted: Run) -> None:
     assert haunted.command.left_running() == []
+
+
+def test_spare_prompts_take_the_place_of_those_that_say_nothing(spared: tuple[Run, Run, Run]) -> None:
+    rows = spared[0].metrics
+    assert [row["samples"] for row in rows] == [24 * (step + 1) for step in range(8)]
+    for row in rows:
+        differing = 4 - row["group/unfilled"] + row["group/surplus"]
+        assert differing == round(12 * (1 - row["group/uniform_fraction"]))
+        assert row["policy/grad_norm"] > 0
+    filled = [row for row in rows if row["group/unfilled"] == 0 < row["group/uniform_fraction"]]
+    assert filled
+    # Of two responses that are scored 0 and 1 each, so of no prompt that was not to be trained on.
+    assert {row["reward/shaped_mean"] for row in filled} == {0.5}
+    assert {row["reward/mean"] for row in filled} != {0.5}
+
+
+def test_one_seed_gives_one_run_one_step_ahead_and_with_spare_prompts(spared: tuple[Run, Run, Run]) -> None:
+    alone, again, resumed = spared
+    assert [(row["staleness/mean"], row["staleness/max"]) for row in alone.metrics] == [(0, 0), *[(1, 1)] * 7]
+    assert resumed.events_of("checkpoint_loaded")
+    for other in (again, resumed):
+        assert [without_times(row) for row in other.metrics] == [without_times(row) for row in alone.metrics]
+        assert tensor_hashes(other.folder / "policy") == tensor_hashes(alone.folder / "policy")

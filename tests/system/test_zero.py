@@ -166,7 +166,7 @@ def test_two_ranks_equal_one_process(
                 assert getattr(own_policy, name) == pytest.approx(getattr(policy, name), abs=1e-5), name
             for name in ("loss", "grad_norm", "clip_fraction", "explained_variance", "return_mean"):
                 assert getattr(own_critic, name) == pytest.approx(getattr(critic_report, name), abs=1e-5), name
-            assert own_policy.stats.score_mean == pytest.approx(policy.stats.score_mean)
+            assert own_policy.stats.shaped_reward_mean == pytest.approx(policy.stats.shaped_reward_mean)
     assert largest_difference(weights, single_weights) <= 1e-5
 
     build()

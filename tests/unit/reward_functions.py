@@ -107,6 +107,11 @@ def brief(num_tokens):
     return [1.0 / count for count in num_tokens]
 
 
+def even(responses):
+    """Right or wrong, as verifiable rewards are: many prompts have responses that are all the one or all the other."""
+    return [float(len(response) % 2 == 0) for response in responses]
+
+
 def picky(responses, labels):
     """Has a score for responses of an even length only."""
     for response, label in zip(responses, labels, strict=True):

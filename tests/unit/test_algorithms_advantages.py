@@ -9,10 +9,10 @@ import torch
 from rlhf_ray.algorithms.advantages import (
     ESTIMATORS,
     AdvantageInputs,
-    UniformGroups,
     gae,
     group_mean,
     grpo,
+    in_uniform_group,
     return_to_go,
     rloo,
     whiten,
@@ -120,12 +120,10 @@ def test_uniform_groups_by_hand() -> None:
     scores = torch.tensor([1.0, 0.0, 1.0, 1.0, nan, 0.5, 0.5, 2.0, nan], dtype=torch.float64)
     group_ids = torch.tensor([7, 3, 7, 3, 3, 9, 9, 5, 5])
     ok = ~scores.isnan()
-    found = UniformGroups.of(scores, group_ids, ok)
     # Group 7 has 1 and 1, group 3 has 0 and 1, group 9 has 0.5 twice, and group 5 a single valid score.
-    assert found.samples.tolist() == [True, False, True, False, False, True, True, False, False]
-    assert (found.num_groups, found.num_uniform) == (3, 2)
-    none = UniformGroups.of(scores, torch.arange(9), ok)
-    assert (none.num_groups, none.num_uniform, bool(none.samples.any())) == (0, 0, False)
+    uniform = [True, False, True, False, False, True, True, False, False]
+    assert in_uniform_group(scores, group_ids, ok).tolist() == uniform
+    assert not in_uniform_group(scores, torch.arange(9), ok).any()
 
 
 def test_the_settings_and_the_tables_name_the_same_estimators() -> None:

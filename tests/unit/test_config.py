@@ -201,6 +201,8 @@ def test_dump_and_load_give_the_same_settings(load):
         (["algorithm.drop_uniform_groups=true"], "algorithm: drop_uniform_groups"),
         (["reference=null"], "reference"),
         (["sampling.prompts_per_step=12"], "sampling"),
+        (["sampling.spare_prompts=4"], "sampling"),
+        (["sampling.spare_prompts=8"], "sampling.spare_prompts"),
         (["policy.learner.replicas=3"], "policy.learner.replicas"),
         (["critic.learner.replicas=3"], "critic.learner.replicas"),
         (["algorithm.minibatches=33"], "algorithm.minibatches"),
@@ -223,6 +225,8 @@ def test_what_the_rules_ask_for_is_accepted(load):
     load(COMPLETE, "reference.sharded=true", "reference.replicas=2")
     load(COMPLETE, "reference.replicas=3")  # each holds the whole model: no pass is a collective
     load(COMPLETE, "critic=null", "algorithm.advantage=return_to_go", "sampling.samples_per_prompt=1")
+    dynamic = ("algorithm.advantage=grpo", "critic=null", "algorithm.drop_uniform_groups=true")
+    assert load(COMPLETE, *dynamic, "sampling.spare_prompts=8").sampling.prompts_drawn == 24
     load(COMPLETE, "algorithm.old_logprobs=engine", "algorithm.importance=null")
     load(COMPLETE, "algorithm.importance={truncate: null, mask: [0.5, 2]}")
     load(COMPLETE, "algorithm.importance={level: sequence, truncate: 1.5, mask: [0.5, 2]}")

@@ -56,8 +56,6 @@ def test_numbers_that_are_finite_stop_nothing():
 @pytest.mark.parametrize(
     ("role", "name", "of"),
     [
-        ("reward", "reward/mean", {"score_mean"}),
-        ("reward", "reward/std", {"score_std"}),
         ("reference", "kl/reference", {"kl_reference"}),
         ("policy", "reward/shaped_mean", {"shaped_reward_mean"}),
         ("policy", "policy/loss", {"loss"}),

@@ -15,7 +15,7 @@ from tests.making import random_rollout
 
 
 def report(effective_fraction: float | None) -> PolicyReport:
-    stats = ExperienceStats(*(0,) * 3, *(0.0,) * 3, None, *(0.0,) * 4, *(0,) * 3)
+    stats = ExperienceStats(*(0,) * 3, 0.0, None, *(0.0,) * 4, 0)
     numbers = dict.fromkeys(PolicyReport.__dataclass_fields__, 0.0)
     return PolicyReport(**{**numbers, "stats": stats, "importance_effective_fraction": effective_fraction})
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.reward import RewardSettings
-from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders, all_causes, num_failed
+from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders, all_causes, rewards_of
 from rlhf_ray.rollout import RewardColumn
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Stored
 from rlhf_ray.tracking.metrics import check_known
@@ -81,6 +81,6 @@ def test_a_sample_that_several_sources_failed_on_counts_once_and_one_that_is_onl
     one = headers(source("a"), column([NAN, 1.0, 1.0]), column([1.0]))
     other = headers(source("b"), column([NAN, NAN, 1.0]), column([NAN], "else"))
     watched = headers(source("c", weight=0.0), column([NAN, NAN, NAN]), column([1.0]))
-    assert num_failed([one, other, watched]) == 3
+    np.testing.assert_array_equal(rewards_of([one, other, watched]), [NAN, NAN, 2.0, NAN])
     assert all_causes([one, other]) == {"a: why": 1, "b: why": 2, "b: else": 1}
     assert all_causes([other]) == {"why": 2, "else": 1}

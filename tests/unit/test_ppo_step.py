@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.ppo.step import refer
+from rlhf_ray.ppo.step import refer, shards_of_groups
+from rlhf_ray.roles.generator import Generator
+from rlhf_ray.rollout import RewardColumn
+from rlhf_ray.runtime.answers import AllOf
 
 
 @dataclass
@@ -40,3 +43,33 @@ def test_the_ranks_of_a_sharded_reference_are_all_asked_as_often(is_sharded: boo
     assert found == [0, 1, 2, 3]
     assert Counter(replica for replica, _ in references.shards) == asked
     assert references.shards[:4] == [(0, 0), (1, 1), (2, 2), (0, 3)]
+
+
+def test_chosen_groups_fill_shards_of_the_usual_size():
+    """Eight groups of three samples in four shards, of which six are chosen: three shards, one after another."""
+    asked: list[tuple[int, Any, Any, Any]] = []
+
+    def generator(index: int) -> Any:
+        def keep(method: Any, rows: Any, samples: Any) -> Any:
+            asked.append((index, method, rows, samples))
+            return f"gathered {index}"
+
+        return SimpleNamespace(beside=SimpleNamespace(keep=keep))
+
+    roles: Any = SimpleNamespace(generators=SimpleNamespace(of=generator), references=None)
+    plan = SimpleNamespace(samples_per_prompt=3)
+    shards: Any = [SimpleNamespace(plan=plan, rollout=SimpleNamespace(data=f"rows {index}")) for index in range(4)]
+    rewards: Any = [SimpleNamespace(data=f"rewards {index}") for index in range(4)]
+    found = shards_of_groups(roles, shards, rewards, (0, 1, 2, 4, 5, 7), 2)
+    assert [index for index, *_ in asked] == [0, 1, 2]
+    assert all(method is Generator.gather for _, method, *_ in asked)
+    assert [(rows, samples) for *_, rows, samples in asked] == [
+        (AllOf(("rows 0",)), [[0, 1, 2, 3, 4, 5]]),
+        (AllOf(("rows 1", "rows 2")), [[0, 1, 2], [0, 1, 2]]),
+        (AllOf(("rows 2", "rows 3")), [[3, 4, 5], [3, 4, 5]]),
+    ]
+    assert [shard.rollout for shard in found] == ["gathered 0", "gathered 1", "gathered 2"]
+    for shard, (*_, samples), names in zip(found, asked, [(0,), (1, 2), (2, 3)], strict=True):
+        column: Any = shard.rewards
+        assert column.make == RewardColumn.gathered
+        assert column.fields == {"columns": AllOf(tuple(f"rewards {name}" for name in names)), "samples": samples}

@@ -83,12 +83,47 @@ def test_a_loss_mask_that_cannot_be_is_refused(mask: Any, message: str):
         replace(rollout_of([[5, 6], [7]], [[8], [9, 10, 11]]), loss_mask=mask)
 
 
+def test_samples_of_several_shards_are_gathered_as_they_are():
+    shards = [random_rollout(index) for index in range(3)]
+    mask = np.arange(len(shards[2].logprobs)) % 3 != 1
+    mask[shards[2].response_starts()[:-1]] = True
+    shards[2] = replace(shards[2], loss_mask=mask)
+    places = ([2, 3], [0], [1, 0, 3])
+    gathered = Rollout.gathered(shards, places)
+    taken = [(shard, place) for shard, chosen in zip(shards, places, strict=True) for place in chosen]
+    assert gathered.num_samples == len(taken)
+    starts = gathered.response_starts()
+    for own, (shard, place) in enumerate(taken):
+        response = slice(starts[own], starts[own + 1])
+        first, last = shard.response_starts()[place : place + 2]
+        assert gathered.sample_tokens(own).tolist() == shard.sample_tokens(place).tolist()
+        for name in ("logprobs", "policy_versions"):
+            assert getattr(gathered, name)[response].tolist() == getattr(shard, name)[first:last].tolist()
+        assert gathered.sampled()[response].tolist() == shard.sampled()[first:last].tolist()
+        for name in ("prompt_lengths", "response_lengths", "finish_reasons", "sample_ids", "prompt_ids"):
+            assert getattr(gathered, name)[own] == getattr(shard, name)[place]
+    for name, array in vars(gathered).items():
+        assert array.dtype == getattr(shards[2], name).dtype
+    assert Rollout.gathered(shards[:1], [range(4)]).digest() == shards[0].digest()
+
+
+def test_rewards_are_gathered_with_their_failures():
+    nan = float("nan")
+    columns = [
+        RewardColumn(np.array([1.0, nan, 3.0]), ("", "slow", ""), "v1"),
+        RewardColumn(np.array([4.0, 5.0]), ("", ""), "v1"),
+    ]
+    gathered = RewardColumn.gathered(columns, [[1, 2], [0]])
+    np.testing.assert_array_equal(gathered.scores, [nan, 3.0, 4.0])
+    assert (gathered.failures, gathered.version) == (("slow", "", ""), "v1")
+
+
 def test_reward_header_counts_failures_by_cause():
     nan = float("nan")
     column = RewardColumn(np.array([1.0, nan, 3.0, nan]), ("", "slow", "", "slow"), "v1", num_truncated=1)
     header = column.header()
-    assert (header.num_samples, header.num_scored, header.num_truncated) == (4, 2, 1)
-    assert (header.score_sum, header.score_square_sum) == (4.0, 10.0)
+    np.testing.assert_array_equal(header.scores, [1.0, nan, 3.0, nan])
+    assert header.num_truncated == 1
     assert header.failure_causes == {"slow": 2}
 
 
@@ -96,7 +131,7 @@ def test_reward_header_says_where_scores_failed_and_sums_up_rare_causes():
     causes = ("", *(f"cause {number}" for number in range(10)), "cause 7", "cause 9")
     column = RewardColumn(np.where([not cause for cause in causes], 1.0, np.nan), causes, "v1", time_s=0.5)
     header = column.header()
-    assert header.failed == tuple(range(1, 13))
+    assert np.flatnonzero(np.isnan(header.scores)).tolist() == list(range(1, 13))
     assert header.time_s == 0.5
     assert len(header.failure_causes) == 9
     assert (header.failure_causes["cause 7"], header.failure_causes["cause 9"]) == (2, 2)

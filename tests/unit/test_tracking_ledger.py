@@ -14,7 +14,8 @@ SAMPLES = 8
 
 
 def write(path: Path, step: int, *uses: SampleUse) -> None:
-    Ledger(path).write(step, uses, versions=(step - 1, step - 1), digests=["ab", "cd"], causes={})
+    written = {"versions": (step - 1, step - 1), "digests": ["ab", "cd"], "causes": {}}
+    Ledger(path).write(step, uses, spare=np.zeros(0, np.int64), **written)
 
 
 def whole(step: int) -> SampleUse:
@@ -110,3 +111,9 @@ def test_what_is_not_exactly_once_is_named(
 def test_a_ledger_that_is_not_there_has_everything_missing(tmp_path: Path):
     check = check_ledger(tmp_path / "ledger.jsonl", SAMPLES, 2)
     assert (check.steps, check.missing, check.problems) == (0, 16, ("16 samples missing: 0–15",))
+
+
+def test_spare_samples_are_set_aside_and_not_missing(path: Path):
+    spare = np.array([30, 31])
+    Ledger(path).write(4, [SampleUse(((24, 29),))], spare=spare, versions=(3, 3), digests=["ab"], causes={})
+    assert check_ledger(path, SAMPLES, 4) == LedgerCheck(4, 26, 6, 0, 0, 0, ())
