@@ -16,13 +16,13 @@ from rich.table import Table
 
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward_model import RewardModelConfig
-from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
+from rlhf_ray.config.settings import PPOConfig, SFTConfig
 from rlhf_ray.failures import BadInput
-from rlhf_ray.preflight.examine import Site, examine
+from rlhf_ray.preflight.examine import Site, TrainingConfig, examine
 from rlhf_ray.preflight.findings import Finding, Findings, State
 from rlhf_ray.preflight.needs import Need
 
-COMMANDS: dict[str, tuple[str, type[RunConfig]]] = {
+COMMANDS: dict[str, tuple[str, type[TrainingConfig]]] = {
     "text": ("sft", SFTConfig),
     "prompts": ("ppo", PPOConfig),
     "pairs": ("train-rm", RewardModelConfig),
@@ -54,7 +54,7 @@ def preflight(
 ) -> list[Need]:
     """Read a configuration and check everything; see `examine`."""
 
-    def read() -> tuple[str, RunConfig]:
+    def read() -> tuple[str, TrainingConfig]:
         command, kind = _command_of(path, overrides)
         return command, load_config(kind, path, overrides)
 
@@ -62,7 +62,7 @@ def preflight(
     return [] if found is None else examine(found[1], findings, resume, site)
 
 
-def _command_of(path: Path, overrides: Sequence[str]) -> tuple[str, type[RunConfig]]:
+def _command_of(path: Path, overrides: Sequence[str]) -> tuple[str, type[TrainingConfig]]:
     """Whose configuration it is; what is wrong with the file itself is said by its loader."""
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import ray
 
 from rlhf_ray.config.reward_model import RewardModelConfig
-from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
+from rlhf_ray.config.settings import PPOConfig, SFTConfig
 from rlhf_ray.data.text import load_text
 from rlhf_ray.models.policy import PolicyFacts, read_policy
 from rlhf_ray.ppo.inputs import check_critic, check_reference, context_tokens, read_prompts, source_keys
@@ -45,6 +45,7 @@ from rlhf_ray.runtime.cluster import (
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
+TrainingConfig = PPOConfig | SFTConfig | RewardModelConfig
 NodeCheck = Callable[[Sequence[NodeShape]], None]
 
 
@@ -75,7 +76,7 @@ class Site:
     reports: Sequence[NodeReport] = ()
 
 
-def examine(config: RunConfig, findings: Findings, resume: bool = False, site: Site | None = None) -> list[Need]:
+def examine(config: TrainingConfig, findings: Findings, resume: bool = False, site: Site | None = None) -> list[Need]:
     """Check everything.
 
     Args:
@@ -95,7 +96,7 @@ def examine(config: RunConfig, findings: Findings, resume: bool = False, site: S
     return [need for phase in subject.phases for need in phase]
 
 
-def survey(config: RunConfig, findings: Findings, paths: Mapping[str, str]) -> Site | None:
+def survey(config: TrainingConfig, findings: Findings, paths: Mapping[str, str]) -> Site | None:
     """See what the nodes are like; None where there is no such cluster."""
     readable, runs = tuple(paths), config.paths.runs
     if cluster_address(config.cluster) is None:
@@ -113,13 +114,13 @@ def survey(config: RunConfig, findings: Findings, paths: Mapping[str, str]) -> S
     return findings.check("cluster.address", ask)
 
 
-def _check_folder(config: RunConfig, resume: bool) -> None:
+def _check_folder(config: TrainingConfig, resume: bool) -> None:
     check_folder(config, resume)
     if resume and isinstance(config, PPOConfig):
         check_resumable(config, RunFolder(Path(run_folder_path(config))))
 
 
-def _check_nodes(config: RunConfig, findings: Findings, subject: Subject, site: Site) -> None:
+def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, site: Site) -> None:
     nodes, reports = site.nodes, site.reports
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     findings.ok("nodes", f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs in all")
@@ -140,12 +141,11 @@ def _check_nodes(config: RunConfig, findings: Findings, subject: Subject, site: 
     check_disk(findings, [need for phase in subject.phases for need in phase], config.checkpoint, free)
 
 
-def _subject(config: RunConfig, findings: Findings) -> Subject:
+def _subject(config: TrainingConfig, findings: Findings) -> Subject:
     if isinstance(config, PPOConfig):
         return _ppo(config, findings)
     if isinstance(config, SFTConfig):
         return _sft(config, findings)
-    assert isinstance(config, RewardModelConfig), "one of the commands that preflight knows"
     return _reward_model(config, findings)
 
 
