@@ -27,6 +27,7 @@ SETTLED_STEP = 10
 WINDOW_STEPS = 10
 """Growth is from the peak of so many steps after the settled one to the peak of as many at the end."""
 _KIB = 1024
+_OFTEN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Sample:
     Attributes:
         step: steps that were finished.
         shared: bytes by process, pages that several have divided among them (PSS): they add up to what is in use.
-        private: bytes by process that nobody else has (USS).
+        private: bytes by process that nobody else has: the most since the look before.
     """
 
     step: int
@@ -53,7 +54,8 @@ class MemoryWatch:
 
     Args:
         metrics: the run's `metrics.jsonl`, whose lines are the finished steps.
-        interval_s: between two looks.
+        interval_s: between two looks. In between, anonymous memory is read often, which costs next to nothing: the most
+            that a process needs in a step, it needs for a moment.
         pages: whether to count pages (`samples`), which stops a process for some milliseconds; else only the kernel's
             own note of the largest resident size is read (`peaks`).
     """
@@ -72,16 +74,21 @@ class MemoryWatch:
                     self.peaks[name] = max(self.peaks.get(name, 0), resident)
             if self._pages:
                 self._count_pages(found)
-            time.sleep(self._interval_s)
+            else:
+                time.sleep(self._interval_s)
 
     def _count_pages(self, found: Mapping[int, str]) -> None:
-        shared: dict[str, int] = {}
         private: dict[str, int] = {}
+        ends = time.monotonic() + self._interval_s
+        while time.monotonic() < ends:
+            own: dict[str, int] = {}
+            for pid, name in found.items():
+                own[name] = own.get(name, 0) + _fields(f"/proc/{pid}/status").get("RssAnon", 0)
+            private = {name: max(own[name], private.get(name, 0)) for name in own}
+            time.sleep(_OFTEN_S)
+        shared: dict[str, int] = {}
         for pid, name in found.items():
-            pages = _fields(f"/proc/{pid}/smaps_rollup")
-            shared[name] = shared.get(name, 0) + pages.get("Pss", 0)
-            own = pages.get("Private_Clean", 0) + pages.get("Private_Dirty", 0)
-            private[name] = private.get(name, 0) + own
+            shared[name] = shared.get(name, 0) + _fields(f"/proc/{pid}/smaps_rollup").get("Pss", 0)
         steps = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
         self.samples.append(Sample(steps, shared, private))
 

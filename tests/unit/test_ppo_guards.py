@@ -24,7 +24,7 @@ from tests.conftest import REPOSITORY
 from tests.making import random_rollout
 
 NAN, INF = float("nan"), float("inf")
-STATS = ExperienceStats(4, 4, 20, 0.1, 1.0, 0.1, 2.0, 0.0, 1.0, 5.0, 0.0, 0, 2, 0)
+STATS = ExperienceStats(4, 4, 20, 0.1, 2.0, 0.0, 1.0, 5.0, 0.0, 0)
 NUMBERS: dict[str, Any] = dict.fromkeys(PolicyReport.__dataclass_fields__, 0.5)
 POLICY = PolicyReport(**{**NUMBERS, "stats": STATS})
 CRITIC = CriticReport(0.1, 0.0, NAN, 0.3, 1.0, 1e-6)
