@@ -1,8 +1,10 @@
 """Failures keep what they are across processes, and are classified by what they are."""
 
+import errno
 import pickle
 
 import pytest
+import torch
 
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, classify
 
@@ -29,7 +31,12 @@ def test_bad_input_crosses_processes_in_one_line():
         (RoleFailure(FailureKind.DATA, "reward-0", "?", "no tokens"), FailureKind.DATA),
         (ValueError("wrong"), FailureKind.FATAL),
         (FileNotFoundError("gone"), FailureKind.FATAL),
-        (MemoryError(), FailureKind.FATAL),
+        (MemoryError(), FailureKind.INFRASTRUCTURE),
+        (OSError(errno.EIO, "input/output error"), FailureKind.INFRASTRUCTURE),
+        (OSError(errno.ENOSPC, "no space left"), FailureKind.FATAL),
+        (torch.distributed.DistNetworkError("closed"), FailureKind.INFRASTRUCTURE),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), FailureKind.INFRASTRUCTURE),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), FailureKind.FATAL),
     ],
 )
 def test_kinds(error: BaseException, kind: FailureKind):

@@ -218,7 +218,7 @@ FAULTS: dict[str, Fault] = {
     # Models and tokenizers.
     "no policy": Fault("policy.model", "there is no directory", damage(moved)),
     "no weights": Fault("policy.model", "no weights", damage(lambda w: (w.policy / "model.safetensors").unlink())),
-    "pickle": Fault("policy.model", "pytorch_model.bin, a pickle", damage(lambda w: pickled(w.policy))),
+    "pickle": Fault("policy.model", "pickled weights (pytorch_model.bin)", damage(lambda w: pickled(w.policy))),
     "cut weights": Fault("policy.model", "cut short", damage(lambda w: truncated(w.policy / "model.safetensors"))),
     "broken config": Fault("policy.model", "cannot be read", damage(lambda w: truncated(w.policy / "config.json"))),
     "no tokenizer": Fault(
@@ -248,7 +248,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # Rewards.
     "no reward model": Fault("reward.model", "there is no directory", settings("reward.model=/no/such/model")),
-    "pickled reward model": Fault("reward.model", "a pickle", damage(lambda w: pickled(w.reward_model))),
+    "pickled reward model": Fault("reward.model", "pickled weights", damage(lambda w: pickled(w.reward_model))),
     "reward is no classifier": Fault("reward.model", "scoring head", lambda w: [f"reward.model={w.policy}"]),
     "refused reward model": Fault("reward.model", "release gate", damage(refused_by_the_gate)),
     "too long for the reward model": Fault("reward.max_length", "4096 tokens", settings("reward.max_length=4096")),
@@ -303,7 +303,9 @@ FAULTS: dict[str, Fault] = {
     ),
     # What leaves the machine.
     "large working directory": Fault("working directory", "600.0 MiB", large_folder),
-    "token by its name": Fault("policy.learner.env.HF_TOKEN", "secret", settings("policy.learner.env.HF_TOKEN=abc")),
+    "token by its name": Fault(
+        "policy.learner.env", "HF_TOKEN is a secret", settings("policy.learner.env.HF_TOKEN=abc")
+    ),
     "key by its look": Fault("reward.env.HUB", "secret", settings("reward.env.HUB=hf_abcdefghijklmnopqrstuv")),
     "password in an address": Fault(
         "generator.env.PROXY", "secret", settings("generator.env.PROXY=http://me:pass@host")
@@ -469,7 +471,8 @@ def test_a_planted_fault_is_named_by_its_key(name: str, workplace: Workplace):
     findings = preflight_of(CONFIGS / fault.config, overrides + fault.plant(workplace), fault.site)
     changes = findings.of(State.CHANGE)
     what = fault.what.format(folder=workplace.folder)
-    assert any(what in each.what and fault.said in f"{each.found}; {each.allowed}" for each in changes), findings.found
+    told = [f"{each.what}: {each.found}; {each.allowed}" for each in changes]
+    assert any(what in line and fault.said in line for line in told), findings.found
     assert len(changes) == 1, "one fault, one line"
     assert changes[0].allowed
 

@@ -129,7 +129,7 @@ def test_texts_score_as_with_a_model_of_the_runs_own(
     assert np.ptp(column.scores) > 0.1
     assert (column.version, column.num_truncated) == (local.version, expected.num_truncated)
     assert column.num_truncated == 1
-    assert header == column.header()
+    np.testing.assert_array_equal(header.scores, column.scores)
     assert column.disagreement is None
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_scored_is_a_failure_in_its_place(url: str, policy_model:
     header = column.header()
     assert column.failures == ("", "the text is longer than 64 tokens", "")
     assert np.isnan(column.scores[1])
-    assert header.num_scored == 2
+    assert np.isfinite(header.scores).sum() == 2
 
 
 def test_a_response_that_nobody_can_read_is_not_sent(

@@ -93,7 +93,7 @@ def test_an_engine_that_sleeps_wakes_before_it_loads_and_only_once():
         "_in_flight": False,
         "_version": 0,
         "_asleep": False,
-        "_parity": None,
+        "_probed": None,
     }
     vars(generator).update(state)
     generator.sleep()

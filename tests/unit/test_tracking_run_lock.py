@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path: Path):
 def test_a_checkpoint_of_a_run_that_goes_on_is_not_exported(tmp_path: Path):
     checkpoint = tmp_path / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text('{"files": []}')
     tiny = (REPOSITORY / "configs" / "tiny" / "ppo.yaml").read_text()
     (tmp_path / "config.yaml").write_text(tiny)
     with run_lock(tmp_path / ".lock"), pytest.raises(BadInput, match="another process writes"):
