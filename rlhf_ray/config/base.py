@@ -56,7 +56,7 @@ class ActorSettings(Settings):
             if names_a_secret(name):
                 raise ValueError(
                     f"{name} is a secret, and the configuration is kept in the run's folder; set it in the environment "
-                    f"that Ray is started in, or name a file that holds it"
+                    "that Ray is started in, or name a file that holds it"
                 )
         return env
 
