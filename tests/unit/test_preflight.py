@@ -17,7 +17,6 @@ from transformers import BertConfig, LlamaConfig, Qwen2Config
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import resolve_attention
@@ -528,15 +527,6 @@ def test_activations_are_those_that_autograd_keeps(dtype: str, length: int, poli
     # The embedding, the last norm and the positions are no layer's.
     rest = 4 * length * (4 + 2 * ITEM_BYTES[dtype] + 2 * 4) * size.hidden
     assert computed <= sum(saved.values()) <= computed + rest
-
-
-def test_a_snapshot_is_what_the_learner_sends(policy_model: str):
-    assert read_model_size(policy_model).published == read_model_size(policy_model).parameters
-    top = read_model_size(policy_model, trained_top_layers=1)
-    assert top.published == top.trained < top.parameters
-    adapted = read_model_size(policy_model, lora=LoraSettings(rank=2))
-    # Adapters are merged into the layers that are sent; the output projection and the embedding stay.
-    assert adapted.trained < adapted.published < adapted.parameters - adapted.trained
 
 
 def test_a_step_ahead_needs_room_for_another_version(policy_model: str, tiny: Path):
