@@ -125,7 +125,7 @@ class Fault:
     """One fault.
 
     Attributes:
-        what: the key, or the beginning of the place, that is named.
+        what: the key or the place that is named.
         said: a part of what is said of it.
     """
 
@@ -217,7 +217,7 @@ FAULTS: dict[str, Fault] = {
     # Models and tokenizers.
     "no policy": Fault("policy.model", "there is no directory", damage(moved)),
     "no weights": Fault("policy.model", "no weights", damage(lambda w: (w.policy / "model.safetensors").unlink())),
-    "pickle": Fault("policy.model", "pytorch_model.bin, a pickle", damage(lambda w: pickled(w.policy))),
+    "pickle": Fault("policy.model", "pytorch_model.bin", damage(lambda w: pickled(w.policy))),
     "cut weights": Fault("policy.model", "cut short", damage(lambda w: truncated(w.policy / "model.safetensors"))),
     "broken config": Fault("policy.model", "cannot be read", damage(lambda w: truncated(w.policy / "config.json"))),
     "no tokenizer": Fault(
@@ -247,7 +247,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # Rewards.
     "no reward model": Fault("reward.model", "there is no directory", settings("reward.model=/no/such/model")),
-    "pickled reward model": Fault("reward.model", "a pickle", damage(lambda w: pickled(w.reward_model))),
+    "pickled reward model": Fault("reward.model", "pytorch_model.bin", damage(lambda w: pickled(w.reward_model))),
     "reward is no classifier": Fault("reward.model", "scoring head", lambda w: [f"reward.model={w.policy}"]),
     "refused reward model": Fault("reward.model", "release gate", damage(refused_by_the_gate)),
     "too long for the reward model": Fault("reward.max_length", "4096 tokens", settings("reward.max_length=4096")),
@@ -260,7 +260,7 @@ FAULTS: dict[str, Fault] = {
     # Data.
     "no prompts": Fault("prompts.path", "does not exist", settings("prompts.path=/no/such.jsonl")),
     "bad row": Fault("{folder}/rows.jsonl:2", "is not JSON", lambda w: w.rows({"prompt": "I think"}, "{")),
-    "long prompt": Fault("{folder}/rows.jsonl:1", "at most 64", lambda w: w.rows({"prompt": "I think " * 100})),
+    "long prompt": Fault("{folder}/rows.jsonl:1", "300 tokens", lambda w: w.rows({"prompt": "I think " * 100})),
     "no chat template": Fault("{folder}/rows.jsonl:1", "chat template", without_chat_template),
     "no held-out prompts": Fault(
         "evaluation.prompts.path", "does not exist", settings("evaluation.prompts.path=/no/such.jsonl")
@@ -297,12 +297,9 @@ FAULTS: dict[str, Fault] = {
     "folder that is not shared": Fault(
         "paths.runs", "not the folder", settings(), site_of(unwritable="it is not the folder")
     ),
-    "runs below a file": Fault(
-        "paths.runs", "Not a directory", lambda w: [f"paths.runs={w.data}/prompts.jsonl/x"], None
-    ),
     # What leaves the machine.
     "large working directory": Fault("working directory", "600.0 MiB", large_folder),
-    "token by its name": Fault("policy.learner.env.HF_TOKEN", "secret", settings("policy.learner.env.HF_TOKEN=abc")),
+    "token by its name": Fault("policy.learner.env", "secret", settings("policy.learner.env.HF_TOKEN=abc")),
     "key by its look": Fault("reward.env.HUB", "secret", settings("reward.env.HUB=hf_abcdefghijklmnopqrstuv")),
     "password in an address": Fault(
         "generator.env.PROXY", "secret", settings("generator.env.PROXY=http://me:pass@host")
@@ -468,8 +465,9 @@ def test_a_planted_fault_is_named_by_its_key(name: str, workplace: Workplace):
     findings = preflight_of(CONFIGS / fault.config, overrides + fault.plant(workplace), fault.site)
     changes = findings.of(State.CHANGE)
     what = fault.what.format(folder=workplace.folder)
-    assert any(what in each.what and fault.said in f"{each.found}; {each.allowed}" for each in changes), findings.found
     assert len(changes) == 1, "one fault, one line"
+    assert what in f"{changes[0].what}: {changes[0].found}"
+    assert fault.said in changes[0].found
     assert changes[0].allowed
 
 
@@ -561,6 +559,8 @@ def test_a_look_at_this_node(tmp_path: Path):
     assert report.memory_bytes > GIB
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     assert look("here", [], str(tmp_path), str(tmp_path / "marker")).unwritable
+    (tmp_path / "file").touch()
+    assert look("here", [], str(tmp_path / "file" / "runs")).unwritable == "Not a directory"
 
 
 def test_the_working_directory_is_without_what_is_ignored(tmp_path: Path):
