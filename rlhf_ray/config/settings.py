@@ -59,7 +59,11 @@ class ClusterSettings(Settings):
     num_cpus: PositiveInt | None = Field(
         None, description="Logical CPUs of a newly started local cluster; empty: as many as the machine has."
     )
-    object_store_gib: PositiveFloat = Field(1.0, description="Object store of a newly started local cluster, GiB.")
+    object_store_gib: PositiveFloat = Field(
+        1.0,
+        description="Object store of a newly started local cluster, GiB. Needs room for `algorithm.max_staleness` + 1 "
+        "versions of the trained weights, and for rollouts.",
+    )
     placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
         "PACK", description="How Ray spreads the replicas of a role over the nodes."
     )

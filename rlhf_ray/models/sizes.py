@@ -12,6 +12,11 @@ from rlhf_ray.models.adapters import add_adapters, plain_weights
 from rlhf_ray.models.loading import train_only_top_layers
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+_KINDS = {
+    "CausalLM": "AutoModelForCausalLM",
+    "SequenceClassification": "AutoModelForSequenceClassification",
+    "none": "AutoModel",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class ModelSize:
 def read_model_size(
     model: str,
     *,
-    head: Literal["CausalLM", "SequenceClassification"] = "CausalLM",
+    head: Literal["CausalLM", "SequenceClassification", "none"] = "CausalLM",
     trained_top_layers: int | None = None,
     lora: LoraSettings | None = None,
 ) -> ModelSize:
@@ -67,13 +72,14 @@ def read_model_size(
 
     Args:
         model: Hugging Face directory or hub id, whose configuration has been read and checked.
+        head: `none`: the backbone alone, as of a critic, whose head is next to nothing.
         trained_top_layers: None: all parameters are trained.
     """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model)
     with torch.device("meta"):
-        network = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+        network = getattr(transformers, _KINDS[head]).from_config(config)
         train_only_top_layers(network, trained_top_layers)
         if lora is not None:
             add_adapters(network, lora, "lora", seed=0)

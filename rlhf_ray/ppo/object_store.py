@@ -49,7 +49,8 @@ def check_object_store(config: PPOConfig, policy: ModelSize | None, nodes: Seque
     if policy is None:
         return
     snapshots, rollouts = snapshot_bytes(config, policy), rollout_bytes(config, policy)
-    bucket = config.weights.bucket_mib << 20 if snapshots else 0
+    # What is written beside the versions that are complete; no more than one of them.
+    bucket = min(config.weights.bucket_mib << 20, snapshots)
     needed = snapshots + rollouts + bucket
     possible = [node for node in nodes if node.gpus >= config.policy.learner.gpus]
     smallest = min(possible, key=lambda node: node.object_store_bytes, default=None)

@@ -55,25 +55,25 @@ def preflight(
     """Read a configuration and check everything; see `examine`."""
 
     def read() -> tuple[str, TrainingConfig]:
-        command, kind = _command_of(path, overrides)
+        command, kind = _command_of(path)
         return command, load_config(kind, path, overrides)
 
     found = findings.check("configuration", read, lambda found: f"of `{found[0]}`, run '{found[1].run.name}'")
     return [] if found is None else examine(found[1], findings, resume, site)
 
 
-def _command_of(path: Path, overrides: Sequence[str]) -> tuple[str, type[TrainingConfig]]:
-    """Whose configuration it is; what is wrong with the file itself is said by its loader."""
+def _command_of(path: Path) -> tuple[str, type[TrainingConfig]]:
+    """Whose configuration it is; what is wrong with the file itself is said by any of their loaders."""
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        sections = {}
-    named = {*(sections if isinstance(sections, dict) else ()), *(each.partition(".")[0] for each in overrides)}
+        sections = None
+    if not isinstance(sections, dict):
+        return COMMANDS["prompts"]
     for section, command in COMMANDS.items():
-        if section in named:
+        if section in sections:
             return command
-    load_config(PPOConfig, path, overrides)
-    raise BadInput(str(path), "has none of their sections", f"a configuration with {', '.join(COMMANDS)}")
+    raise BadInput(str(path), "is of none of sft, ppo and train-rm", f"one of the sections {', '.join(COMMANDS)}")
 
 
 def _skip_an_unreachable_hub() -> None:

@@ -17,7 +17,7 @@ from rlhf_ray.ppo.inputs import check_critic, check_reference, context_tokens, r
 from rlhf_ray.ppo.object_store import check_object_store, rollout_bytes, snapshot_bytes
 from rlhf_ray.ppo.roles import role_requests
 from rlhf_ray.ppo.state import check_resumable
-from rlhf_ray.preflight.findings import Findings, State
+from rlhf_ray.preflight.findings import Findings, State, size_text
 from rlhf_ray.preflight.needs import Need, ppo_needs, reward_model_needs, sft_needs
 from rlhf_ray.preflight.nodes import (
     NodeReport,
@@ -123,9 +123,10 @@ def _check_folder(config: TrainingConfig, resume: bool) -> None:
 def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, site: Site) -> None:
     nodes, reports = site.nodes, site.reports
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-    findings.ok("nodes", f"{len(nodes)} with {cpus:g} CPUs and {gpus:g} GPUs in all")
     for phase in subject.phases:
-        findings.check("resources", partial(check_resources, [need.request for need in phase], nodes))
+        requests = [need.request for need in phase]
+        found = f"{_asked(requests)} of {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
+        findings.check("resources", partial(check_resources, requests, nodes), partial(_name, found))
     check_versions(findings, reports, own_versions())
     check_paths(findings, reports, subject.paths, config.paths.runs)
     unknown = [need.request.role for phase in subject.phases for need in phase if need.memory is None]
@@ -214,6 +215,12 @@ def _name(name: str, _: object) -> str:
     return name
 
 
+def _asked(requests: Sequence[RoleRequest]) -> str:
+    cpus = sum(each.settings.replicas * each.settings.cpus for each in requests)
+    gpus = sum(each.settings.replicas * each.settings.gpus for each in requests)
+    return f"{', '.join(each.role for each in requests)} ask for {cpus:g} CPUs and {gpus:g} GPUs"
+
+
 def describe_policy(policy: PolicyFacts) -> str:
     """In a line."""
     template = "a chat template" if policy.tokenizer.chat_template else "no chat template"
@@ -233,8 +240,8 @@ def describe_source(source: RewardSource) -> str:
 
 def _describe_store(config: PPOConfig, policy: PolicyFacts) -> str:
     snapshots, rollouts = snapshot_bytes(config, policy.size), rollout_bytes(config, policy.size)
-    versions = f"{config.algorithm.max_staleness + 1} version(s) of the weights take {snapshots / 1e9:.2f} GB"
-    return f"{versions if snapshots else 'weights are broadcast'}, rollouts {rollouts / 1e9:.2f} GB"
+    versions = f"{config.algorithm.max_staleness + 1} version(s) of the weights take {size_text(snapshots)}"
+    return f"{versions if snapshots else 'weights are broadcast'}, rollouts {size_text(rollouts)}"
 
 
 def _local(keys: Mapping[str, str]) -> dict[str, str]:

@@ -22,6 +22,9 @@ _FLOAT32 = 4
 _LEARNER, _REFERENCE, _SCORER, _ENGINE = 0.46e9, 0.41e9, 0.40e9, 0.66e9
 """Bytes of a process with its libraries, on a CPU."""
 DRIVER_BYTES, RAY_BYTES = 0.5e9, 0.6e9
+_HEAP = 1.7
+"""How much of a CPU's memory the tensors of a training pass take up, by their size: what is freed on the way leaves
+gaps between those that are kept."""
 _CUDA_HOST, _CUDA_DEVICE = 3e9, 1e9
 """Bytes of a process with CUDA's libraries, in the node's memory and on the GPU. Not measured."""
 _REDUCE_BUCKET, _LIVE_PARAMETERS = 500_000_000, 1_000_000_000
@@ -100,20 +103,14 @@ def learner_memory(
     gradients = _FLOAT32 * size.trained / (ranks if stage >= 2 else 1)
     moments = 2 * _FLOAT32 * size.trained / (ranks if stage else 1)
     master = _FLOAT32 * size.trained / ranks if stage else 0.0
-    # What a backward pass adds to the float32 sums: all of it in bfloat16, a bucket where gradients are shared out.
-    # ZeRO-3 also gathers weights.
-    buffers = item * size.trained if stage == 1 and item < _FLOAT32 else 0.0
-    if stage >= 2:
-        buffers = item * min(zero.get("reduce_bucket_size", _REDUCE_BUCKET), size.trained)
-    if stage == 3:
-        buffers += item * min(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS), size.parameters)
+    heap = 1.0 if on_gpu else _HEAP
     parts: Parts = {
         "weights": weights,
         "gradients": gradients,
         "optimizer": master + moments,
-        "buffers": buffers,
-        "activations": kept_activations(size, work, item, settings.gradient_checkpointing, on_gpu),
-        "logits": _logits(settings, size, work, item, on_gpu, has_entropy) if has_head else 0.0,
+        "buffers": _buffers(zero, size, item, ranks, on_gpu),
+        "activations": heap * kept_activations(size, work, item, settings.gradient_checkpointing, on_gpu),
+        "logits": heap * _logits(settings, size, work, item, on_gpu, has_entropy) if has_head else 0.0,
     }
     # The embedding's gradient is as large as the embedding, and lies beside the sum of those before it.
     if size.trained_layers == size.layers:
@@ -182,6 +179,22 @@ def generator_memory(
 def process_memory() -> Memory:
     """A process that holds no model."""
     return Memory({"process": _SCORER})
+
+
+def _buffers(zero: dict[str, Any], size: ModelSize, item: int, ranks: int, on_gpu: bool) -> float:
+    """What DeepSpeed holds beside the sums of the gradients.
+
+    Stage 1: in bfloat16 all gradients of a backward pass, which are added to the float32 sums; in float32 the flat copy
+    of a rank's share. From stage 2 on a bucket that gradients are reduced in, and in stage 3 gathered weights. Pages
+    of a bucket that are never touched take no memory on a CPU.
+    """
+    stage, bucket = int(zero["stage"]), float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
+    if stage < 2:
+        return stage * (item * size.trained if item < _FLOAT32 else _FLOAT32 * size.trained / ranks)
+    buffers = item * (bucket if on_gpu else min(bucket, size.trained))
+    if stage == 3:
+        buffers += item * min(float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)), size.parameters)
+    return buffers
 
 
 def _placed(parts: Parts, process: float, gpus: float) -> Memory:

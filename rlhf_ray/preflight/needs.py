@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward_model import RewardModelConfig
 from rlhf_ray.config.settings import LearnerSettings, PPOConfig, SFTConfig
 from rlhf_ray.models.loading import resolve_dtype
@@ -104,7 +103,8 @@ def ppo_needs(
     needs["policy.learner"] = needs["policy.learner"].of_learner(learner, size, exports)
     if config.critic is not None and "critic.model" not in unread:
         key, learner = "critic.learner", config.critic.learner
-        critic = classifier_size(config.critic.model or config.policy.model, learner)
+        backbone, trained_layers = config.critic.model or config.policy.model, learner.trainable_top_layers
+        critic = read_model_size(backbone, head="none", trained_top_layers=trained_layers)
         memory = learner_memory(learner, critic, minibatch(learner), has_head=False)
         needs[key] = replace(needs[key], memory=memory).of_learner(learner, critic)
     return list(needs.values())
@@ -129,7 +129,12 @@ def sft_needs(config: SFTConfig, policy: PolicyFacts) -> list[Need]:
 def reward_model_needs(config: RewardModelConfig) -> list[list[Need]]:
     """The learner, the scorers, and those who check the result: one after the other."""
     learner, training = config.learner, config.training
-    size = classifier_size(config.model, learner, training.lora)
+    size = read_model_size(
+        config.model,
+        head="SequenceClassification",
+        trained_top_layers=learner.trainable_top_layers,
+        lora=training.lora,
+    )
     work = Pass.of(learner.micro_batch_tokens, 2 * training.batch_size // learner.replicas, 0, training.max_length)
     memory = learner_memory(learner, size, work, has_head=False)
     trained = Need(RoleRequest("reward-learner", "learner", learner), memory)
@@ -140,10 +145,3 @@ def reward_model_needs(config: RewardModelConfig) -> list[list[Need]]:
     checks = integrity_requests(config.scorer, config.gate) if config.gate.enabled else []
     phases = [[trained], [Need(scorer_request(config.scorer), scored)], [Need(each, checked) for each in checks]]
     return [phase for phase in phases if phase]
-
-
-def classifier_size(model: str, learner: LearnerSettings, lora: LoraSettings | None = None) -> ModelSize:
-    """A backbone with a head of its own: a critic or a reward model."""
-    return read_model_size(
-        model, head="SequenceClassification", trained_top_layers=learner.trainable_top_layers, lora=lora
-    )

@@ -8,9 +8,12 @@ import pytest
 from bench.ppo.cases import CASES
 from bench.ppo.figures import PARTS, Rounds, floor_results, learner_results, trl_results
 from bench.ppo.measure import BareModel, Ours, TrlSteps
-from bench.ppo.memory import Sample, growth_results, peak_results
+from bench.ppo.memory import Sample, computed_results, growth_results, peak_results
 from bench.ppo.ours import Busy, Steps, read_steps, read_trace
 from bench.ppo.workers import Work
+from rlhf_ray.config.load import dump_config, load_config
+from rlhf_ray.config.settings import PPOConfig
+from tests.conftest import REPOSITORY
 
 TINY = CASES[0]
 
@@ -91,3 +94,13 @@ def test_memory_adds_up_at_one_time_and_grows_between_windows() -> None:
         "x: critic-0, growth": pytest.approx(0.0),
     }
     assert growth_results("x", grown[:20], 20) == []
+
+
+def test_computed_peaks_are_compared_with_the_measured_ones_of_the_same_role(tiny: Path, tmp_path: Path) -> None:
+    config = load_config(PPOConfig, REPOSITORY / "configs" / "tiny" / "ppo.yaml", [f"paths.data={tiny.parent}"])
+    (tmp_path / "config.yaml").write_text(dump_config(config), "utf-8")
+    # Half a gigabyte a process is about what the tiny roles need.
+    sizes = {"policy-0": 5 * 10**8, "policy-1": 10**9, "driver": 10**9}
+    [result] = computed_results("x", [Sample(1, sizes, sizes)], tmp_path / "config.yaml")
+    assert (result.name, result.target) == ("x: policy-0, computed peak is off by", "<= 15 %")
+    assert 0 < result.value < 15

@@ -17,7 +17,6 @@ from transformers import BertConfig, LlamaConfig, Qwen2Config
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import resolve_attention
@@ -126,7 +125,7 @@ class Fault:
     """One fault.
 
     Attributes:
-        what: the key, or the beginning of the place, that is named.
+        what: the key or the place that is named.
         said: a part of what is said of it.
     """
 
@@ -218,7 +217,7 @@ FAULTS: dict[str, Fault] = {
     # Models and tokenizers.
     "no policy": Fault("policy.model", "there is no directory", damage(moved)),
     "no weights": Fault("policy.model", "no weights", damage(lambda w: (w.policy / "model.safetensors").unlink())),
-    "pickle": Fault("policy.model", "pickled weights (pytorch_model.bin)", damage(lambda w: pickled(w.policy))),
+    "pickle": Fault("policy.model", "pytorch_model.bin", damage(lambda w: pickled(w.policy))),
     "cut weights": Fault("policy.model", "cut short", damage(lambda w: truncated(w.policy / "model.safetensors"))),
     "broken config": Fault("policy.model", "cannot be read", damage(lambda w: truncated(w.policy / "config.json"))),
     "no tokenizer": Fault(
@@ -248,7 +247,7 @@ FAULTS: dict[str, Fault] = {
     ),
     # Rewards.
     "no reward model": Fault("reward.model", "there is no directory", settings("reward.model=/no/such/model")),
-    "pickled reward model": Fault("reward.model", "pickled weights", damage(lambda w: pickled(w.reward_model))),
+    "pickled reward model": Fault("reward.model", "pytorch_model.bin", damage(lambda w: pickled(w.reward_model))),
     "reward is no classifier": Fault("reward.model", "scoring head", lambda w: [f"reward.model={w.policy}"]),
     "refused reward model": Fault("reward.model", "release gate", damage(refused_by_the_gate)),
     "too long for the reward model": Fault("reward.max_length", "4096 tokens", settings("reward.max_length=4096")),
@@ -261,7 +260,7 @@ FAULTS: dict[str, Fault] = {
     # Data.
     "no prompts": Fault("prompts.path", "does not exist", settings("prompts.path=/no/such.jsonl")),
     "bad row": Fault("{folder}/rows.jsonl:2", "is not JSON", lambda w: w.rows({"prompt": "I think"}, "{")),
-    "long prompt": Fault("{folder}/rows.jsonl:1", "at most 64", lambda w: w.rows({"prompt": "I think " * 100})),
+    "long prompt": Fault("{folder}/rows.jsonl:1", "300 tokens", lambda w: w.rows({"prompt": "I think " * 100})),
     "no chat template": Fault("{folder}/rows.jsonl:1", "chat template", without_chat_template),
     "no held-out prompts": Fault(
         "evaluation.prompts.path", "does not exist", settings("evaluation.prompts.path=/no/such.jsonl")
@@ -298,14 +297,9 @@ FAULTS: dict[str, Fault] = {
     "folder that is not shared": Fault(
         "paths.runs", "not the folder", settings(), site_of(unwritable="it is not the folder")
     ),
-    "runs below a file": Fault(
-        "paths.runs", "Not a directory", lambda w: [f"paths.runs={w.data}/prompts.jsonl/x"], None
-    ),
     # What leaves the machine.
     "large working directory": Fault("working directory", "600.0 MiB", large_folder),
-    "token by its name": Fault(
-        "policy.learner.env", "HF_TOKEN is a secret", settings("policy.learner.env.HF_TOKEN=abc")
-    ),
+    "token by its name": Fault("policy.learner.env", "secret", settings("policy.learner.env.HF_TOKEN=abc")),
     "key by its look": Fault("reward.env.HUB", "secret", settings("reward.env.HUB=hf_abcdefghijklmnopqrstuv")),
     "password in an address": Fault(
         "generator.env.PROXY", "secret", settings("generator.env.PROXY=http://me:pass@host")
@@ -471,9 +465,9 @@ def test_a_planted_fault_is_named_by_its_key(name: str, workplace: Workplace):
     findings = preflight_of(CONFIGS / fault.config, overrides + fault.plant(workplace), fault.site)
     changes = findings.of(State.CHANGE)
     what = fault.what.format(folder=workplace.folder)
-    told = [f"{each.what}: {each.found}; {each.allowed}" for each in changes]
-    assert any(what in line and fault.said in line for line in told), findings.found
     assert len(changes) == 1, "one fault, one line"
+    assert what in f"{changes[0].what}: {changes[0].found}"
+    assert fault.said in changes[0].found
     assert changes[0].allowed
 
 
@@ -533,24 +527,16 @@ def test_activations_are_those_that_autograd_keeps(dtype: str, length: int, poli
     assert computed <= sum(saved.values()) <= computed + rest
 
 
-def test_a_snapshot_is_what_the_learner_sends(policy_model: str):
-    assert read_model_size(policy_model).published == read_model_size(policy_model).parameters
-    top = read_model_size(policy_model, trained_top_layers=1)
-    assert top.published == top.trained < top.parameters
-    adapted = read_model_size(policy_model, lora=LoraSettings(rank=2))
-    # Adapters are merged into the layers that are sent; the output projection and the embedding stay.
-    assert adapted.trained < adapted.published < adapted.parameters - adapted.trained
-
-
 def test_a_step_ahead_needs_room_for_another_version(policy_model: str, tiny: Path):
     def needed(*overrides: str) -> int:
         config = load_config(PPOConfig, CONFIGS / "tiny/ppo.yaml", [f"paths.data={tiny.parent}", *overrides])
         size = read_model_size(policy_model)
-        total = snapshot_bytes(config, size) + rollout_bytes(config, size) + (config.weights.bucket_mib << 20)
+        snapshots = snapshot_bytes(config, size)
+        total = snapshots + rollout_bytes(config, size) + min(config.weights.bucket_mib << 20, snapshots)
         check_object_store(config, size, [replace(LAPTOP, object_store_bytes=total)])
         with pytest.raises(BadInput, match="object_store_gib"):
             check_object_store(config, size, [replace(LAPTOP, object_store_bytes=total - 1)])
-        return snapshot_bytes(config, size)
+        return snapshots
 
     assert needed() == 4 * read_model_size(policy_model).parameters
     assert needed("algorithm.max_staleness=3") == 4 * needed()
@@ -573,6 +559,8 @@ def test_a_look_at_this_node(tmp_path: Path):
     assert report.memory_bytes > GIB
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     assert look("here", [], str(tmp_path), str(tmp_path / "marker")).unwritable
+    (tmp_path / "file").touch()
+    assert look("here", [], str(tmp_path / "file" / "runs")).unwritable == "Not a directory"
 
 
 def test_the_working_directory_is_without_what_is_ignored(tmp_path: Path):
