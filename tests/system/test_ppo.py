@@ -150,7 +150,7 @@ def spared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
         *("sampling.prompts_per_step=4", "sampling.spare_prompts=8", "algorithm.drop_uniform_groups=true"),
         *("algorithm.advantage=grpo", "algorithm.advantage_whiten=false"),
         "algorithm.kl={coefficient: 0.05, estimator: k3, placement: loss, controller: fixed}",
-        "reward={function: 'tests.unit.reward_functions:even', batch_size: 8}",
+        "reward=[{function: 'tests.unit.reward_functions:even', batch_size: 8}]",
         "critic=null",
     )
     alone, stopped = (begin(data_root, tmp_path_factory.mktemp(name), *settings) for name in ("spared", "halfway"))
