@@ -19,7 +19,7 @@ from rlhf_ray.ppo.metrics import COLUMNS, StepClock, StepHeaders, step_row, warn
 from rlhf_ray.ppo.results import judge_before, judge_during, write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
 from rlhf_ray.ppo.scoring import refuse_failures
-from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
 from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.answers import Deferred, collect
@@ -75,7 +75,11 @@ class PPO:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
-        self._state = LoopState(max_staleness=config.algorithm.max_staleness, learners=learner_shapes(config))
+        self._state = LoopState(
+            max_staleness=config.algorithm.max_staleness,
+            learners=learner_shapes(config),
+            prompts=prompt_counts(config),
+        )
         self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
         self._weights = WeightSync(
@@ -101,7 +105,7 @@ class PPO:
         restored = run.restore(LoopState)
         if restored is not None:
             found, checkpoint = restored
-            self._state = replace(found, learners=self._state.learners)
+            self._state = replace(found, learners=self._state.learners, prompts=self._state.prompts)
             self._kl.load_state_dict(found.kl_controller)
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
             admission.read(found.rollouts, checkpoint)

@@ -28,6 +28,7 @@ class LoopState:
         syncs: the proofs (`Parity`) of the weights that the next steps are sampled with, oldest first.
         best: step and value of the best policy on held-out prompts, where it is kept.
         learners: see `learner_shapes`; empty in checkpoints of earlier versions.
+        prompts: see `prompt_counts`; empty in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class LoopState:
     syncs: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, float | int] = field(default_factory=dict)
     learners: dict[str, int | str | None] = field(default_factory=dict)
+    prompts: dict[str, int] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:
         """One more step is done."""
@@ -62,19 +64,32 @@ def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
     return {**shapes, _LORA: None if lora is None else lora.model_dump_json()}
 
 
+def prompt_counts(config: PPOConfig) -> dict[str, int]:
+    """The settings, by their keys, that say which prompts a step draws. With others, a resumed run would leave some out
+    of the order, or draw them again."""
+    sampling = config.sampling
+    names = ("prompts_per_step", "spare_prompts")
+    return {f"sampling.{name}": getattr(sampling, name) for name in names}
+
+
 def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
-    """See that the learners can read the run's latest checkpoint, before any of them is started.
+    """See that the run can go on from its latest checkpoint, before any role is started.
 
     Raises:
-        BadInput: it was written with other settings of those, without a critic, or with another staleness.
+        BadInput: it was written with other settings of those, without a critic, with another staleness, or with other
+            counts of prompts.
     """
     latest = folder.latest_checkpoint()
     if latest is None:
         return
     step, path = latest
     found = read_state(path, LoopState)
-    written = {_LORA: None, **found.learners, _STALENESS: found.max_staleness}
-    wanted = {**(learner_shapes(config) if found.learners else {}), _STALENESS: config.algorithm.max_staleness}
+    written = {_LORA: None, **found.learners, **found.prompts, _STALENESS: found.max_staleness}
+    wanted = {
+        **(learner_shapes(config) if found.learners else {}),
+        **(prompt_counts(config) if found.prompts else {}),
+        _STALENESS: config.algorithm.max_staleness,
+    }
     for key, now in wanted.items():
         before = written.get(key, "no such learner")
         # What `auto` is becomes known on the learner's node.

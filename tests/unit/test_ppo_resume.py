@@ -14,7 +14,7 @@ from rlhf_ray.data.rows import BadRows
 from rlhf_ray.failures import BadInput
 from rlhf_ray.ppo.evaluation import before_file
 from rlhf_ray.ppo.inputs import Inputs
-from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes
+from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
 from rlhf_ray.ppo.step import conversations
 from rlhf_ray.reward.core.source import RewardSource
 from rlhf_ray.runtime.run import write_state
@@ -86,6 +86,18 @@ def test_a_critic_without_a_checkpoint_is_refused(folder: RunFolder):
         check_resumable(config_of(), folder)
 
 
+@pytest.mark.parametrize("override", ["sampling.prompts_per_step=16", "sampling.spare_prompts=4"])
+def test_other_counts_of_prompts_would_skip_some_or_repeat_them(folder: RunFolder, override: str):
+    uniform = ("critic=null", "algorithm.advantage=grpo", "algorithm.drop_uniform_groups=true")
+    begun = config_of(*uniform)
+    state = LoopState(step=4, learners=learner_shapes(begun), prompts=prompt_counts(begun))
+    write_state(folder.checkpoint_path(4), state)
+    check_resumable(begun, folder)
+    key, _, value = override.partition("=")
+    with pytest.raises(BadInput, match=rf"{key}: {value}, but the checkpoint of step 4 was written with"):
+        check_resumable(config_of(*uniform, override), folder)
+
+
 def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
     check_resumable(config_of("policy.learner.dtype=auto"), folder)
     check_resumable(config_of("policy.learner.learning_rate=1", "generator.replicas=2", "reference.replicas=2"), folder)
@@ -94,7 +106,7 @@ def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
 def test_a_checkpoint_of_before_there_was_a_record_is_tried(folder: RunFolder):
     state = folder.checkpoint_path(4) / "state.json"
     written = json.loads(state.read_text())
-    del written["learners"]
+    del written["learners"], written["prompts"]
     state.write_text(json.dumps(written))
     check_resumable(config_of("policy.learner.replicas=2"), folder)
 
