@@ -236,7 +236,7 @@ class GeneratorSettings(ActorSettings):
 class SamplingSettings(Settings):
     """How much is sampled each step, and how."""
 
-    prompts_per_step: PositiveInt = Field(16, description="Prompts of one step.")
+    prompts_per_step: PositiveInt = Field(16, description="Prompts that one step trains on.")
     spare_prompts: NonNegativeInt = Field(
         0,
         description="Prompts that each step samples beside these, to take the place of those whose responses all have "
