@@ -61,8 +61,8 @@ def refuse_locked(path: Path) -> None:
     """
     try:
         descriptor = os.open(path, os.O_RDWR)
-    except (FileNotFoundError, NotADirectoryError):
-        return  # nobody writes there; who is going to will find out why
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
