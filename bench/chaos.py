@@ -1,10 +1,11 @@
 """`make chaos`: processes of a run are killed, stopped, starved and broken, and it must end as if nothing had been.
 
-Four parts, each on the tiny model with the real engines, and each against the same run left alone; "equal" means every
+Five parts, each on the tiny model with the real engines, and each against the same run left alone; "equal" means every
 row of `metrics.jsonl` but for times, the trained weights and the judged samples, to the bit:
 
 - `matrix`: each role, lost in each way, in the midst of a call and between calls;
 - `pairs`: one role twice in one run, and two roles at once;
+- `node`: one of two nodes goes away, with whatever was on it;
 - `kills`: random roles of a longer run, again and again;
 - `job`: the whole job, at random moments of every phase, resumed by the same command.
 """
@@ -28,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.cluster_utils import Cluster
 
 from bench.results import Report, Result
 from rlhf_ray.randomness import keyed_generator
 from tests.faults import METHODS, Fault, happened
-from tests.system.commands import PPO, Command, rows_of, start, without_times
+from tests.system.commands import PPO, Command, rows_of, start, wait_until, without_times
 
 HOWS = ("kill", "stop", "raise", "memory")
 SILENT_S = 20.0
@@ -177,6 +179,35 @@ def pairs(site: Site, alone: Outcome, report: Report) -> None:
     report.add(results, "two faults in one run")
 
 
+def node(site: Site, alone: Outcome, report: Report) -> None:
+    """The node that the driver is not on is lost after the first step; the other has room for all roles."""
+    shape = {"num_cpus": 2, "object_store_memory": 200 << 20}
+    head = {**shape, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        other = cluster.add_node(**shape, node_ip_address="127.0.0.3")
+        cluster.wait_for_nodes()
+        where = (f"cluster.address={cluster.address}", "cluster.placement_strategy=SPREAD")
+        command = site.begin("node", *where)
+        rows = site.folder("node") / "metrics.jsonl"
+        wait_until(lambda: rows_of(rows) or command.process.poll() is not None, DEADLINE_S, "the first step")
+        cluster.remove_node(other, allow_graceful=False)
+        command.wait(DEADLINE_S)
+    finally:
+        cluster.shutdown()
+    outcome = site.outcome("node", command)
+    started = [event for event in outcome.events if event["kind"] == "role_started"]
+    lost = sum(event["node"] == "127.0.0.3" for event in started)
+    print(f"lost with the node: {lost} roles; {outcome.error}", flush=True)
+    report.add(
+        [
+            Result("roles on the lost node", lost, target=">= 1"),
+            Result("a node lost: equal to the run left alone", int(outcome.equals(alone)), target=">= 1"),
+        ],
+        "a node",
+    )
+
+
 def kills(site: Site, alone: Outcome, report: Report, count: int, *settings: str) -> None:
     """Random processes of one run, one after another, each when those before are back."""
     name = "kills"
@@ -280,7 +311,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data").absolute())
-    parser.add_argument("--parts", default="matrix,pairs,kills,job")
+    parser.add_argument("--parts", default="matrix,pairs,node,kills,job")
     parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
     parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs in")
@@ -299,6 +330,7 @@ def main() -> None:
         parts: dict[str, Callable[[], None]] = {
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
+            "node": lambda: node(short, short.run("alone-on-one-node"), report),
             "kills": lambda: kills(longer, longer.run("alone"), report, arguments.kills),
             "job": jobs,
         }

@@ -19,10 +19,13 @@ import ray
 from rlhf_ray.failures import FailureKind, RoleFailure, classify, is_of_this_machine
 from rlhf_ray.runtime.answers import fetched
 from rlhf_ray.runtime.limits import Limits
-from rlhf_ray.runtime.vitals import CallClock, Pulse, Restarts
+from rlhf_ray.runtime.vitals import Attempts, CallClock, Pulse, Restarts
 
 EXIT_AGAIN = 75
 """Status of a process that ends so that Ray starts another in its place (`EX_TEMPFAIL`)."""
+
+_MAX_ENDED = 2
+"""Processes that one call may end before its input is taken for the cause, where the role can set an input aside."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class RoleHost:
         os.dup2(descriptor, 2)
         os.close(descriptor)
         self._restarts = Restarts(log_path, limits.max_restarts, limits.restart_window_s)
+        self._attempts = Attempts(log_path)
         self._started = 1 + self._restarts.begin(remake is not None and _is_started_again())
         import torch
 
@@ -120,7 +124,13 @@ class RoleHost:
         if self._role is None and self._remake is not None:
             self._build_again(self._remake)
         arguments = self._fetched(args)
-        return self._guarded(method, lambda: getattr(self._role, method)(*arguments))
+        set_aside: Callable[..., Any] | None = getattr(self._role, "set_aside", None)
+        if set_aside is None or self._remake is None:
+            return self._guarded(method, lambda: getattr(self._role, method)(*arguments))
+        with self._attempts.at(ray.get_runtime_context().get_task_id() or "") as ended:
+            if ended >= _MAX_ENDED:
+                return set_aside(*arguments, f"its process ended {ended} times while it was at this shard")
+            return self._guarded(method, lambda: getattr(self._role, method)(*arguments))
 
     def keep(self, method: str, *args: Any) -> tuple[Any, Any]:
         """As `call`, for rows and columns: the value, and its header apart from it."""

@@ -141,3 +141,29 @@ class Restarts:
     def last_words(self) -> str | None:
         """What the process before this one said."""
         return self._words.read_text(encoding="utf-8") if self._words.exists() else None
+
+
+class Attempts:
+    """How often a call was begun and ended with its process: a file beside the role's log. For one call at a time.
+
+    Args:
+        log_path: of the role.
+    """
+
+    def __init__(self, log_path: str) -> None:
+        self._file = Path(f"{log_path}.call")
+
+    @contextmanager
+    def at(self, task_id: str) -> Iterator[int]:
+        """For the length of one call; gives how many processes it has ended.
+
+        Args:
+            task_id: Ray's, the same at every attempt.
+        """
+        begun, times = json.loads(self._file.read_text()) if self._file.exists() else ("", 0)
+        ended = times if begun == task_id else 0
+        self._file.write_text(json.dumps([task_id, ended + 1]))
+        try:
+            yield ended
+        finally:
+            self._file.unlink(missing_ok=True)

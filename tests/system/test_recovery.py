@@ -36,6 +36,9 @@ class Worker:
         _once(mark, lambda: os.kill(os.getpid(), signal.SIGKILL))
         return random_rollout(index)
 
+    def set_aside(self, *inputs: Any) -> str:
+        return f"set aside: {inputs[-1]}"
+
     def pid(self) -> int:
         return os.getpid()
 
@@ -116,9 +119,23 @@ def test_a_process_without_memory_gives_its_work_to_another(worker: ActorGroup[W
     assert event["cause"] == "exhaust: MemoryError: none left"
 
 
-def test_what_ends_its_process_again_and_again_ends_the_run(worker: ActorGroup[Worker]):
+def test_an_input_that_ends_two_processes_is_set_aside(worker: ActorGroup[Worker]):
+    before = pid_of(worker)
+    answers: list[Any] = [worker.of(0).ask(Worker.die), worker.of(0).ask(Worker.pid)]
+    died, after = worker.wait(answers)
+    assert died == "set aside: its process ended 2 times while it was at this shard"
+    assert after != before
+
+
+def test_who_is_lost_too_often_ends_the_run(worker: ActorGroup[Worker]):
+    def kill_and_ask() -> None:
+        os.kill(pid_of(worker), signal.SIGKILL)
+        pid_of(worker)
+
+    kill_and_ask()
+    kill_and_ask()
     with pytest.raises(RoleFailure, match=r"ended 3 times within 3600 s; cluster.max_restarts allows 2") as caught:
-        worker.wait([worker.of(0).ask(Worker.die)])
+        kill_and_ask()
     assert (caught.value.kind, caught.value.role) == (FailureKind.INFRASTRUCTURE, "worker-0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from pydantic import SecretStr
 
 from rlhf_ray.config.reward import RewardSettings
@@ -120,3 +122,7 @@ class TimedScorer:
         started = time.monotonic()
         column = self._scorer.score(rollout, prompts)
         return replace(column, time_s=time.monotonic() - started)
+
+    def set_aside(self, rollout: Rollout, prompts: dict[int, Conversation], cause: str) -> RewardColumn:
+        """No scores for a shard that no process survives: asked for by the runtime, in place of another attempt."""
+        return RewardColumn(np.full(rollout.num_samples, math.nan), (cause,) * rollout.num_samples, "")
