@@ -160,10 +160,11 @@ class Attempts:
         Args:
             task_id: Ray's, the same at every attempt.
         """
-        begun, times = json.loads(self._file.read_text()) if self._file.exists() else ("", 0)
-        ended = times if begun == task_id else 0
-        self._file.write_text(json.dumps([task_id, ended + 1]))
+        begun: dict[str, int] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        ended = begun.pop(task_id, 0)
+        # Another process may be sent the calls in another order, so what it says of others stays.
+        self._file.write_text(json.dumps({**begun, task_id: ended + 1}))
         try:
             yield ended
         finally:
-            self._file.unlink(missing_ok=True)
+            self._file.write_text(json.dumps(begun))
