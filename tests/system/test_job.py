@@ -152,7 +152,7 @@ def test_preflight_asks_the_nodes_of_a_running_cluster(cluster: Cluster, data_ro
 
     sound = preflight("sound")
     assert sound.process.returncode == 0, sound.stdout + sound.stderr
-    for said in ("of 2 CPUs and 0 GPUs on 1 node(s)", "on 1 node(s)", "path(s) readable", "✓ memory of 127.0.0.1"):
+    for said in ("of 2 CPUs and 0 of 0 GPUs on 1 node(s)", "on 1 node(s)", "path(s) readable", "✓ memory of 127.0.0.1"):
         assert said in sound.stdout
     assert not list((tmp_path / "runs").iterdir()), "nothing is left behind"
 
