@@ -126,12 +126,12 @@ def ppo(
 def preflight(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="As the run will be started with.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="The run will be started with --resume.")] = False,
 ) -> None:
     """Check a configuration of `sft`, `train-rm` or `ppo` before anything is started.
 
-    Reads what the run would read, and asks each node of a running cluster. Writes nothing; prints a line a check: ok,
-    or what to change. Exit status 2 when something must be changed.
+    Reads what the run would read, and asks each node of a running cluster. Starts no role and writes nothing; prints a
+    line a check: ok, or what to change. Exit status 2 when something must be changed.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rlhf_ray.preflight.command import run_preflight

@@ -74,13 +74,14 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
                 for replica in group:
                     run.tracker.events.write("role_started", role=replica.name, node=replica.node)
             recovery, done = Recovery(config, starter, run), False
-            while not done:
-                try:
-                    with Supervisor(roles.groups(), run.tracker.events, config.cluster.silent_after_s):
+            with Supervisor(run.tracker.events, config.cluster.silent_after_s) as supervisor:
+                while not done:
+                    supervisor.watch(roles.groups())
+                    try:
                         PPO(config, inputs, roles, run).train()
-                    done = True
-                except RoleFailure as failure:
-                    roles = recovery.after(failure, roles)
+                        done = True
+                    except RoleFailure as failure:
+                        roles = recovery.after(failure, roles)
         finally:
             refuse_rollouts_in_this_process(False)
 

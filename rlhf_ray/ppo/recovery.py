@@ -62,11 +62,11 @@ class Recovery:
             return roles
 
     def _lost(self, roles: Roles, failure: RoleFailure) -> set[str]:
-        """Roles that have to be started anew: those that do not answer, or else the one that failed."""
+        """Roles that have to be started anew: the one that failed, and those that do not answer."""
         held = [group for group in roles.groups() if not self._starter.makers[group.role].restarts]
         silent = {group.role for group in held if not _answers(group)}
         failed = failure.role.rpartition("-")[0]
-        return silent or {group.role for group in held if group.role == failed}
+        return silent | {group.role for group in held if group.role == failed}
 
     def _with_dependents(self, lost: Set[str]) -> set[str]:
         config, learners = self._config, {"policy"} | ({"critic"} if self._config.critic is not None else set())

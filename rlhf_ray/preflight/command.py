@@ -118,7 +118,7 @@ def _memory_table(needs: Sequence[Need]) -> Table:
 
 def _summary(findings: Findings) -> str:
     changes, unknown = len(findings.of(State.CHANGE)), len(findings.of(State.UNKNOWN))
-    known = f"{len(findings.of(State.OK))} checks are well"
+    known = f"{len(findings.of(State.OK))} checks passed"
     rest = f", {unknown} could not be made here" if unknown else ""
     if changes:
         return f"\n[bold red]{changes} to change[/bold red]; {known}{rest}"

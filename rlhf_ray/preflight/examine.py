@@ -122,11 +122,9 @@ def _check_folder(config: TrainingConfig, resume: bool) -> None:
 
 def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, site: Site) -> None:
     nodes, reports = site.nodes, site.reports
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     for phase in subject.phases:
         requests = [need.request for need in phase]
-        found = f"{_asked(requests)} of {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s)"
-        findings.check("resources", partial(check_resources, requests, nodes), partial(_name, found))
+        findings.check("resources", partial(check_resources, requests, nodes), partial(_name, _asked(requests, nodes)))
     check_versions(findings, reports, own_versions())
     check_paths(findings, reports, subject.paths, config.paths.runs)
     unknown = [need.request.role for phase in subject.phases for need in phase if need.memory is None]
@@ -215,10 +213,13 @@ def _name(name: str, _: object) -> str:
     return name
 
 
-def _asked(requests: Sequence[RoleRequest]) -> str:
+def _asked(requests: Sequence[RoleRequest], nodes: Sequence[NodeShape]) -> str:
+    """What roles ask for, of what there is."""
     cpus = sum(each.settings.replicas * each.settings.cpus for each in requests)
     gpus = sum(each.settings.replicas * each.settings.gpus for each in requests)
-    return f"{', '.join(each.role for each in requests)} ask for {cpus:g} CPUs and {gpus:g} GPUs"
+    there = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    roles = ", ".join(each.role for each in requests)
+    return f"{cpus:g} of {there[0]:g} CPUs and {gpus:g} of {there[1]:g} GPUs on {len(nodes)} node(s) for {roles}"
 
 
 def describe_policy(policy: PolicyFacts) -> str:

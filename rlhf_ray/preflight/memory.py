@@ -184,17 +184,19 @@ def process_memory() -> Memory:
 def _buffers(zero: dict[str, Any], size: ModelSize, item: int, ranks: int, on_gpu: bool) -> float:
     """What DeepSpeed holds beside the sums of the gradients.
 
-    Stage 1: in bfloat16 all gradients of a backward pass, which are added to the float32 sums; in float32 the flat copy
-    of a rank's share. From stage 2 on a bucket that gradients are reduced in, and in stage 3 gathered weights. Pages
-    of a bucket that are never touched take no memory on a CPU.
+    Stage 1 in bfloat16: all gradients of a backward pass, which are added to the float32 sums. Otherwise a bucket that
+    gradients are reduced in, with the flat copy of a rank's share; in stage 3 gathered weights. On a CPU pages of a
+    bucket that are never touched take no memory, but the weights leave a gap in the heap where they were flattened.
     """
     stage, bucket = int(zero["stage"]), float(zero.get("reduce_bucket_size", _REDUCE_BUCKET))
-    if stage < 2:
-        return stage * (item * size.trained if item < _FLOAT32 else _FLOAT32 * size.trained / ranks)
+    if stage == 0:
+        return 0.0
+    if stage == 1 and item < _FLOAT32:
+        return float(item * size.trained)
     buffers = item * (bucket if on_gpu else min(bucket, size.trained))
     if stage == 3:
-        buffers += item * min(float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)), size.parameters)
-    return buffers
+        return buffers + item * min(float(zero.get("stage3_max_live_parameters", _LIVE_PARAMETERS)), size.parameters)
+    return buffers + _FLOAT32 * size.trained / ranks + (0 if on_gpu else item * size.trained)
 
 
 def _placed(parts: Parts, process: float, gpus: float) -> Memory:

@@ -56,17 +56,13 @@ class Supervisor:
     """A thread of the driver that looks after the processes.
 
     Args:
-        groups: to watch.
         events: where it is told what happened.
         silent_after_s: see `cluster.silent_after_s`.
     """
 
-    def __init__(self, groups: Iterable[ActorGroup[Any]], events: EventLog, silent_after_s: float) -> None:
+    def __init__(self, events: EventLog, silent_after_s: float) -> None:
         self._events, self._silent_after_s = events, silent_after_s
-        now = time.monotonic()
-        self._groups = [
-            [_Watched(replica, group.restarts, replica.place, now) for replica in group] for group in groups
-        ]
+        self._groups: list[list[_Watched]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -80,6 +76,15 @@ class Supervisor:
         self._ended.set()
         self._thread.join()
 
+    def watch(self, groups: Iterable[ActorGroup[Any]]) -> None:
+        """Watch these from now on; what is known of processes that were watched before stays known."""
+        known = {id(each.replica.host): each for group in self._groups for each in group}
+        now = time.monotonic()
+        self._groups = [
+            [known.get(id(replica.host)) or _Watched(replica, group.restarts, replica.place, now) for replica in group]
+            for group in groups
+        ]
+
     def _watch(self) -> None:
         every_s = self._silent_after_s / _LOOKS
         while not self._ended.wait(every_s):
@@ -90,7 +95,8 @@ class Supervisor:
                 return
 
     def _look(self, patience_s: float) -> None:
-        watched = [each for group in self._groups for each in group if each.restarts or each.lost_at is None]
+        groups = self._groups
+        watched = [each for group in groups for each in group if each.restarts or each.lost_at is None]
         for each in watched:
             each.asked = each.asked or each.replica.pulse().reference
         asked = {each.asked: each for each in watched}
@@ -111,12 +117,14 @@ class Supervisor:
         for each in watched:
             if each.asked is not None:
                 self._suspect(each)
-        for group in self._groups:
+        for group in groups:
             self._end_stuck(group, pulses)
 
     def _note_lost(self, each: _Watched, cause: str) -> None:
-        if each.lost_at is None:
-            each.lost_at = time.monotonic()
+        if each.lost_at is not None:
+            return
+        each.lost_at = time.monotonic()
+        if each.restarts:  # of a rank, whoever waits for its answer tells
             self._events.write("role_lost", role=each.replica.name, node=each.place.node, cause=cause)
 
     def _note_alive(self, each: _Watched, pulse: Pulse) -> None:

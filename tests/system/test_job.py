@@ -180,13 +180,13 @@ def test_preflight_asks_the_nodes_of_a_running_cluster(cluster: Cluster, data_ro
 
     sound = preflight("sound")
     assert sound.process.returncode == 0, sound.stdout + sound.stderr
-    for said in ("of 2 CPUs and 0 GPUs on 1 node(s)", "on 1 node(s)", "path(s) readable", "✓ memory of 127.0.0.1"):
+    for said in ("of 2 CPUs and 0 of 0 GPUs on 1 node(s)", "on 1 node(s)", "path(s) readable", "✓ memory of "):
         assert said in sound.stdout
     assert not list((tmp_path / "runs").iterdir()), "nothing is left behind"
 
     ahead = preflight("ahead", "sampling.prompts_per_step=65536", "sampling.samples_per_prompt=64")
     assert ahead.process.returncode == 2
-    assert "✗ object store of node 127.0.0.1" in ahead.stdout
+    assert "✗ object store of node" in ahead.stdout
 
 
 def test_a_job_survives_its_driver_stops_without_a_rest_and_goes_on_to_its_end(

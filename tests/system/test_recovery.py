@@ -89,6 +89,13 @@ def worker(local_ray: Path, tmp_path: Path) -> Iterator[ActorGroup[Worker]]:
         yield group
 
 
+@contextmanager
+def supervised(group: ActorGroup[Worker], log: EventLog) -> Iterator[None]:
+    with Supervisor(log, SILENT_S) as supervisor:
+        supervisor.watch([group])
+        yield
+
+
 def pid_of(group: ActorGroup[Worker]) -> int:
     return group.wait([group.of(0).ask(Worker.pid)])[0]
 
@@ -112,7 +119,7 @@ def test_a_reference_that_somebody_holds_is_fulfilled_by_the_second_attempt(work
 def test_a_process_without_memory_gives_its_work_to_another(worker: ActorGroup[Worker], tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
     before = pid_of(worker)
-    with Supervisor([worker], log, SILENT_S):
+    with supervised(worker, log):
         assert worker.wait([worker.of(0).ask(Worker.exhaust, str(tmp_path / "mark"))]) != [before]
         [event] = wait_until(lambda: events_of(log, "role_restarted"), 60, "the event")
     assert (event["role"], event["attempt"]) == ("worker-0", 2)
@@ -143,7 +150,7 @@ def test_who_is_lost_too_often_ends_the_run(worker: ActorGroup[Worker]):
 def test_alive_but_silent_is_as_dead_as_gone(worker: ActorGroup[Worker], tmp_path: Path, harm: Any):
     log = EventLog(tmp_path / "events.jsonl")
     before = pid_of(worker)
-    with Supervisor([worker], log, SILENT_S):
+    with supervised(worker, log):
         [after] = collect([worker.of(0).ask(harm, str(tmp_path / "mark"))], 60)
         assert after != before
         wait_until(lambda: events_of(log, "role_restarted"), 60, "the event")
@@ -155,7 +162,7 @@ def test_alive_but_silent_is_as_dead_as_gone(worker: ActorGroup[Worker], tmp_pat
 def test_who_waits_for_others_is_left_alone(worker: ActorGroup[Worker], tmp_path: Path):
     log = EventLog(tmp_path / "events.jsonl")
     before = pid_of(worker)
-    with Supervisor([worker], log, SILENT_S):
+    with supervised(worker, log):
         assert worker.wait([worker.of(0).ask(Worker.wait_for_others, 2.5 * SILENT_S)]) == [before]
     assert log.read().rows == []
 

@@ -371,17 +371,19 @@ class Shipped:
     Attributes:
         model: shape of the policy or the backbone.
         critic, reward: shapes of theirs, where they are another model's.
+        more: what a test machine need not have, replaced.
     """
 
     model: str
     nodes: int = 1
     critic: str = ""
     reward: str = ""
+    more: tuple[str, ...] = ()
 
     def overrides(self, config: str, shapes: Path, runs: Path) -> list[str]:
         """The stand-ins, in place of what the configuration names."""
         text = (CONFIGS / config).read_text("utf-8")
-        rows, chosen = shapes / "rows.jsonl", [f"paths.runs={runs}"]
+        rows, chosen = shapes / "rows.jsonl", [f"paths.runs={runs}", *self.more]
         named = {
             "policy.model": (shapes / self.model) if "\npolicy:" in text else None,
             "model": (shapes / self.model) if "\nmodel:" in text else None,
@@ -399,6 +401,7 @@ SHIPPED = {
     "demo/sft.yaml": Shipped("smollm2"),
     "demo/reward_model.yaml": Shipped("minilm"),
     "demo/ppo.yaml": Shipped("smollm2", reward="minilm"),
+    "verifiable/ppo.yaml": Shipped("smollm2", more=("reward.function=rlhf_ray.reward.functions:exact_match",)),
     "reward-model/hutto-movie.yaml": Shipped("minilm"),
     "reward-model/votes.yaml": Shipped("minilm"),
     "node-8gpu/sft.yaml": Shipped("7b"),
@@ -415,7 +418,7 @@ def test_a_shipped_configuration_has_nothing_to_change_where_it_fits(
 ):
     monkeypatch.chdir(tmp_path)
     shipped = SHIPPED[name]
-    node = LAPTOP if name.startswith(("demo", "reward-model")) else GPU_NODE
+    node = LAPTOP if name.startswith(("demo", "reward-model", "verifiable")) else GPU_NODE
     site = site_of(node, shipped.nodes, free_disk_bytes=4 * 10**12)
     findings = preflight_of(CONFIGS / name, shipped.overrides(name, shapes, tmp_path / "runs"), site)
     assert not findings.of(State.CHANGE)
@@ -471,8 +474,9 @@ def test_a_planted_fault_is_named_by_its_key(name: str, workplace: Workplace):
     assert changes[0].allowed
 
 
-def test_a_sound_configuration_has_nothing_to_change(workplace: Workplace):
-    findings = preflight_of(CONFIGS / "tiny/ppo.yaml", workplace.overrides(), site_of())
+@pytest.mark.parametrize("name", ["tiny/ppo.yaml", "tiny/reward_model.yaml"])
+def test_a_sound_configuration_has_nothing_to_change(name: str, workplace: Workplace):
+    findings = preflight_of(CONFIGS / name, workplace.overrides(), site_of())
     assert {finding.state for finding in findings.found} == {State.OK}
 
 
