@@ -42,8 +42,7 @@ class Recovery:
             RoleFailure: it cannot: the failure would happen again, or happened too often.
         """
         while True:
-            lost = self._lost(roles, failure)
-            if failure.kind is not FailureKind.INFRASTRUCTURE or not lost:
+            if failure.kind is not FailureKind.INFRASTRUCTURE or not (lost := self._lost(roles, failure)):
                 raise failure
             self._spend(lost, failure)
             events, started = self._run.tracker.events, time.monotonic()
