@@ -201,6 +201,9 @@ class StubGenerator(Generator):
             self._bring(snapshot)
         return Parity(snapshot.version, 0.0, 0.0, 0.0, 0.0, "")
 
+    def sleep(self) -> None:
+        self._facts.write("slept", version=self._version)
+
     def _bring(self, snapshot: Snapshot) -> None:
         """Called with the lock. What is broadcast arrives in a call of its own, which may begin after this one."""
         if snapshot.version == self._version and not snapshot.names:

@@ -197,6 +197,12 @@ class GeneratorSettings(ActorSettings):
         description="Shards that one engine samples at the same time. Empty: 1 on a CPU, where it is computing anyway; "
         "4 on a GPU, which one shard leaves idle.",
     )
+    sleep: bool = Field(
+        False,
+        description="Share GPUs with the policy's learner: generator i has the GPU of rank i, and gives its memory "
+        "back while the learner works (vLLM's sleep mode, level 1). What the learner keeps between steps stays there, "
+        "so `gpu_memory_utilization` must leave room for it. Needs `max_staleness` 0. Not yet run.",
+    )
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
     engine: dict[str, object] = Field(default_factory=dict, description="Further vLLM engine arguments, as they are.")
 
@@ -493,11 +499,41 @@ class PPOConfig(RunConfig):
                 f"reference.replicas: {self.reference.replicas} ranks that share one model cannot share "
                 f"{sampling.num_shards} shards evenly (sampling.prompts_per_step / sampling.prompts_per_shard)"
             )
+        self._check_shared_gpus()
         if self.weights.transport == "nccl" and (self.generator.gpus == 0 or self.policy.learner.gpus == 0):
             raise ValueError(
                 "weights.transport: 'nccl' needs generator.gpus and policy.learner.gpus above 0; use 'object_store'"
             )
         return self
+
+    def _check_shared_gpus(self) -> None:
+        """What `generator.sleep` needs.
+
+        Raises:
+            ValueError: naming what stands against it.
+        """
+        generator, learner = self.generator, self.policy.learner
+        if not generator.sleep:
+            return
+        if generator.gpus != 1 or learner.gpus != 1:
+            raise ValueError(
+                f"generator.sleep: gpus is {generator.gpus:g}, and that of policy.learner {learner.gpus:g}; both must "
+                "be 1, the GPU that each engine shares with one rank (on a CPU vLLM has no sleep mode)"
+            )
+        if generator.replicas != learner.replicas:
+            raise ValueError(
+                f"generator.sleep: {generator.replicas} engines cannot share the GPUs of {learner.replicas} ranks "
+                "(generator.replicas, policy.learner.replicas); as many of the one as of the other"
+            )
+        if self.algorithm.max_staleness:
+            raise ValueError(
+                "generator.sleep: with algorithm.max_staleness above 0 the engine samples while the learner works, and "
+                "never sleeps; 0, or GPUs of their own"
+            )
+        if self.weights.transport == "nccl":
+            raise ValueError(
+                "generator.sleep: NCCL refuses two members of a group on one GPU; weights.transport 'object_store'"
+            )
 
     @property
     def reference_role(self) -> ReferenceSettings | None:

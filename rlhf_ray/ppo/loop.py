@@ -21,6 +21,7 @@ from rlhf_ray.ppo.roles import RoleClasses, Roles, role_requests, start_roles
 from rlhf_ray.ppo.scoring import refuse_failures
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
 from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
+from rlhf_ray.roles.generator import Generator
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
 from rlhf_ray.runtime.answers import Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
@@ -132,8 +133,12 @@ class PPO:
         self._run.tracker.phase("sampling")
         step = self._admission.next()
         trained, sampling = step.trained, config.sampling
+        if sampling.spare_prompts or config.generator.sleep:
+            scored = wait_for_columns(step.shards, step.rewards, (), clock)
+        if config.generator.sleep:
+            roles.generators.call_all(Generator.sleep)
         if sampling.spare_prompts:
-            choice = wait_for_columns(step.shards, step.rewards, (), clock).choice(sampling)
+            choice = scored.choice(sampling)
             trained = shards_of_groups(roles, step.shards, step.rewards, choice.places, sampling.prompts_per_shard)
         trained = learner_columns(roles, trained, config.algorithm.asks_old_logprobs)
         headers = wait_for_columns(step.shards, step.rewards, trained, clock)

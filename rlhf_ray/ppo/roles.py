@@ -21,7 +21,7 @@ from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.runtime.actor_group import ActorGroup, Deadlines
 from rlhf_ray.runtime.answers import Answer, collect
-from rlhf_ray.runtime.cluster import RoleRequest, reserve
+from rlhf_ray.runtime.cluster import RoleRequest, Room, reserve
 from rlhf_ray.runtime.learner_group import ranks
 
 _EVALUATOR = ActorSettings(cpus=0.05)
@@ -96,7 +96,7 @@ def role_requests(config: PPOConfig) -> list[RoleRequest]:
             RoleRequest(name, key, source)
             for name, key, source in zip(scorer_names(config), source_keys(config), config.reward, strict=True)
         ),
-        RoleRequest("policy", "policy.learner", config.policy.learner),
+        RoleRequest("policy", "policy.learner", config.policy.learner, "generator" if config.generator.sleep else None),
     ]
     if config.reference_role is not None:
         requests.append(RoleRequest("reference", "reference", config.reference_role))
@@ -117,12 +117,9 @@ def start_roles(config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClas
     requests = role_requests(config)
     placement: PlacementGroup = reserve(requests, config.cluster)
     groups: dict[str, ActorGroup[Any]] = {}
-    first_bundle = 0
-    for request in requests:
-        groups[request.role] = ActorGroup.start(
-            request.role, request.settings, placement, first_bundle, logs, deadlines
-        )
-        first_bundle += request.settings.replicas
+    room = Room.of(requests)
+    for role, settings in room.settings.items():
+        groups[role] = ActorGroup.start(role, settings, placement, room.first_bundle[role], logs, deadlines)
     roles = Roles(
         generators=groups["generator"],
         sources=tuple(

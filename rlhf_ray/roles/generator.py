@@ -164,10 +164,12 @@ class Generator:
             "generation_config": "vllm",
             "seed": 0,
             "disable_log_stats": True,
+            "enable_sleep_mode": settings.sleep,
             **memory,
             **settings.engine,
         }
         self._engine = LLM(**arguments)
+        self._asleep = False
         self._engine.llm_engine.set_weight_version(str(UNTRAINED.version))
         # What `auto` became on this node, or `engine` asked for.
         self._dtype = str(self._engine.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -255,6 +257,13 @@ class Generator:
             assert self._parity is not None, "a snapshot with its proof has been loaded"
             return self._parity
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back, until there is something to load or to sample. Weights go to the host."""
+        with self._turns:
+            self._finish_requests()
+            self._engine.sleep(level=1)
+            self._asleep = True
+
     def write(self, rollout: Rollout, path: str) -> None:
         """Keep a shard in a file of a checkpoint."""
         rollout.write(Path(path))
@@ -300,6 +309,9 @@ class Generator:
 
     def _bring(self, snapshot: Snapshot) -> None:
         """Make the engine compute with these weights; with in-flight updates, with these or later ones."""
+        if self._asleep:
+            self._engine.wake_up()
+            self._asleep = False
         proven = snapshot.proof is None or (self._parity is not None and self._parity.version == snapshot.version)
         if (snapshot.version == self._version and proven) or (self._in_flight and snapshot.version < self._version):
             return

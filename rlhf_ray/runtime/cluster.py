@@ -22,11 +22,50 @@ _KNOCK_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class RoleRequest:
-    """What a role asks of the cluster."""
+    """What a role asks of the cluster.
+
+    Attributes:
+        role: its name.
+        key: where its settings are.
+        settings: of its processes.
+        shares_gpus_of: an earlier role with as many processes; each is in the bundle of one of these, on the same GPU.
+    """
 
     role: str
     key: str
     settings: ActorSettings
+    shares_gpus_of: str | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the processes of all roles are placed.
+
+    Attributes:
+        bundles: of the placement group, in the order of the requests.
+        first_bundle: where those of each role begin.
+        settings: of each role's processes; of one that shares its GPU, half of it.
+    """
+
+    bundles: list[dict[str, float]]
+    first_bundle: dict[str, int]
+    settings: dict[str, ActorSettings]
+
+    @classmethod
+    def of(cls, requests: Sequence[RoleRequest]) -> Room:
+        room = cls([], {}, {request.role: request.settings for request in requests})
+        for request in requests:
+            other = request.shares_gpus_of
+            if other is None:
+                room.first_bundle[request.role] = len(room.bundles)
+                room.bundles.extend(_bundle(request.settings) for _ in range(request.settings.replicas))
+                continue
+            room.first_bundle[request.role] = first = room.first_bundle[other]
+            for bundle in room.bundles[first : first + request.settings.replicas]:
+                bundle["CPU"] += request.settings.cpus
+            for role in (request.role, other):
+                room.settings[role] = room.settings[role].model_copy(update={"gpus": request.settings.gpus / 2})
+        return room
 
 
 def connect(settings: ClusterSettings) -> None:
@@ -116,8 +155,7 @@ def reserve(requests: Sequence[RoleRequest], settings: ClusterSettings) -> Place
     Raises:
         RoleFailure: the cluster could hold them, but had no room within the deadline.
     """
-    bundles = [_bundle(request.settings) for request in requests for _ in range(request.settings.replicas)]
-    group = placement_group(bundles, strategy=settings.placement_strategy)
+    group = placement_group(Room.of(requests).bundles, strategy=settings.placement_strategy)
     started = time.monotonic()
     if not group.wait(timeout_seconds=settings.placement_timeout_s):
         remove_placement_group(group)
@@ -141,7 +179,9 @@ def release(group: PlacementGroup) -> None:
 
 
 def _amount(request: RoleRequest, attribute: str) -> float:
-    return request.settings.cpus if attribute == "cpus" else request.settings.gpus
+    if attribute == "cpus":
+        return request.settings.cpus
+    return 0.0 if request.shares_gpus_of else request.settings.gpus
 
 
 def _bundle(settings: ActorSettings) -> dict[str, float]:
