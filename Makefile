@@ -39,7 +39,7 @@ demo: $(READY)  ## SmolLM2 gets better by human preferences, about a quarter of 
 
 test: $(READY)  ## Unit tests in seconds, system tests with the real engines in minutes
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
-	@$(BIN)/python -m pytest tests/system
+	@$(BIN)/python -m pytest tests/system --numprocesses 2 --dist loadfile
 
 bench-nodes: $(READY)  ## Two steps of the 70 B configuration on eight nodes of Ray on this machine, with stub roles; OPTIONS=--full
 	@$(BIN)/python -m bench.many_nodes $(OPTIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ class Restarts:
         now = time.time()
         times = [*(json.loads(self._file.read_text()) if self._file.exists() else []), now]
         recent = [each for each in times if 0 <= now - each <= self._window_s]
-        self._file.write_text(json.dumps(recent))
+        _replace(self._file, recent)
         if len(recent) > self._max_restarts:
             raise RuntimeError(
                 f"ended {len(recent)} times within {self._window_s:.0f} s; cluster.max_restarts allows "
@@ -163,8 +164,18 @@ class Attempts:
         begun: dict[str, int] = json.loads(self._file.read_text()) if self._file.exists() else {}
         ended = begun.pop(task_id, 0)
         # Another process may be sent the calls in another order, so what it says of others stays.
-        self._file.write_text(json.dumps({**begun, task_id: ended + 1}))
+        _replace(self._file, {**begun, task_id: ended + 1})
         try:
             yield ended
         finally:
-            self._file.write_text(json.dumps(begun))
+            if begun:
+                _replace(self._file, begun)
+            else:
+                self._file.unlink()
+
+
+def _replace(path: Path, content: object) -> None:
+    """At one stroke: this process may end at any moment, and the next one reads it."""
+    beside = path.with_name(f".{path.name}")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(beside, path)
