@@ -166,8 +166,8 @@ def haunted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="session")
-def spared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run, Run]:
-    """Three runs one step ahead whose steps are filled with spare prompts: two left alone, and one stopped after its
+def spared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Run]:
+    """Two runs one step ahead whose steps are filled with spare prompts: one left alone, and one stopped after its
     second step and resumed."""
     settings = (
         *("steps=8", "algorithm.max_staleness=1", "evaluation.prompts=null", "evaluation.judge=none"),
@@ -184,12 +184,11 @@ def spared(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     stopped.command.process.send_signal(signal.SIGTERM)
     stopped.command.wait(60)
     assert 2 <= len(stopped.metrics) < 8, stopped.command.stderr
-    again = begin(data_root, tmp_path_factory.mktemp("again"), *settings)
     resumed = begin(data_root, stopped.folder.parent, *settings, "--resume")
-    for each in (alone, again, resumed):
+    for each in (alone, resumed):
         each.command.wait(DEADLINE_S)
         assert each.command.process.returncode == 0, each.command.stderr
-    return alone, again, resumed
+    return alone, resumed
 
 
 def tensor_hashes(folder: Path) -> dict[str, str]:
@@ -425,7 +424,7 @@ def test_no_process_outlives_a_run_that_lost_some(haunted: Run) -> None:
     assert haunted.command.left_running() == []
 
 
-def test_spare_prompts_take_the_place_of_those_that_say_nothing(spared: tuple[Run, Run, Run]) -> None:
+def test_spare_prompts_take_the_place_of_those_that_say_nothing(spared: tuple[Run, Run]) -> None:
     rows = spared[0].metrics
     assert [row["samples"] for row in rows] == [24 * (step + 1) for step in range(8)]
     for row in rows:
@@ -439,10 +438,9 @@ def test_spare_prompts_take_the_place_of_those_that_say_nothing(spared: tuple[Ru
     assert {row["reward/mean"] for row in filled} != {0.5}
 
 
-def test_one_seed_gives_one_run_one_step_ahead_and_with_spare_prompts(spared: tuple[Run, Run, Run]) -> None:
-    alone, again, resumed = spared
+def test_one_seed_gives_one_run_one_step_ahead_and_with_spare_prompts(spared: tuple[Run, Run]) -> None:
+    alone, resumed = spared
     assert [(row["staleness/mean"], row["staleness/max"]) for row in alone.metrics] == [(0, 0), *[(1, 1)] * 7]
     assert resumed.events_of("checkpoint_loaded")
-    for other in (again, resumed):
-        assert [without_times(row) for row in other.metrics] == [without_times(row) for row in alone.metrics]
-        assert tensor_hashes(other.folder / "policy") == tensor_hashes(alone.folder / "policy")
+    assert [without_times(row) for row in resumed.metrics] == [without_times(row) for row in alone.metrics]
+    assert tensor_hashes(resumed.folder / "policy") == tensor_hashes(alone.folder / "policy")
