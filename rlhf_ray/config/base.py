@@ -15,7 +15,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OffIsAWord = BeforeValidator(lambda value: "off" if value is False else value)
 
 
-_SECRET_WORDS = {"TOKEN", "TOKENS", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS"}
+_SECRET_WORDS = {
+    *("TOKEN", "TOKENS", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS")
+}
 
 
 def names_a_secret(variable: str) -> bool:
