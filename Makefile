@@ -13,7 +13,7 @@ TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend=c
 export PYTHONDONTWRITEBYTECODE :=
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help env demo test chaos lint docs lock clean bench bench-ppo bench-async bench-learning bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale
+.PHONY: help env demo test chaos lint docs lock clean bench bench-ppo bench-async bench-learning bench-architectures bench-sync bench-rm bench-hutto bench-overoptimisation bench-pandalm bench-gate bench-serve bench-serve-stress bench-serve-cluster bench-serve-fuzz bench-nodes bench-scale bench-gpu
 
 help:  ## What there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 26
@@ -47,6 +47,10 @@ bench-nodes: $(READY)  ## Two steps of the 70 B configuration on eight nodes of 
 chaos: $(READY)  ## Runs that lose processes in every way must end as if they had not; OPTIONS="--parts matrix"
 	@$(BIN)/rlhf-ray prepare tiny
 	@$(BIN)/python -m bench.chaos $(OPTIONS)
+
+bench-gpu: $(READY)  ## On a machine with a GPU: kernels, scores, runs of every kind, several ranks on the one GPU
+	@$(BIN)/rlhf-ray prepare tiny
+	@$(BIN)/python -m bench.one_gpu $(OPTIONS)
 
 bench-scale: $(READY)  ## The driver's own time a step with 64 and 256 stub roles
 	@$(BIN)/python -m bench.scale $(OPTIONS)

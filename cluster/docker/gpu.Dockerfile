@@ -17,10 +17,6 @@ COPY requirements/gpu.lock requirements/
 RUN pip install --no-cache-dir uv==0.13.9 \
     && uv pip install --no-deps --require-hashes -r requirements/gpu.lock
 
-# Built against the torch above: half an hour and 4 GB for each job.
-ARG MAX_JOBS=8
-RUN uv pip install --no-deps --no-build-isolation flash-attn==2.8.3.post2
-
 COPY pyproject.toml README.md ./
 COPY rlhf_ray rlhf_ray
 RUN uv pip install --no-deps .

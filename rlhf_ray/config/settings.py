@@ -99,9 +99,9 @@ class LearnerSettings(ActorSettings):
     gradient_checkpointing: bool = Field(False, description="Trade compute for memory in the backward pass.")
     attention: str = Field(
         "auto",
-        description="Attention kernel. `auto`: `flash_attention_2` on a GPU, `packed_sdpa` "
-        "(exact, no cost for neighbours in the pack) on a CPU; else any name that transformers knows "
-        "and that takes packed sequences.",
+        description="Attention kernel. `auto`: `packed_sdpa`, exact and without cost for neighbours in the pack (on a "
+        "GPU in half precision torch's own FlashAttention); else any name that transformers knows and that takes "
+        "packed sequences, such as `flash_attention_2` with `flash-attn` installed.",
     )
     float32_logits: bool = Field(
         True,

@@ -266,14 +266,12 @@ def resolve_dtype(dtype: str, on_gpu: bool) -> str:
     return "bfloat16" if on_gpu or cpu_has_bf16() else "float32"
 
 
-def resolve_attention(attention: str, on_gpu: bool) -> str:
-    """`auto` to an attention that takes packed rows on this device, registered with transformers."""
+def resolve_attention(attention: str) -> str:
+    """`auto` to an attention that takes packed rows, registered with transformers."""
     from rlhf_ray.models.packing import register_packed_sdpa
 
     register_packed_sdpa()
-    if attention == "auto":
-        return "flash_attention_2" if on_gpu else "packed_sdpa"
-    return attention
+    return "packed_sdpa" if attention == "auto" else attention
 
 
 def resolve_padded_attention(attention: str, on_gpu: bool) -> str:

@@ -1,8 +1,8 @@
 """Sequences of different lengths in one row, without padding and without seeing each other.
 
-`flash_attention_2` on a GPU and `packed_sdpa` (ours, for CPUs) take such rows with the same arguments
-(`cu_seq_lens_*`, as transformers names them). A block-diagonal mask over the whole row would cost the square
-of the row's length; `packed_sdpa` pays only for each sequence on its own.
+`packed_sdpa` takes such rows with the arguments that transformers has for them (`cu_seq_lens_*`), as its
+`flash_attention_2` does. A block-diagonal mask over the whole row would cost the square of the row's length;
+`packed_sdpa` pays only for each sequence on its own. On a GPU it calls torch's own variable-length kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch.nn.attention.varlen import varlen_attn
 
 from rlhf_ray.models.trunk import states_of
 from rlhf_ray.rollout import Rollout, TrunkColumn, offsets
@@ -248,7 +249,10 @@ def packed_sdpa(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a packed row, each sequence on its own: the row is laid out as a padded batch only here.
+    """Attention over a packed row, each sequence on its own.
+
+    Half-precision rows on a GPU go to torch's variable-length kernel as they are (FlashAttention 2, in torch's CUDA
+    build); all others are laid out as padded batches.
 
     Args:
         query: `[1, heads, T, head_size]`; key and value have their own number of heads, and the value its own size.
@@ -276,6 +280,8 @@ def packed_sdpa(
             "choose another `attention`"
         )
     wanted = _Attention(scaling, dropout if module.training else 0.0, causal, window, softcap, s_aux)
+    if _has_varlen_kernel(query, value, wanted):
+        return _varlen_attention(query, key, value, cu_seq_lens_q, max_length_q, wanted), None
     starts = tuple(cu_seq_lens_q.tolist())
     if not causal and query.device.type == "cpu" and query.shape[1] == key.shape[1]:
         lengths = [end - start for start, end in pairwise(starts)]
@@ -296,6 +302,41 @@ class _Attention:
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
+
+
+def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor, wanted: _Attention) -> bool:
+    """Whether torch's variable-length kernel computes this."""
+    size = query.shape[-1]
+    return (
+        query.device.type == "cuda"
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and value.shape[-1] == size
+        and size % 8 == 0
+        and size <= 256
+        and not wanted.dropout
+        and wanted.softcap is None
+        and wanted.sinks is None
+    )
+
+
+def _varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, wanted: _Attention
+) -> torch.Tensor:
+    """`[1, T, heads, head_size]`."""
+    window = (-1, -1) if not wanted.causal else (-1, 0) if wanted.window is None else (wanted.window - 1, 0)
+    heads = [each[0].transpose(0, 1) for each in (query, key, value)]
+    attended = varlen_attn(
+        *heads,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=wanted.scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended[None]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class CriticLearner:
         self._micro_batch_tokens = learner.micro_batch_tokens
 
         def build() -> CriticModel:
-            critic = load_critic_model(model, dtype=dtype, attention=resolve_attention(learner.attention, on_gpu))
+            critic = load_critic_model(model, dtype=dtype, attention=resolve_attention(learner.attention))
             train_only_top_layers(critic.backbone, learner.trainable_top_layers)
             if shares_trunk and learner.trainable_top_layers is not None:
                 critic.cut_above(learner.trainable_top_layers)

@@ -137,7 +137,7 @@ class PolicyLearner:
                 dtype=self._dtype,
                 temperature=temperature,
                 float32_logits=learner.float32_logits,
-                attention=resolve_attention(learner.attention, on_gpu),
+                attention=resolve_attention(learner.attention),
             )
             train_only_top_layers(model.language_model, learner.trainable_top_layers)
             if settings.lora is not None:

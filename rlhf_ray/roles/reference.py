@@ -46,7 +46,7 @@ class Reference:
                 dtype=dtype,
                 temperature=temperature,
                 float32_logits=settings.float32_logits,
-                attention=resolve_attention(settings.attention, on_gpu),
+                attention=resolve_attention(settings.attention),
             )
             if trained_layers is not None:
                 self._model.cut_above(trained_layers)

@@ -88,7 +88,7 @@ def built(name: str) -> Any:
 
     torch.manual_seed(0)
     kind, config, _ = ARCHITECTURES[name]
-    resolve_attention("auto", on_gpu=False)
+    resolve_attention("auto")
     model = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, f"{kind}Config")(**config), attn_implementation="packed_sdpa"
     )

@@ -88,7 +88,7 @@ def test_a_pickle_beside_whole_weights_is_never_opened(model: Path):
     (model / "pytorch_model.bin").write_bytes(b"not even a pickle")
     read_model_facts(str(model), "policy.model")
     load_policy_model(
-        str(model), dtype="float32", attention=resolve_attention("auto", False), temperature=1.0, float32_logits=True
+        str(model), dtype="float32", attention=resolve_attention("auto"), temperature=1.0, float32_logits=True
     )
 
 
@@ -223,8 +223,8 @@ def test_a_reward_model_is_no_language_model(model: Path, tiny: Path):
 def test_types_and_attention():
     assert resolve_dtype("auto", on_gpu=True) == "bfloat16"
     assert resolve_dtype("float32", on_gpu=True) == "float32"
-    assert resolve_attention("auto", on_gpu=True) == "flash_attention_2"
-    assert resolve_attention("eager", on_gpu=False) == "eager"
+    assert resolve_attention("auto") == "packed_sdpa"
+    assert resolve_attention("eager") == "eager"
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float32")])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rlhf_ray.models import packing
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import RolloutRows, _row_layout, micro_batches, pack, packed_sdpa
 from rlhf_ray.models.token_models import PolicyModel, load_policy_model
@@ -25,7 +26,7 @@ def sequences(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Any]:
 
 @pytest.fixture
 def packed_model(policy_model: str) -> PolicyModel:
-    attention = resolve_attention("auto", on_gpu=False)
+    attention = resolve_attention("auto")
     assert attention == "packed_sdpa"
     return load_policy_model(policy_model, dtype="float32", attention=attention, temperature=0.7, float32_logits=True)
 
@@ -227,6 +228,44 @@ def test_a_window_wider_than_the_sequences_changes_nothing():
     windowed, _ = packed_sdpa(torch.nn.Module(), *qkv, None, sliding_window=6, **bounds)
     plain, _ = packed_sdpa(torch.nn.Module(), *qkv, None, **bounds)
     torch.testing.assert_close(windowed, plain, rtol=0, atol=rounding(32))
+
+
+def naive_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, _: torch.Tensor,
+    longest: int, __: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it: a query sees so many keys to its left and
+    right, -1 for all of them."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert longest == int(starts.diff().max())
+    parts = []
+    for start, end in pairwise(starts.tolist()):
+        at = torch.arange(end - start)
+        distance = at[:, None] - at[None, :]
+        left, right = (len(at) if side < 0 else side for side in window_size)
+        hidden = (distance > left) | (-distance > right)
+        q, k, v = (each[start:end].transpose(0, 1) for each in (query, key, value))
+        k, v = (each.repeat_interleave(q.shape[0] // k.shape[0], 0) for each in (k, v))
+        parts.append(((q @ k.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"is_causal": False}])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_torch_is_asked_for_the_same_attention(
+    options: dict[str, Any], key_heads: int, monkeypatch: pytest.MonkeyPatch
+):
+    """What a GPU's kernel is told, which is not on this machine; `bench.one_gpu` has its numbers."""
+    torch.manual_seed(0)
+    heads = (4, key_heads, key_heads)
+    qkv = [torch.randn(1, count, sum(LENGTHS), 32, dtype=torch.float64) for count in heads]
+    bounds = {"cu_seq_lens_q": torch.from_numpy(offsets(LENGTHS)), "max_length_q": max(LENGTHS)}
+    expected, _ = packed_sdpa(torch.nn.Module(), *qkv, None, scaling=0.2, **bounds, **options)
+    monkeypatch.setattr(packing, "_has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr(packing, "varlen_attn", naive_varlen)
+    ours, _ = packed_sdpa(torch.nn.Module(), *qkv, None, scaling=0.2, **bounds, **options)
+    # In float32, which encoders are computed in here.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=rounding(32 + max(LENGTHS)))
 
 
 def test_a_row_is_laid_out_once_for_all_layers(packed_model: PolicyModel):

@@ -506,7 +506,7 @@ def test_activations_are_those_that_autograd_keeps(dtype: str, length: int, poli
     model = load_policy_model(
         policy_model,
         dtype=dtype,
-        attention=resolve_attention("auto", on_gpu=False),
+        attention=resolve_attention("auto"),
         temperature=1.0,
         float32_logits=True,
     )

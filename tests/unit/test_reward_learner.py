@@ -236,7 +236,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_single_texts(kind: str, be
         )
         assert takes_packed_rows(network)
         if packed:
-            network.set_attn_implementation(resolve_attention("auto", on_gpu=False))
+            network.set_attn_implementation(resolve_attention("auto"))
         reward_network = RewardNetwork(network, 0, packed)
         logits, num_tokens = reward_network(texts)
         logits[:, 0].cumsum(0).sum().backward()

@@ -131,7 +131,7 @@ def test_logits_that_are_not_understood_are_left_to_the_model(monkeypatch: pytes
 
 
 def load(model: str, dtype: str, float32_logits: bool = True) -> PolicyModel:
-    attention = resolve_attention("auto", on_gpu=False)
+    attention = resolve_attention("auto")
     return load_policy_model(
         model, dtype=dtype, attention=attention, temperature=1.0, float32_logits=float32_logits
     ).eval()
@@ -165,7 +165,7 @@ def test_policy_projects_only_predicted_positions(policy_model: str):
 
 
 def critic_of(model: str, dtype: str = "float32") -> CriticModel:
-    return load_critic_model(model, dtype=dtype, attention=resolve_attention("auto", on_gpu=False)).eval()
+    return load_critic_model(model, dtype=dtype, attention=resolve_attention("auto")).eval()
 
 
 def test_critic_starts_at_zero_and_reads_the_state_before_each_token(policy_model: str):

@@ -104,7 +104,7 @@ class RewardScorer:
             parameter.data = parameter.data.clone()
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
-            classifier.set_attn_implementation(resolve_attention("auto", on_gpu))
+            classifier.set_attn_implementation(resolve_attention("auto"))
         return RewardNetwork(classifier.eval(), self.texts.tokenizer.pad_token_id, packed)
 
     def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:

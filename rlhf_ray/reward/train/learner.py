@@ -95,8 +95,10 @@ class RewardLearner:
             start_head_small(network)
             train_only_top_layers(network, settings.trainable_top_layers)
             packed = takes_packed_rows(network)
-            resolve = resolve_attention if packed else resolve_padded_attention
-            network.set_attn_implementation(resolve(settings.attention, on_gpu))
+            wanted = settings.attention
+            network.set_attn_implementation(
+                resolve_attention(wanted) if packed else resolve_padded_attention(wanted, on_gpu)
+            )
             if training.lora is not None:
                 add_adapters(network, training.lora, "training.lora.target_modules", seed)
                 head_of(network).requires_grad_(True)
