@@ -1,7 +1,7 @@
 """Where metrics go besides `metrics.jsonl`: Weights & Biases and TensorBoard.
 
 A sink is a convenience. When it fails (no network, a full disk, a changed service) the run goes on: the
-failure is reported once, and the sink is off from then on.
+failure is reported once, and the sink is off from then on; Weights & Biases goes on without its server, offline.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlhf_ray.config.settings import TrackingSettings, WandbSettings
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 
 Metrics = Mapping[str, float | int | None]
+
+_WANDB_TIMEOUT_S = 60.0
+"""How long the begin and the end of a run wait for Weights & Biases, which by itself would wait for ever at the end."""
 
 
 class Sink(Protocol):
@@ -38,9 +42,17 @@ class WandbSink:
         folder: the run's folder.
         run_name: name of the run.
         config: the resolved configuration, shown beside the run.
+        on_unreachable: called with the cause where the service does not answer; the run is then recorded offline.
     """
 
-    def __init__(self, settings: WandbSettings, folder: Path, run_name: str, config: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        settings: WandbSettings,
+        folder: Path,
+        run_name: str,
+        config: Mapping[str, object],
+        on_unreachable: Callable[[str], None],
+    ) -> None:
         # Its note on another product, when certain libraries are loaded, does not heed `silent`.
         os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")
         import wandb
@@ -50,17 +62,32 @@ class WandbSink:
         if not id_file.exists():
             id_file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(id_file, secrets.token_hex(4))
-        self._run = wandb.init(
-            project=settings.project,
-            name=run_name,
-            id=id_file.read_text(encoding="utf-8"),
-            # Offline runs cannot ask the server; two of the same id are joined by `wandb sync`.
-            resume="allow" if settings.mode == "online" else None,
-            dir=folder,
-            mode=settings.mode,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+
+        def begin(mode: Literal["online", "offline"]) -> wandb.Run:
+            return wandb.init(
+                project=settings.project,
+                name=run_name,
+                id=id_file.read_text(encoding="utf-8"),
+                # Offline runs cannot ask the server; two of the same id are joined by `wandb sync`.
+                resume="allow" if mode == "online" else None,
+                dir=folder,
+                mode=mode,
+                config=dict(config),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=_WANDB_TIMEOUT_S,
+                    finish_timeout=_WANDB_TIMEOUT_S,
+                    finish_timeout_raises=True,
+                ),
+            )
+
+        try:
+            self._run = begin("online" if settings.mode == "online" else "offline")
+        except wandb.errors.CommError as error:
+            on_unreachable(f"{_cause(error)}; kept in {folder / 'wandb'}, `wandb sync` uploads it")
+            wandb.teardown()  # its service holds on to the id
+            self._run = begin("offline")
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
@@ -111,7 +138,8 @@ def open_sinks(
     """
     factories: dict[str, Callable[[], Sink]] = {}
     if settings.wandb.mode != "disabled":
-        factories["wandb"] = lambda: WandbSink(settings.wandb, folder.path, run_name, config)
+        unreachable = partial(on_failure, "wandb")
+        factories["wandb"] = lambda: WandbSink(settings.wandb, folder.path, run_name, config, unreachable)
     if settings.tensorboard:
         factories["tensorboard"] = lambda: TensorBoardSink(folder.tensorboard)
     return [_Guarded(name, factory, on_failure) for name, factory in factories.items()]
@@ -142,7 +170,11 @@ class _Guarded:
             yield
         except Exception as error:
             self._sink = None
-            self._on_failure(self._name, " ".join(f"{type(error).__name__}: {error}".split()))
+            self._on_failure(self._name, _cause(error))
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _numbers(prefix: str, values: Mapping[str, object]) -> dict[str, float]:

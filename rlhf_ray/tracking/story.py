@@ -52,7 +52,7 @@ _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "supervision_ended": ("bad", lambda event: "lost roles are no longer noticed"),
     "settings_changed": ("warn", lambda event: f"other settings than before: {'; '.join(event.get('changes') or [])}"),
     "sync_repeated": ("warn", lambda event: f"the weights of version {event.get('version')} were sent again"),
-    "sink_failed": ("warn", lambda event: f"{event.get('sink')} is off"),
+    "sink_failed": ("warn", lambda event: f"{event.get('sink')} has failed"),
     "clock_jumped": ("warn", lambda event: "the clock jumped"),
     "run_ended_early": ("warn", lambda event: f"ended early after step {event.get('step')}{_by(event)}"),
     "run_stopped": ("warn", lambda event: f"stopped after step {event.get('step')}"),

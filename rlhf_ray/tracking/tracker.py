@@ -139,7 +139,7 @@ class Tracker:
 
     def _sink_failed(self, name: str, cause: str) -> None:
         self.events.write("sink_failed", cause=cause, sink=name)
-        self.display.message(f"{name} is off: {cause}")
+        self.display.message(f"{name} has failed: {cause}")
 
 
 class _WallClock:

@@ -41,6 +41,22 @@ def test_wandb_offline_is_silent_and_resumes_under_its_id(folder, capfd, monkeyp
     assert {path.name for path in folder.wandb.glob("offline-run-*/*.wandb")} == {f"run-{run_id}.wandb"}
 
 
+def test_wandb_whose_server_does_not_answer_is_kept_offline(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers here
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(sinks, "_WANDB_TIMEOUT_S", 3.0)
+    reported = []
+    settings = TrackingSettings(wandb=WandbSettings(mode="online"))
+    (sink,) = open_sinks(settings, folder, "x", {}, lambda *report: reported.append(report))
+    sink.log(1, {"reward/mean": 0.25})
+    sink.close({})
+    [(name, cause)] = reported
+    assert name == "wandb"
+    assert "connection refused" in cause
+    assert "wandb sync" in cause
+    assert list(folder.wandb.glob("offline-run-*/*.wandb"))
+
+
 class Failing:
     def __init__(self, fail_in: str) -> None:
         self.fail_in, self.calls = fail_in, []
