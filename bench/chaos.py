@@ -1,120 +1,45 @@
 """`make chaos`: processes of a run are killed, stopped, starved and broken, and it must end as if nothing had been.
 
-Five parts, each on the tiny model with the real engines, and each against the same run left alone; "equal" means every
-row of `metrics.jsonl` but for times, the trained weights and the judged samples, to the bit:
+Each part is on the tiny model with the real engines, and against the same run left alone; "equal" means every row of
+`metrics.jsonl` but for times, the trained weights and the judged samples, to the bit:
 
 - `matrix`: each role, lost in each way, in the midst of a call and between calls;
 - `pairs`: one role twice in one run, and two roles at once;
 - `node`: one of two nodes goes away, with whatever was on it;
+- `hosts`: the link between two hosts (network namespaces, which need root) is cut;
 - `kills`: random roles of a longer run, again and again;
-- `job`: the whole job, at random moments of every phase, resumed by the same command.
+- `job`: the whole job, at random moments of every phase, resumed by the same command;
+- `machine`: disk and object store fill up, the folder cannot be written, W&B does not answer, the clock is set back
+  (needs root, and Debian's `faketime`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import shutil
 import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
 
+from bench.chaos_hosts import hosts
+from bench.chaos_machine import machine
+from bench.chaos_site import DEADLINE_S, Outcome, Site
 from bench.results import Report, Result
 from rlhf_ray.randomness import keyed_generator
 from tests.faults import METHODS, Fault, happened
-from tests.system.commands import PPO, Command, rows_of, start, wait_until, without_times
+from tests.system.commands import Command, rows_of, wait_until
 
 HOWS = ("kill", "stop", "raise", "memory")
-SILENT_S = 20.0
-DEADLINE_S = 900.0
 PHASES = ("starting the roles", "first sync", "a step", "a checkpoint", "a step", "judging the policy after", "writing")
 """Where a job is killed, one after the other: what it says, but for a moment of a step, and of writing a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left.
-
-    Attributes:
-        status: of the command.
-        error: last line of what it said on stderr.
-        rows: its metrics but times.
-        digests: SHA-256 of the trained weights and of the samples.
-        events: as written.
-    """
-
-    status: int
-    error: str
-    rows: list[dict[str, Any]]
-    digests: dict[str, str]
-    events: list[dict[str, Any]]
-
-    def equals(self, other: Outcome) -> bool:
-        return self.status == other.status == 0 and (self.rows, self.digests) == (other.rows, other.digests)
-
-
-class Site:
-    """Runs of one tiny configuration, each in a folder of its own.
-
-    Args:
-        data: folder with the tiny preset.
-        runs: where they are put.
-    """
-
-    def __init__(self, data: Path, runs: Path, *settings: str) -> None:
-        self._data, self._runs, self._settings = data, runs, settings
-
-    def begin(self, name: str, *more: str, faults: Sequence[Fault] = ()) -> Command:
-        arguments = (
-            *PPO,
-            f"paths.data={self._data}",
-            f"paths.runs={self._runs / name}",
-            f"cluster.silent_after_s={SILENT_S}",
-            "tracking.progress=lines",
-            *self._settings,
-            *more,
-        )
-        listed = json.dumps([asdict(fault) for fault in faults])
-        return start(arguments, self._runs / name / "output", "tests.faulty_run", FAULTS=listed)
-
-    def fault(self, name: str, role: str, how: str, when: str, call: int) -> Fault:
-        folder = self._runs / name
-        folder.mkdir(parents=True, exist_ok=True)
-        return Fault(role, how, when, call, str(folder / f"mark-{role}-{call}"))
-
-    def folder(self, name: str) -> Path:
-        return self._runs / name / "tiny-ppo"
-
-    def run(self, name: str, *more: str, faults: Sequence[Fault] = ()) -> Outcome:
-        command = self.begin(name, *more, faults=faults)
-        command.wait(DEADLINE_S)
-        return self.outcome(name, command)
-
-    def outcome(self, name: str, command: Command) -> Outcome:
-        folder = self.folder(name)
-        files = [path for path in (folder / "policy/model.safetensors", folder / "samples.jsonl") if path.exists()]
-        return Outcome(
-            command.process.returncode,
-            command.stderr.strip().splitlines()[-1] if command.stderr.strip() else "",
-            [without_times(row) for row in rows_of(folder / "metrics.jsonl")],
-            {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
-            rows_of(folder / "events.jsonl"),
-        )
-
-    def forget(self, name: str) -> None:
-        shutil.rmtree(self._runs / name, ignore_errors=True)
 
 
 def recovery_s(outcome: Outcome, fault: Fault) -> float | None:
@@ -311,7 +236,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data").absolute())
-    parser.add_argument("--parts", default="matrix,pairs,node,kills,job")
+    parser.add_argument("--parts", default="matrix,pairs,node,hosts,kills,job,machine")
     parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
     parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs in")
@@ -331,6 +256,8 @@ def main() -> None:
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
             "node": lambda: node(short, short.run("alone-on-one-node"), report),
+            "hosts": lambda: hosts(short, short.run("alone-on-one-host"), report),
+            "machine": lambda: machine(short, short.run("alone-on-a-sound-machine"), report),
             "kills": lambda: kills(longer, longer.run("alone"), report, arguments.kills),
             "job": jobs,
         }

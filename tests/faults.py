@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import ray
 
 from rlhf_ray.ppo.roles import RoleClasses
 
@@ -27,7 +28,8 @@ class Fault:
 
     Attributes:
         role: whose.
-        how: `kill`, `stop` (SIGSTOP), `raise` (a disk error) or `memory` (none left).
+        how: `kill`, `stop` (SIGSTOP), `raise` (a disk error), `memory` (none left) or `fill` (the object store; nothing
+            else happens).
         when: `busy`: as the call begins; `idle`: once no call is under way behind it.
         call: number of the call of the role's method in this process, from 0.
         mark: made when it happens, so that it does once.
@@ -47,6 +49,7 @@ class FaultyRole:
         self._role, self._fault = role, fault
         self._numbers = itertools.count()
         self._lock, self._busy, self._armed = threading.Lock(), 0, False
+        self._kept: list[ray.ObjectRef] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._role, name)
@@ -86,6 +89,9 @@ class FaultyRole:
             return
         if self._fault.how in ("kill", "stop"):
             os.kill(os.getpid(), signal.SIGKILL if self._fault.how == "kill" else signal.SIGSTOP)
+        elif self._fault.how == "fill":
+            size = int(ray.cluster_resources()["object_store_memory"])
+            self._kept = [ray.put(np.zeros(size // 8, np.uint8)) for _ in range(10)]
         elif self._fault.how == "raise":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         else:
