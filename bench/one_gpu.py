@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ import torch
 from bench.results import Report, Result
 
 DEADLINE_S = 400.0
-AT_ONCE = 4
+AT_ONCE = 5
 STEPS = 3
 BFLOAT16_ROUNDING = 2.0**-8
 PLACES = (
@@ -44,7 +45,7 @@ PLACES = (
     "reference.gpus=0.5",
     "reward.gpus=0.5",
     "generator.gpus=1",
-    "generator.gpu_memory_utilization=0.1",
+    "generator.gpu_memory_utilization=0.05",
     "generator.kv_cache_gib=0.5",
     f"steps={STEPS}",
 )
@@ -280,20 +281,22 @@ def all_runs(address: str, data: Path, logs: Path, chosen: Sequence[str]) -> lis
 
 
 def large_policy(data: Path, folder: Path) -> Path:
-    """1.3 B parameters in Qwen 2's shape, with the tiny model's vocabulary, so that every id that is sampled is one."""
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    """1.3 B parameters with the tiny model's vocabulary, so that every id that is sampled is a token."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(data / "tiny/policy")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+    vocabulary = json.loads((data / "tiny/policy/config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Qwen2ForCausalLM(config).bfloat16()
+        model = LlamaForCausalLM(config).bfloat16()
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for path in (data / "tiny/policy").glob("*token*"):
+        shutil.copy(path, folder)
     del model
     torch.cuda.empty_cache()
     return folder

@@ -87,7 +87,7 @@ def compare(
     Args:
         settings: the limits.
         engine, learner: `[N]` log-probs of the probe's tokens.
-        exact: both compute in float32.
+        exact: both compute in float32 on CPUs.
         before: of the version before, from the same engine or another that computes the same.
     """
     now = Probed(version, engine.astype(np.float64), learner.astype(np.float64), Parity.without_weights(version, ""))

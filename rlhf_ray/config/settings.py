@@ -219,7 +219,7 @@ class GeneratorSettings(ActorSettings):
         False,
         description="Share GPUs with the policy's learner: generator i has the GPU of rank i, and gives its memory "
         "back while the learner works (vLLM's sleep mode, level 1). What the learner keeps between steps stays there, "
-        "so `gpu_memory_utilization` must leave room for it. Needs `max_staleness` 0. Not yet run.",
+        "so `gpu_memory_utilization` must leave room for it. Needs `max_staleness` 0.",
     )
     enforce_eager: bool = Field(True, description="No CUDA graphs, no compilation. Turn off on GPUs for speed.")
     engine: dict[str, object] = Field(
@@ -364,7 +364,9 @@ class WeightSettings(Settings):
         "the engine's log-probs must have changed as the learner's have.",
     )
     max_abs_dlogp_float32: PositiveFloat = Field(
-        1e-4, description="Largest |Δ log-prob| allowed when engine and learner compute in float32."
+        1e-4,
+        description="Largest |Δ log-prob| allowed when engine and learner compute in float32 on CPUs. (On a GPU vLLM's "
+        "attention multiplies float32 in TF32: 5e-4 apart on an H200.)",
     )
     max_median_dlogp_bfloat16: PositiveFloat = Field(
         0.3,

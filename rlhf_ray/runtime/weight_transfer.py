@@ -81,7 +81,7 @@ class ObjectStoreTransport:
 
 
 class NcclTransport:
-    """vLLM's dense NCCL engine. Not run on the machines that test this project; its wiring is.
+    """vLLM's dense NCCL engine. The machines that test this project run its wiring only; docs/gpus.md has the rest.
 
     Both sides are asked by the driver and waited for together: where one fails, the other would wait for it for ever.
     """

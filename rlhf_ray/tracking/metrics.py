@@ -323,8 +323,8 @@ PPO_METRICS: tuple[Metric, ...] = (
         "sync/max_abs_dlogp",
         "nats",
         "Largest |Δ log-prob| between engine and learner on the probe's tokens, right after the new weights reached "
-        "the engine; the worst engine. Where both compute in float32, the weights are sent again when it exceeds "
-        "`weights.max_abs_dlogp_float32`, and the run ends when that did not help.",
+        "the engine; the worst engine. Where both compute in float32 on CPUs, the weights are sent again when it "
+        "exceeds `weights.max_abs_dlogp_float32`, and the run ends when that did not help.",
     ),
     Metric(
         "sync/change",

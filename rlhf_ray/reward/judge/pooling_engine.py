@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+_SHARE_FREE = 0.05
+
 
 class PoolingEngine:
     """One vLLM engine in this process, over one classifier. A process holds one at a time: `close` it first.
@@ -45,6 +47,8 @@ class PoolingEngine:
             enforce_eager=True,
             distributed_executor_backend="uni",
             kv_cache_memory_bytes=int(kv_cache_gib * (1 << 30)),
+            # Only looked at when it starts, on a GPU that it may share; it takes the weights and the above.
+            gpu_memory_utilization=_SHARE_FREE,
             seed=0,
             disable_log_stats=True,
             load_format="safetensors",
