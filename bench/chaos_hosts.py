@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from bench.results import Report, Result
 from tests.system.commands import rows_of, user_environment, wait_until
 
 _HEAD, _OTHER = "rlhf-ray-a", "rlhf-ray-b"
+_WIRE = "wire"
+_TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 _ADDRESSES = {_HEAD: "10.77.0.1", _OTHER: "10.77.0.2"}
 """Of the namespaces' own link; nothing outside them has it."""
 
@@ -29,10 +32,11 @@ def hosts(site: Site, alone: Outcome, report: Report) -> None:
             f"cluster.address={address}",
             "cluster.placement_strategy=SPREAD",
             before=("ip", "netns", "exec", _HEAD),
+            environment=_TOKEN,
         )
         rows = site.folder("hosts") / "metrics.jsonl"
         wait_until(lambda: rows_of(rows) or command.process.poll() is not None, DEADLINE_S, "the first step")
-        _ip("-n", _HEAD, "link", "set", "link", "down")
+        _ip("-n", _HEAD, "link", "set", _WIRE, "down")
         command.wait(DEADLINE_S)
     outcome = site.outcome("hosts", command)
     started = [event for event in outcome.events if event["kind"] == "role_started"]
@@ -56,10 +60,10 @@ def two_hosts(logs: Path) -> Iterator[str]:
         for name in _ADDRESSES:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", _HEAD, "link", "add", "link", "type", "veth", "peer", "name", "link", "netns", _OTHER)
+        _ip("-n", _HEAD, "link", "add", _WIRE, "type", "veth", "peer", "name", _WIRE, "netns", _OTHER)
         for name, address in _ADDRESSES.items():
-            _ip("-n", name, "address", "add", f"{address}/30", "dev", "link")
-            _ip("-n", name, "link", "set", "link", "up")
+            _ip("-n", name, "address", "add", f"{address}/30", "dev", _WIRE)
+            _ip("-n", name, "link", "set", _WIRE, "up")
         meeting = f"{_ADDRESSES[_HEAD]}:6379"
         for name, place in ((_HEAD, ("--head", "--port=6379", "--include-dashboard=false")), (_OTHER, ())):
             arguments = [*place] if place else [f"--address={meeting}"]
@@ -82,7 +86,7 @@ def two_hosts(logs: Path) -> Iterator[str]:
 def _ray(name: str, log: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
     program = ["ip", "netns", "exec", name, sys.executable, "-m", "ray.scripts.scripts", *arguments]
     with log.open("wb") as output:
-        return subprocess.Popen(program, env=user_environment(), stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(program, env={**user_environment(), **_TOKEN}, stdout=output, stderr=output, start_new_session=True)
 
 
 def _joined(name: str, meeting: str, logs: Path) -> bool:
@@ -91,7 +95,7 @@ def _joined(name: str, meeting: str, logs: Path) -> bool:
     wanted = 1 + list(_ADDRESSES).index(name)
     done = subprocess.run(
         ["ip", "netns", "exec", _HEAD, sys.executable, "-c", program],
-        env={**user_environment(), "RAY_LOG_TO_DRIVER": "0"},
+        env={**user_environment(), **_TOKEN},
         capture_output=True,
         text=True,
         check=False,
