@@ -86,7 +86,8 @@ def two_hosts(logs: Path) -> Iterator[str]:
 def _ray(name: str, log: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
     program = ["ip", "netns", "exec", name, sys.executable, "-m", "ray.scripts.scripts", *arguments]
     with log.open("wb") as output:
-        return subprocess.Popen(program, env={**user_environment(), **_TOKEN}, stdout=output, stderr=output, start_new_session=True)
+        environment = {**user_environment(), **_TOKEN}
+        return subprocess.Popen(program, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
 def _joined(name: str, meeting: str, logs: Path) -> bool:

@@ -153,7 +153,9 @@ def connect(settings: ClusterSettings) -> None:
 
 
 def _keep_ray_off_the_terminal() -> None:
-    """Ray 2.60 prints each call that it tries again, whatever `log_to_driver` says; our events tell of them."""
+    """Ray 2.60 prints each call that it tries again, whatever `log_to_driver` says, and each failure that nobody asked
+    for; our events tell of them."""
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     from ray._private import worker
 
     if hasattr(worker, "print_to_stdstream"):
