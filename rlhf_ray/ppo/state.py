@@ -51,16 +51,12 @@ class LoopState:
 
 
 def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
-    """The settings, by their keys, that a learner's checkpoint must be read with as it was written.
-
-    Every rank keeps its own slice of the optimizer's state, and which files it is in and how it is sliced depends on
-    them.
-    """
+    """The settings, by their keys, that a learner's checkpoint must be read with as it was written: they decide which
+    weights are in it. Ranks, ZeRO stage and compute type may change (`roles/relayout.py`)."""
     learners = {"policy.learner": config.policy.learner}
     if config.critic is not None:
         learners["critic.learner"] = config.critic.learner
-    names = ("replicas", "zero_stage", "trainable_top_layers", "dtype")
-    shapes = {f"{key}.{name}": getattr(learner, name) for key, learner in learners.items() for name in names}
+    shapes = {f"{key}.trainable_top_layers": learner.trainable_top_layers for key, learner in learners.items()}
     lora = config.policy.lora
     return {**shapes, _LORA: None if lora is None else lora.model_dump_json()}
 
@@ -95,8 +91,7 @@ def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
     }
     for key, now in wanted.items():
         before = written.get(key, "no such learner")
-        # What `auto` is becomes known on the learner's node.
-        if before != now and "auto" not in (before, now):
+        if before != now:
             raise BadInput(
                 key,
                 f"{_shown(now)}, but the checkpoint of step {step} was written with {_shown(before)}",

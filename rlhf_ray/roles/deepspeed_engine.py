@@ -8,6 +8,7 @@ normaliser of the whole minibatch over all ranks, so the gradient does not depen
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 from rlhf_ray.roles.rank_group import Batch, Rank, RankEngine
+from rlhf_ray.roles.relayout import Layout, SavedLearner, write_anew
+
+_STATE = "state"
+"""Folder of DeepSpeed's files in a learner's folder of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class DeepSpeedEngine(RankEngine):
                 if hasattr(part, "gradient_checkpointing_enable"):
                     part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         groups = _parameter_groups(module, settings.weight_decay)
+        self._layout = Layout(self._zero_stage, rank.world_size, dtype, len(groups))
         optimizer = torch.optim.AdamW(
             groups,
             lr=settings.learning_rate,
@@ -166,18 +172,54 @@ class DeepSpeedEngine(RankEngine):
 
     def save_checkpoint(self, folder: Path) -> None:
         """Weights, optimizer and step count of this rank."""
-        self._engine.save_checkpoint(
-            str(folder), tag="state", client_state={"steps_done": self.steps_done}, save_latest=False
-        )
+        client_state = {"steps_done": self.steps_done, "trained": list(self._trained_parameters()[0])}
+        self._engine.save_checkpoint(str(folder), tag=_STATE, client_state=client_state, save_latest=False)
+        if self.rank.rank == 0:
+            self._layout.write(folder / _STATE)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Back to the saved state, exactly."""
-        if not (folder / "state").is_dir():
+        """Back to the saved state: exactly, where as many ranks of the same ZeRO stage and compute type wrote it, and
+        else each number of it."""
+        state = folder / _STATE
+        if not state.is_dir():
             raise FileNotFoundError(f"{folder} holds no checkpoint")
-        loaded, client_state = self._engine.load_checkpoint(str(folder), tag="state")
+        written = Layout.of(state)
+        if written is None or written == self._layout:
+            self._load(folder)
+            return
+        # Where all ranks can read it, and where it is not taken for a checkpoint.
+        other = folder.with_name(f".{folder.name}-anew")
+        if self.rank.rank == 0:
+            shutil.rmtree(other, ignore_errors=True)
+        self.most(0)
+        self.save_checkpoint(other / "template")
+        self.most(0)
+        own, aliases = self._trained_parameters()
+        saved = SavedLearner(state, written, list(own))
+        write_anew(saved, other / "template" / _STATE, other / _STATE, self._layout, self.rank.rank, own, aliases)
+        self.most(0)
+        self._load(other)
+        self.most(0)
+        if self.rank.rank == 0:
+            shutil.rmtree(other)
+
+    def _load(self, folder: Path) -> None:
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_STATE)
         if loaded is None:
-            raise FileNotFoundError(f"{folder / 'state'} holds no checkpoint that this engine can read")
+            raise FileNotFoundError(f"{folder / _STATE} holds no checkpoint that this engine can read")
         self.steps_done = int(client_state["steps_done"])
+
+    def _trained_parameters(self) -> tuple[dict[str, torch.Size], dict[str, str]]:
+        """Shapes by name, in the optimizer's order; and further names of shared ones to their own."""
+        names = {id(parameter): name for name, parameter in self.unwrapped.named_parameters()}
+        groups = _parameter_groups(self.unwrapped, self._settings.weight_decay)
+        own = {
+            names[id(parameter)]: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            for group in groups
+            for parameter in group["params"]
+        }
+        every = self.unwrapped.named_parameters(remove_duplicate=False)
+        return own, {name: names[id(parameter)] for name, parameter in every}
 
     def save_pretrained(self, folder: Path, part: Any, strip: str) -> None:
         """An ordinary Hugging Face directory, written by rank 0 from the full weights.

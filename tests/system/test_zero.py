@@ -142,9 +142,19 @@ def pair(local_ray: Path) -> Iterator[ActorGroup[Any]]:
         yield group
 
 
+def check_reports(found: list[tuple[PolicyReport, CriticReport]], wanted: tuple[PolicyReport, CriticReport]) -> None:
+    policy, critic = wanted
+    for own_policy, own_critic in found:
+        for name in ("loss", "grad_norm", "entropy", "clip_fraction", "approx_kl", "max_abs_log_ratio"):
+            assert getattr(own_policy, name) == pytest.approx(getattr(policy, name), abs=1e-5), name
+        for name in ("loss", "grad_norm", "clip_fraction", "explained_variance", "return_mean"):
+            assert getattr(own_critic, name) == pytest.approx(getattr(critic, name), abs=1e-5), name
+        assert own_policy.stats.shaped_reward_mean == pytest.approx(policy.stats.shaped_reward_mean)
+
+
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_ranks_equal_one_process(
-    pair: ActorGroup[Any], tied_policy_model: str, expected: Any, tmp_path: Path, zero_stage: int
+    pair: ActorGroup[Any], tied_policy_model: str, expected: Any, single_rank: Rank, tmp_path: Path, zero_stage: int
 ):
     places = ranks(pair)
 
@@ -160,20 +170,43 @@ def test_two_ranks_equal_one_process(
     weights = tensors_of(tmp_path / "policy", critic)
 
     single_reports, single_weights = expected
-    for of_ranks, (policy, critic_report) in zip(reports, single_reports, strict=True):
-        for own_policy, own_critic in of_ranks:
-            for name in ("loss", "grad_norm", "entropy", "clip_fraction", "approx_kl", "max_abs_log_ratio"):
-                assert getattr(own_policy, name) == pytest.approx(getattr(policy, name), abs=1e-5), name
-            for name in ("loss", "grad_norm", "clip_fraction", "explained_variance", "return_mean"):
-                assert getattr(own_critic, name) == pytest.approx(getattr(critic_report, name), abs=1e-5), name
-            assert own_policy.stats.shaped_reward_mean == pytest.approx(policy.stats.shaped_reward_mean)
+    for of_ranks, expected_reports in zip(reports, single_reports, strict=True):
+        check_reports(of_ranks, expected_reports)
     assert largest_difference(weights, single_weights) <= 1e-5
+
+    # Another layout: one process takes up what two ranks have written.
+    single = Learners(tied_policy_model, single_rank, zero_stage=1)
+    single.load(str(tmp_path / "checkpoint"))
+    check_reports([single.train(1)], single_reports[1])
+    alone = tensors_of(tmp_path / "alone", single.export(str(tmp_path / "alone")))
+    assert largest_difference(alone, single_weights) <= 1e-5
 
     build()
     pair.call_all(Learners.load, str(tmp_path / "checkpoint"))
     assert pair.call_all(Learners.train, 1) == reports[1]
     again = tensors_of(tmp_path / "again", pair.call_all(Learners.export, str(tmp_path / "again"))[0])
     assert largest_difference(again, weights) == 0
+
+
+@pytest.mark.parametrize("stages", [(1, 3), (3, 2), (2, 1)])
+def test_a_checkpoint_serves_other_ranks_and_stages(
+    pair: ActorGroup[Any], tied_policy_model: str, expected: Any, single_rank: Rank, tmp_path: Path,
+    stages: tuple[int, int],
+):  # fmt: skip
+    """One process writes it, two ranks take it up and write theirs, and two of another stage go on."""
+    single = Learners(tied_policy_model, single_rank, zero_stage=1)
+    single.train(0)
+    single.save(str(tmp_path / "first"))
+    places = ranks(pair)
+    for folder, stage in zip(("first", "second"), stages, strict=True):
+        pair.build_all(*(partial(Learners, tied_policy_model, place, stage) for place in places))
+        pair.call_all(Learners.load, str(tmp_path / folder))
+        pair.call_all(Learners.save, str(tmp_path / "second"))
+        assert not list((tmp_path / folder).glob(".*")), "what was made on the way is gone"
+    single_reports, single_weights = expected
+    check_reports(pair.call_all(Learners.train, 1), single_reports[1])
+    weights = tensors_of(tmp_path / "policy", pair.call_all(Learners.export, str(tmp_path / "policy"))[0])
+    assert largest_difference(weights, single_weights) <= 1e-5
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

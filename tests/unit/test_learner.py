@@ -21,6 +21,7 @@ from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.rank_group import Rank
+from rlhf_ray.roles.relayout import Layout, SavedLearner
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, SampleUse, TokenColumn
 from tests.making import (
     ALGORITHM,
@@ -454,6 +455,41 @@ def test_a_checkpoint_brings_everything_back(policy_model: str, single_rank: Ran
     rates.append(train_policy(resumed, step=1).learning_rate)
     assert largest_difference(trained(resumed), expected) == 0
     assert rates[0] == rates[1] < 1e-2
+
+
+def test_a_checkpoint_goes_through_every_layout_unharmed(tied_policy_model: str, single_rank: Rank, tmp_path: Path):
+    """Each learner takes up what the one before has written: all bits of weights and moments come back."""
+    layouts = [("float32", 0), ("bfloat16", 1), ("bfloat16", 3), ("bfloat16", 2), ("float32", 3), ("float32", 0)]
+
+    def take_up(number: int, dtype: str, zero_stage: int) -> dict[str, torch.Tensor]:
+        decay = 0.0 if number == 2 else 0.01  # which also changes the order
+        settings = {"dtype": dtype, "zero_stage": zero_stage, "weight_decay": decay}
+        learner = policy_learner(tied_policy_model, single_rank, **settings)
+        if number:
+            learner.load_checkpoint(str(tmp_path / str(number - 1)))
+        else:
+            train_policy(learner)
+        learner.save_checkpoint(str(tmp_path / str(number)))
+        state = tmp_path / str(number) / "policy" / "state"
+        layout = Layout.of(state)
+        assert layout == Layout(zero_stage, 1, dtype, 1 if number == 2 else 2)
+        shapes = learner._engine._trained_parameters()[0]
+        saved = SavedLearner(state, layout, list(shapes))
+        assert saved.step == saved.counts["steps_done"] == learner._engine.steps_done > 0
+        kinds = ("weight", "exp_avg", "exp_avg_sq")
+        return {f"{kind} {name}": saved.tensor(name, kind, shapes[name]).clone() for name in shapes for kind in kinds}
+
+    first, *others = (take_up(number, *layout) for number, layout in enumerate(layouts))
+    for other in others:
+        assert largest_difference(other, first) == 0
+
+
+def test_a_checkpoint_without_what_is_trained_now_is_named(policy_model: str, single_rank: Rank, tmp_path: Path):
+    learner = policy_learner(policy_model, single_rank, trainable_top_layers=1)
+    train_policy(learner)
+    learner.save_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match=r"embed_tokens.* trainable_top_layers"):
+        policy_learner(policy_model, single_rank, dtype="bfloat16").load_checkpoint(str(tmp_path))
 
 
 def test_a_missing_checkpoint_is_an_error(policy_model: str, single_rank: Rank, tmp_path: Path):
