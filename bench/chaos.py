@@ -10,7 +10,7 @@ Each part is on the tiny model with the real engines, and against the same run l
 - `kills`: random roles of a longer run, again and again;
 - `job`: the whole job, at random moments of every phase, resumed by the same command;
 - `machine`: disk and object store fill up, the folder cannot be written, W&B does not answer, the clock is set back
-  (needs root, and Debian's `faketime`).
+  (needs root).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from bench.results import Report, Result
 from tests.system.commands import rows_of, wait_until
 
 _HOUR_S = 3600
-_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+_SET_BACK = Path(__file__).parent / "set_back"
 
 
 def machine(site: Site, alone: Outcome, report: Report) -> None:
@@ -88,19 +89,13 @@ def unreachable(site: Site, alone: Outcome) -> list[Result]:
 
 
 def clock_set_back(site: Site, alone: Outcome) -> list[Result]:
-    """The wall clock of all processes jumps back by an hour after the second step."""
+    """The wall clock of all Python processes jumps back by an hour after the second step."""
     offset = site.runs / "clock-offset"
-    offset.write_text("+0\n", encoding="utf-8")
-    environment = {
-        "LD_PRELOAD": str(_FAKETIME),
-        "FAKETIME_TIMESTAMP_FILE": str(offset),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    command = site.begin("clock", environment=environment)
+    path = os.pathsep.join([str(_SET_BACK), os.environ.get("PYTHONPATH", "")])
+    command = site.begin("clock", environment={"PYTHONPATH": path, "CLOCK_OFFSET": str(offset)})
     rows = site.folder("clock") / "metrics.jsonl"
     wait_until(lambda: len(rows_of(rows)) >= 2 or command.process.poll() is not None, DEADLINE_S, "two steps")
-    offset.write_text(f"-{_HOUR_S}\n", encoding="utf-8")
+    offset.write_text(f"-{_HOUR_S}", encoding="utf-8")
     command.wait(DEADLINE_S)
     outcome = site.outcome("clock", command)
     jumps = [event for event in outcome.events if event["kind"] == "clock_jumped"]
