@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf_ray.tracking.run_folder import write_atomic
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _COUNTS = ("steps_done", "global_steps", "global_samples", "skipped_steps")
 _LAYOUT = "layout.json"
@@ -47,7 +45,7 @@ class Layout:
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def write(self, state: Path) -> None:
-        write_atomic(state / _LAYOUT, json.dumps(asdict(self)) + "\n")
+        (state / _LAYOUT).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         return f"ZeRO-{self.zero_stage} on {self.ranks} rank(s) in {self.dtype}"
