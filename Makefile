@@ -48,9 +48,9 @@ chaos: $(READY)  ## Runs that lose processes in every way must end as if they ha
 	@$(BIN)/rlhf-ray prepare tiny
 	@$(BIN)/python -m bench.chaos $(OPTIONS)
 
-bench-gpu: $(READY)  ## On a machine with a GPU: kernels, scores, runs of every kind, several ranks on the one GPU
-	@$(BIN)/rlhf-ray prepare tiny
-	@$(BIN)/python -m bench.one_gpu $(OPTIONS)
+bench-gpu:  ## On a GPU, with PYTHON=python of its environment: kernels, scores, runs of every kind
+	@$(PYTHON) -m rlhf_ray prepare tiny
+	@$(PYTHON) -m bench.one_gpu $(OPTIONS)
 
 bench-scale: $(READY)  ## The driver's own time a step with 64 and 256 stub roles
 	@$(BIN)/python -m bench.scale $(OPTIONS)
