@@ -26,8 +26,8 @@ _HEAP = 1.7
 """How much of a CPU's memory the tensors of a training pass take up, by their size: what is freed on the way leaves
 gaps between those that are kept."""
 _CUDA_HOST, _CUDA_DEVICE = 3e9, 1e9
-"""Bytes of a process with CUDA's libraries, in the node's memory and on the GPU. Bare torch takes 1.1 and 0.64 GB (H200);
-what DeepSpeed and vLLM add was not measured."""
+"""Bytes of a process with CUDA's libraries, in the node's memory and on the GPU. Bare torch takes 1.1 and 0.64 GB on an
+H200; what vLLM and DeepSpeed add was not measured."""
 _REDUCE_BUCKET, _LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 """DeepSpeed's defaults, in elements."""
 
