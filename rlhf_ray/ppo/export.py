@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
+import shutil
 from pathlib import Path
 
+import torch
+
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.config.settings import PolicySettings, PPOConfig
 from rlhf_ray.failures import BadInput
-from rlhf_ray.roles.policy_learner import PolicyLearner
-from rlhf_ray.runtime.cluster import RoleRequest
-from rlhf_ray.runtime.learner_group import connected, ranks, role_group
+from rlhf_ray.models.adapters import plain_weights
+from rlhf_ray.models.loading import load_tokenizer
+from rlhf_ray.roles.learner import checkpoint_folder
+from rlhf_ray.roles.policy_learner import POLICY_PREFIX, build_policy
+from rlhf_ray.roles.relayout import STATE, Layout, SavedLearner
 from rlhf_ray.tracking.manifest import find_fault
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.run_lock import run_lock
 
 
 def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
-    """Write a checkpoint's policy, adapters merged in, by the ranks that the checkpoint was written by.
+    """Write a checkpoint's policy, adapters merged in.
 
     Args:
         run: the run's folder.
@@ -29,7 +33,6 @@ def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
 
     Raises:
         BadInput: there is no such run or checkpoint, it is damaged, the run is still going on, or the directory exists.
-        RoleFailure: a rank failed, died or did not answer.
     """
     folder = RunFolder(run)
     if not folder.config_yaml.exists():
@@ -48,15 +51,39 @@ def export_checkpoint(run: Path, step: int | None, to: Path | None) -> Path:
     target = to or folder.path / f"policy-{step:06d}"
     if target.exists():
         raise BadInput(str(target), "exists", "a directory that is not there yet (--to)")
-    request = RoleRequest("policy", "policy.learner", config.policy.learner)
-    with (
-        # A run that goes on has logs of the same names, and may delete the checkpoint meanwhile.
-        run_lock(folder.lock),
-        connected(config.cluster, [[request]]),
-        role_group(request, config.cluster, folder.logs) as group,
-    ):
-        build = partial(PolicyLearner, config.policy, config.algorithm, total_steps=config.steps)
-        group.build_all(*(partial(build, rank) for rank in ranks(group)))
-        group.call_all(PolicyLearner.load_checkpoint, str(checkpoint.absolute()))
-        group.call_all(PolicyLearner.export, str(target.absolute()))
+    with run_lock(folder.lock):  # a run that goes on may delete the checkpoint meanwhile
+        export_policy(config.policy, checkpoint, target)
     return target
+
+
+def export_policy(settings: PolicySettings, checkpoint: Path, target: Path) -> None:
+    """The policy as its ranks would write it, to the bit, but in this process alone: neither they nor their GPUs are
+    needed, and of the optimizer's state nothing is read.
+
+    Args:
+        settings: of the run.
+        checkpoint: its folder.
+        target: the directory.
+
+    Raises:
+        BadInput: the checkpoint is of a version that did not write down how it is divided among files.
+    """
+    state = checkpoint_folder(str(checkpoint), "policy") / STATE
+    layout = Layout.of(state)
+    if layout is None:
+        raise BadInput(str(state), "does not say how it is divided among files", "a checkpoint of this version")
+    # No pass is made, so the attention of the run need not be there.
+    learner = settings.learner.model_copy(update={"attention": "auto"})
+    model = build_policy(settings.model_copy(update={"learner": learner}), layout.dtype)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = SavedLearner(state, layout, list(trained))
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved.tensor(name, "weight", parameter.shape))
+        weights = {name.removeprefix(POLICY_PREFIX): weight.value() for name, weight in plain_weights(model).items()}
+    # Where it stands only once it is whole.
+    unfinished = target.with_name(f".{target.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.language_model.save_pretrained(unfinished, state_dict=weights)
+    load_tokenizer(settings.model, "policy.model").save_pretrained(unfinished)
+    unfinished.rename(target)

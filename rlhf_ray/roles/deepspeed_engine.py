@@ -23,10 +23,7 @@ from rlhf_ray.models.adapters import plain_weights
 from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 from rlhf_ray.roles.rank_group import Batch, Rank, RankEngine
-from rlhf_ray.roles.relayout import Layout, SavedLearner, write_anew
-
-_STATE = "state"
-"""Folder of DeepSpeed's files in a learner's folder of a checkpoint."""
+from rlhf_ray.roles.relayout import STATE, Layout, SavedLearner, write_anew
 
 
 @dataclass(frozen=True)
@@ -173,14 +170,14 @@ class DeepSpeedEngine(RankEngine):
     def save_checkpoint(self, folder: Path) -> None:
         """Weights, optimizer and step count of this rank."""
         client_state = {"steps_done": self.steps_done, "trained": list(self._trained_parameters()[0])}
-        self._engine.save_checkpoint(str(folder), tag=_STATE, client_state=client_state, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=STATE, client_state=client_state, save_latest=False)
         if self.rank.rank == 0:
-            self._layout.write(folder / _STATE)
+            self._layout.write(folder / STATE)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Back to the saved state: exactly, where as many ranks of the same ZeRO stage and compute type wrote it, and
         else each number of it."""
-        state = folder / _STATE
+        state = folder / STATE
         if not state.is_dir():
             raise FileNotFoundError(f"{folder} holds no checkpoint")
         written = Layout.of(state)
@@ -196,7 +193,7 @@ class DeepSpeedEngine(RankEngine):
         self.most(0)
         own, aliases = self._trained_parameters()
         saved = SavedLearner(state, written, list(own))
-        write_anew(saved, other / "template" / _STATE, other / _STATE, self._layout, self.rank.rank, own, aliases)
+        write_anew(saved, other / "template" / STATE, other / STATE, self._layout, self.rank.rank, own, aliases)
         self.most(0)
         self._load(other)
         self.most(0)
@@ -204,9 +201,9 @@ class DeepSpeedEngine(RankEngine):
             shutil.rmtree(other)
 
     def _load(self, folder: Path) -> None:
-        loaded, client_state = self._engine.load_checkpoint(str(folder), tag=_STATE)
+        loaded, client_state = self._engine.load_checkpoint(str(folder), tag=STATE)
         if loaded is None:
-            raise FileNotFoundError(f"{folder / _STATE} holds no checkpoint that this engine can read")
+            raise FileNotFoundError(f"{folder / STATE} holds no checkpoint that this engine can read")
         self.steps_done = int(client_state["steps_done"])
 
     def _trained_parameters(self) -> tuple[dict[str, torch.Size], dict[str, str]]:

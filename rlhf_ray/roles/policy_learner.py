@@ -48,7 +48,9 @@ from rlhf_ray.roles.policy_weights import PolicyWeights
 from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import ProbeColumn, Rollout, SampleUse, TokenColumn, TrunkColumn
 
-_PREFIX = "language_model."
+POLICY_PREFIX = "language_model."
+"""Before the Hugging Face names of a `PolicyModel`'s weights."""
+
 _SUMS = (
     *("loss", "normalizer", "entropy", "clip", "approx_kl", "ratio", "weight", "importance"),
     *("importance_count", "importance_plain", "importance_square", "importance_truncated", "importance_masked"),
@@ -99,6 +101,28 @@ class TextReport:
     learning_rate: float
 
 
+def build_policy(settings: PolicySettings, dtype: str, temperature: float = 1.0, seed: int = 0) -> PolicyModel:
+    """The policy before training, with what is trained of it.
+
+    Args:
+        dtype: compute type, already resolved.
+        temperature: of the sampling.
+        seed: keys the adapters' first weights.
+    """
+    learner = settings.learner
+    model = load_policy_model(
+        settings.model,
+        dtype=dtype,
+        temperature=temperature,
+        float32_logits=learner.float32_logits,
+        attention=resolve_attention(learner.attention),
+    )
+    train_only_top_layers(model.language_model, learner.trainable_top_layers)
+    if settings.lora is not None:
+        add_adapters(model.language_model, settings.lora, "policy.lora.target_modules", keyed_seed(seed, "adapters"))
+    return model
+
+
 class PolicyLearner:
     """One rank of the policy learner. Every method is a collective of all ranks.
 
@@ -132,18 +156,7 @@ class PolicyLearner:
         self._model = settings.model
 
         def build() -> PolicyModel:
-            model = load_policy_model(
-                settings.model,
-                dtype=self._dtype,
-                temperature=temperature,
-                float32_logits=learner.float32_logits,
-                attention=resolve_attention(learner.attention),
-            )
-            train_only_top_layers(model.language_model, learner.trainable_top_layers)
-            if settings.lora is not None:
-                add_adapters(
-                    model.language_model, settings.lora, "policy.lora.target_modules", keyed_seed(seed, "adapters")
-                )
+            model = build_policy(settings, self._dtype, temperature=temperature, seed=seed)
             if shares_trunk and learner.trainable_top_layers is not None:
                 model.cut_above(learner.trainable_top_layers)
             return model
@@ -277,7 +290,7 @@ class PolicyLearner:
 
     def export(self, folder: str) -> None:
         """The policy as a Hugging Face directory with its tokenizer, adapters merged in, written by rank 0."""
-        self._engine.save_pretrained(Path(folder), self._engine.unwrapped.language_model, _PREFIX)
+        self._engine.save_pretrained(Path(folder), self._engine.unwrapped.language_model, POLICY_PREFIX)
         if self._engine.rank.rank == 0:
             load_tokenizer(self._model, "policy.model").save_pretrained(folder)
 

@@ -21,6 +21,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _COUNTS = ("steps_done", "global_steps", "global_samples", "skipped_steps")
 _LAYOUT = "layout.json"
 
+STATE = "state"
+"""Folder of DeepSpeed's files in a learner's folder of a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -18,6 +18,7 @@ from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import CriticSettings, PolicySettings, ReferenceSettings
 from rlhf_ray.models.buckets import WeightBucket
+from rlhf_ray.ppo.export import export_policy
 from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
@@ -168,6 +169,10 @@ def test_two_ranks_equal_one_process(
     reports.append(pair.call_all(Learners.train, 1))
     critic = pair.call_all(Learners.export, str(tmp_path / "policy"))[0]
     weights = tensors_of(tmp_path / "policy", critic)
+    # Nor does a directory of the policy need its ranks.
+    pair.call_all(Learners.save, str(tmp_path / "last"))
+    export_policy(PolicySettings(model=tied_policy_model), tmp_path / "last", tmp_path / "exported")
+    assert largest_difference(weights_in(tmp_path / "exported"), weights_in(tmp_path / "policy")) == 0
 
     single_reports, single_weights = expected
     for of_ranks, expected_reports in zip(reports, single_reports, strict=True):

@@ -25,6 +25,7 @@ from rlhf_ray.models.adapters import (
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
 from rlhf_ray.models.token_models import PolicyModel
+from rlhf_ray.ppo.export import export_policy
 from rlhf_ray.ppo.roles import role_requests
 from rlhf_ray.roles.deepspeed_engine import Rank
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
@@ -262,9 +263,14 @@ def test_both_exports_give_the_learners_logprobs(
         train(learner, step)
     learner.export(str(tmp_path / "policy"))
     learner.export_adapters(str(tmp_path / "adapters"))
+    learner.save_checkpoint(str(tmp_path / "checkpoint"))
     columns = [learner.logprobs(rollout).data for rollout in ROLLOUTS]
     del learner  # While there is a ZeRO-3 engine, transformers partitions what it loads.
     gc.collect()
+    settings = PolicySettings(model=model, lora=LoraSettings(rank=4, alpha=8))
+    export_policy(settings, tmp_path / "checkpoint", tmp_path / "again")
+    assert weights_in(tmp_path / "again").keys() == weights_in(tmp_path / "policy").keys()
+    assert largest_difference(weights_in(tmp_path / "again"), weights_in(tmp_path / "policy")) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert set(weights_in(tmp_path / "policy")) == set(weights_in(Path(model)))
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").eos_token == "<eos>"
