@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,38 @@ def resolve_attention(attention: str) -> str:
 
     register_packed_sdpa()
     return "packed_sdpa" if attention == "auto" else attention
+
+
+_ATTENTION_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
+
+
+def check_attention(attention: str, key: str) -> None:
+    """See that there is such a kernel, before a role looks for it.
+
+    Without the package of one, transformers may fetch a compiled kernel from a hub, and run it.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    from transformers import AttentionInterface
+
+    known = ("auto", "packed_sdpa", "eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name))
+    if attention not in known:
+        raise BadInput(key, f"no attention is called '{attention}'", f"one of {', '.join(dict.fromkeys(known))}")
+    package = _ATTENTION_PACKAGES.get(attention)
+    if package is not None and not _is_installed(package):
+        raise BadInput(key, f"{attention} needs the package {package}, which is not installed", "auto, or install it")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False  # of which it would be a part
 
 
 def resolve_padded_attention(attention: str, on_gpu: bool) -> str:

@@ -10,6 +10,7 @@ from rlhf_ray.config.settings import PolicySettings
 from rlhf_ray.models.adapters import check_adapters
 from rlhf_ray.models.loading import (
     ModelFacts,
+    check_attention,
     check_language_model,
     check_tokenizer_fits,
     check_top_layers,
@@ -48,5 +49,6 @@ def read_policy(settings: PolicySettings) -> PolicyFacts:
     check_tokenizer_fits(tokenizer, facts, model, key)
     check_language_model(facts, model, key)
     check_top_layers(settings.learner.trainable_top_layers, facts, "policy.learner.trainable_top_layers")
+    check_attention(settings.learner.attention, "policy.learner.attention")
     check_adapters(model, settings.lora, "policy.lora.target_modules")
     return PolicyFacts(settings, facts, tokenizer)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rlhf_ray.config.settings import PPOConfig, PromptSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
 from rlhf_ray.models.loading import (
+    check_attention,
     check_language_model,
     check_packed_rows,
     check_tokenizer_fits,
@@ -72,6 +73,8 @@ def check_reference(config: PPOConfig, policy: PolicyFacts) -> None:
     Raises:
         BadInput: naming the key.
     """
+    if config.reference_role is not None:
+        check_attention(config.reference_role.attention, "reference.attention")
     if config.reference_role is not None and config.reference_role.model is not None:
         reference = config.reference_role.model
         facts = read_model_facts(reference, "reference.model")
@@ -92,6 +95,7 @@ def check_critic(config: PPOConfig, policy: PolicyFacts) -> None:
             check_tokenizer_fits(policy.tokenizer, facts, config.policy.model, "critic.model")
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, facts, "critic.learner.trainable_top_layers")
+        check_attention(config.critic.learner.attention, "critic.learner.attention")
 
 
 def read_prompts(

@@ -235,6 +235,15 @@ FAULTS: dict[str, Fault] = {
     "too many top layers": Fault(
         "policy.learner.trainable_top_layers", "3 layers", settings("policy.learner.trainable_top_layers=3")
     ),
+    "no such attention": Fault(
+        "policy.learner.attention", "'flash_attention'", settings("policy.learner.attention=flash_attention")
+    ),
+    "a kernel that is not installed": Fault(
+        "reference.attention", "needs the package", settings("reference.attention=flash_attention_2")
+    ),
+    "a kernel from a hub": Fault(
+        "critic.learner.attention", "no attention is called", settings("critic.learner.attention=kernels-community/fa2")
+    ),
     "no such adapter": Fault(
         "policy.lora.target_modules",
         "no_proj",

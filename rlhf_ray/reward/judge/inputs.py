@@ -19,7 +19,7 @@ from rlhf_ray.config.reward_model import (
 from rlhf_ray.data.preferences import PreferencePair, PreferenceSet, attribute_names, load_preferences
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.adapters import check_adapters
-from rlhf_ray.models.loading import check_tokenizer_fits, check_top_layers, read_model_facts
+from rlhf_ray.models.loading import check_attention, check_tokenizer_fits, check_top_layers, read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout
 from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.core.loading import load_reward_tokenizer
@@ -86,6 +86,7 @@ def read_training_inputs(config: RewardModelConfig) -> TrainingInputs:
     tokenizer = load_reward_tokenizer(config.model, "model")
     check_tokenizer_fits(tokenizer, facts, config.model, "model")
     check_top_layers(config.learner.trainable_top_layers, facts, "learner.trainable_top_layers")
+    check_attention(config.learner.attention, "learner.attention")
     check_adapters(config.model, training.lora, "training.lora.target_modules", "SequenceClassification")
     if training.max_length > facts.context_tokens:
         raise BadInput(
