@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def export_policy(settings: PolicySettings, checkpoint: Path, target: Path) -> N
     layout = Layout.of(state)
     if layout is None:
         raise BadInput(str(state), "does not say how it is divided among files", "a checkpoint of this version")
+    # DeepSpeed's classes are in its files. It would look for a GPU, and say on stdout that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # No pass is made, so the attention of the run need not be there.
     learner = settings.learner.model_copy(update={"attention": "auto"})
     model = build_policy(settings.model_copy(update={"learner": learner}), layout.dtype)
