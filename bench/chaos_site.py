@@ -26,7 +26,7 @@ class Outcome:
         status: of the command.
         error: last line of what it said on stderr.
         rows: its metrics but times.
-        digests: SHA-256 of the trained weights and of the samples.
+        digests: SHA-256 of the trained weights, of the judged samples, and of the ledger.
         events: as written.
     """
 
@@ -37,7 +37,9 @@ class Outcome:
     events: list[dict[str, Any]]
 
     def equals(self, other: Outcome) -> bool:
-        return self.status == other.status == 0 and (self.rows, self.digests) == (other.rows, other.digests)
+        checked = [event["cause"] for event in self.events if event["kind"] == "ledger_checked"]
+        same = (self.rows, self.digests) == (other.rows, other.digests)
+        return self.status == other.status == 0 and same and checked == [None]
 
 
 class Site:
@@ -102,7 +104,8 @@ class Site:
 
     def outcome(self, name: str, command: Command) -> Outcome:
         folder = self.folder(name)
-        files = [path for path in (folder / "policy/model.safetensors", folder / "samples.jsonl") if path.exists()]
+        kept = (folder / "policy/model.safetensors", folder / "samples.jsonl", folder / "ledger.jsonl")
+        files = [path for path in kept if path.exists()]
         return Outcome(
             command.process.returncode,
             command.stderr.strip().splitlines()[-1] if command.stderr.strip() else "",
