@@ -1,7 +1,7 @@
 """`make chaos`: processes of a run are killed, stopped, starved and broken, and it must end as if nothing had been.
 
-Each part is on the tiny model with the real engines, and against the same run left alone; "equal" means every row of
-`metrics.jsonl` but for times, the trained weights, the judged samples and the ledger, to the bit:
+Each part is on the tiny model with the real engines, and against the same run left alone; "equal" means
+bit-for-bit the same `metrics.jsonl` except for times, trained weights, judged samples and ledger:
 
 - `matrix`: each role, lost in each way, in the midst of a call and between calls;
 - `pairs`: one role twice in one run, and two roles at once;

@@ -25,7 +25,7 @@ class Outcome:
     Attributes:
         status: of the command.
         error: last line of what it said on stderr.
-        rows: its metrics but times.
+        rows: its metrics, except times.
         digests: SHA-256 of the trained weights, of the judged samples, and of the ledger.
         events: as written.
     """

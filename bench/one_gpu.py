@@ -188,7 +188,7 @@ def _kernel_times() -> list[Result]:
 
 
 def scoring_results(data: Path) -> list[Result]:
-    """A backbone of MiniLM's size with random weights, and the tiny decoder."""
+    """Of the tiny reward model, in lists and one at a time."""
     from rlhf_ray.reward.model import RewardModel
 
     lines = (data / "tiny/pairs_test.jsonl").read_text(encoding="utf-8").splitlines()

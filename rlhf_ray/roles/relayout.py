@@ -50,9 +50,6 @@ class Layout:
     def write(self, state: Path) -> None:
         (state / _LAYOUT).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
 
-    def __str__(self) -> str:
-        return f"ZeRO-{self.zero_stage} on {self.ranks} rank(s) in {self.dtype}"
-
 
 class _Piece(NamedTuple):
     """Part of a parameter: `length` numbers from `offset` on, at `start` of a rank's row of number `row`."""
