@@ -5,7 +5,7 @@ weights over NCCL then run with NCCL's sockets in place of its links between GPU
 parallelism, and how fast any of it is.
 
 - `kernel`: attention in packed rows, against float64, and its time;
-- `scoring`: a reward model's scores, against the CPU's, free of their batches, and its time;
+- `scoring`: a reward model's scores, against the CPU's, and free of their batches;
 - `runs`: `train-rm` and `ppo` with every kind of placement and transport, on the tiny model;
 - `large`: PPO of a policy of 1.3 B parameters with random weights: seconds and memory of a step.
 """
