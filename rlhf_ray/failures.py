@@ -63,6 +63,11 @@ class RoleFailure(Exception):
         self.guard = guard
         super().__init__(f"{role} on {node}: {cause} ({kind.value} failure)")
 
+    @property
+    def group(self) -> str:
+        """The role without the replica's number."""
+        return self.role.rpartition("-")[0]
+
     def __reduce__(self) -> tuple[type[RoleFailure], tuple[FailureKind, str, str, str, str, str]]:
         return RoleFailure, (self.kind, self.role, self.node, self.cause, self.details, self.guard)
 

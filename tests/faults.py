@@ -30,7 +30,8 @@ class Fault:
         role: whose.
         how: `kill`, `stop` (SIGSTOP), `raise` (a disk error), `memory` (none left) or `fill` (the object store; nothing
             else happens).
-        when: `busy`: as the call begins; `idle`: once no call is under way behind it.
+        when: `start`: before the role is built; `busy`: as the call begins; `idle`: once no call is under way
+            behind it.
         call: number of the call of the role's method in this process, from 0.
         mark: made when it happens, so that it does once.
     """
@@ -61,12 +62,12 @@ class FaultyRole:
         due = name == METHODS[self._fault.role] and next(self._numbers) == self._fault.call
         try:
             if due and self._fault.when == "busy":
-                self._strike()
+                self._kept = strike(self._fault)
             result = method(*args)
             if due and self._fault.when == "idle":
                 self._armed = self._fault.how in ("kill", "stop")
                 if not self._armed:
-                    self._strike()
+                    self._kept = strike(self._fault)
         finally:
             with self._lock:
                 self._busy -= 1
@@ -79,28 +80,34 @@ class FaultyRole:
         while not pause.wait(0.05):
             with self._lock:
                 if self._busy == 0:
-                    self._strike()
+                    strike(self._fault)
                     return
 
-    def _strike(self) -> None:
-        try:
-            os.close(os.open(self._fault.mark, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        if self._fault.how in ("kill", "stop"):
-            os.kill(os.getpid(), signal.SIGKILL if self._fault.how == "kill" else signal.SIGSTOP)
-        elif self._fault.how == "fill":
-            size = int(ray.cluster_resources()["object_store_memory"])
-            self._kept = [ray.put(np.zeros(size // 8, np.uint8)) for _ in range(10)]
-        elif self._fault.how == "raise":
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        else:
-            used = psutil.Process().memory_info().vms
-            resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
-            np.ones(1 << 30)
+
+def strike(fault: Fault) -> list[ray.ObjectRef]:
+    """Do it to this process, if it was not done before; gives what has to be kept for it."""
+    try:
+        os.close(os.open(fault.mark, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return []
+    if fault.how in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
+    elif fault.how == "fill":
+        size = int(ray.cluster_resources()["object_store_memory"])
+        return [ray.put(np.zeros(size // 8, np.uint8)) for _ in range(10)]
+    elif fault.how == "raise":
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    else:
+        used = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+        np.ones(1 << 30)
+    return []
 
 
-def _make(constructor: Callable[..., Any], fault: Fault, *args: Any, **kwargs: Any) -> FaultyRole:
+def _make(constructor: Callable[..., Any], fault: Fault, *args: Any, **kwargs: Any) -> Any:
+    if fault.when == "start":
+        strike(fault)
+        return constructor(*args, **kwargs)
     return FaultyRole(constructor(*args, **kwargs), fault)
 
 

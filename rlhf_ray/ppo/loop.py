@@ -68,20 +68,19 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
         refuse_rollouts_in_this_process()
         try:
             run.tracker.phase("starting the roles and loading their models")
-            starter = RoleStarter(config, inputs, run.folder.logs, classes)
-            roles = starter.start()
-            for group in roles.groups():
-                for replica in group:
-                    run.tracker.events.write("role_started", role=replica.name, node=replica.node)
-            recovery, done = Recovery(config, starter, run), False
             with Supervisor(run.tracker.events, config.cluster.silent_after_s) as supervisor:
+                starter = RoleStarter(config, inputs, run.folder.logs, classes, supervisor.watch)
+                recovery, done = Recovery(config, starter, run), False
+                roles = recovery.start()
+                for group in roles.groups():
+                    for replica in group:
+                        run.tracker.events.write("role_started", role=replica.name, node=replica.node)
                 while not done:
-                    supervisor.watch(roles.groups())
                     try:
                         PPO(config, inputs, roles, run).train()
                         done = True
                     except RoleFailure as failure:
-                        roles = recovery.after(failure, roles)
+                        roles = recovery.after(failure)
         finally:
             refuse_rollouts_in_this_process(False)
 

@@ -35,22 +35,38 @@ class Recovery:
         self._config, self._starter, self._run = config, starter, run
         self._times: defaultdict[str, deque[float]] = defaultdict(deque)
 
-    def after(self, failure: RoleFailure, roles: Roles) -> Roles:
+    def start(self) -> Roles:
+        """The roles as a run begins. Nothing is done yet that a group lost meanwhile would have to go back to.
+
+        Raises:
+            RoleFailure: no room in the cluster; or a role could not be built, and would not be another time.
+        """
+        self._starter.reserve()
+        while True:
+            try:
+                return self._starter.start()
+            except RoleFailure as failure:
+                if failure.kind is not FailureKind.INFRASTRUCTURE or failure.group not in self._held():
+                    raise
+                self._spend({failure.group}, failure)
+                self._note_lost(failure)
+
+    def after(self, failure: RoleFailure) -> Roles:
         """The roles with which the run can go on, from its newest checkpoint.
 
         Raises:
             RoleFailure: it cannot: the failure would happen again, or happened too often.
         """
         while True:
-            if failure.kind is not FailureKind.INFRASTRUCTURE or not (lost := self._lost(roles, failure)):
+            if failure.kind is not FailureKind.INFRASTRUCTURE or not (lost := self._lost(failure)):
                 raise failure
             self._spend(lost, failure)
             events, started = self._run.tracker.events, time.monotonic()
-            events.write("role_lost", role=failure.role, node=failure.node, cause=failure.cause)
+            self._note_lost(failure)
             names = self._with_dependents(lost)
             self._run.tracker.phase(f"starting {', '.join(sorted(names))} anew")
             try:
-                roles = self._starter.renew(roles, names)
+                roles = self._starter.renew(names)
             except RoleFailure as again:
                 failure = again
                 continue
@@ -60,12 +76,18 @@ class Recovery:
             self._run.go_back(failure)
             return roles
 
-    def _lost(self, roles: Roles, failure: RoleFailure) -> set[str]:
+    def _lost(self, failure: RoleFailure) -> set[str]:
         """Roles that have to be started anew: the one that failed, and those that do not answer."""
-        held = [group for group in roles.groups() if not self._starter.makers[group.role].restarts]
-        silent = {group.role for group in held if not _answers(group)}
-        failed = failure.role.rpartition("-")[0]
-        return silent | {group.role for group in held if group.role == failed}
+        held = self._held()
+        silent = {role for role, group in self._starter.groups.items() if role in held and not _answers(group)}
+        return silent | ({failure.group} & held)
+
+    def _held(self) -> set[str]:
+        """Roles whose lost processes Ray cannot bring back."""
+        return {role for role, maker in self._starter.makers.items() if not maker.restarts}
+
+    def _note_lost(self, failure: RoleFailure) -> None:
+        self._run.tracker.events.write("role_lost", role=failure.role, node=failure.node, cause=failure.cause)
 
     def _with_dependents(self, lost: Set[str]) -> set[str]:
         config, learners = self._config, {"policy"} | ({"critic"} if self._config.critic is not None else set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,57 +136,76 @@ class RoleStarter:
     Args:
         logs: folder for what the processes print.
         classes: what is built in them.
+        watch: told of all groups whenever some of them are new, before they load their models.
 
     Attributes:
         makers: how each role is made.
+        groups: those that were started, by role.
     """
 
-    def __init__(self, config: PPOConfig, inputs: Inputs, logs: Path, classes: RoleClasses) -> None:
-        self._config, self._inputs, self._logs = config, inputs, logs
+    def __init__(
+        self,
+        config: PPOConfig,
+        inputs: Inputs,
+        logs: Path,
+        classes: RoleClasses,
+        watch: Callable[[Iterable[ActorGroup[Any]]], None],
+    ) -> None:
+        self._config, self._inputs, self._logs, self._watch = config, inputs, logs, watch
         self._limits = Limits.of(config.cluster)
         self.makers = role_makers(config, inputs, classes)
         self._requests = role_requests(config)
         self._placement: PlacementGroup | None = None
+        self.groups: dict[str, ActorGroup[Any]] = {}
+        self._building: dict[str, list[Answer[None]]] = {}
 
-    def start(self) -> Roles:
-        """Start every process and load every model, all at once.
+    def reserve(self) -> None:
+        """Room for every process.
 
         Raises:
-            RoleFailure: no room in the cluster, or a role could not be built.
+            RoleFailure: the cluster has none within the deadline.
         """
         self._placement = reserve(self._requests, self._config.cluster)
-        return roles_of(self._config, self._inputs, self._built({request.role for request in self._requests}))
 
-    def renew(self, roles: Roles, names: Set[str]) -> Roles:
+    def start(self) -> Roles:
+        """Start every process that there is none of yet, and load every model, all at once.
+
+        Raises:
+            RoleFailure: of a role that could not be built. Its processes are ended; all others go on loading, and are
+                there when this is called again.
+        """
+        assert self._placement is not None, "room is reserved first"
+        room = Room.of(self._requests)
+        try:
+            for role, settings in room.settings.items():
+                if role not in self.groups:
+                    remake = self.makers[role].make if self.makers[role].restarts else None
+                    self.groups[role] = ActorGroup.start(
+                        role, settings, self._placement, room.first_bundle[role], self._logs, self._limits, remake
+                    )
+            self._watch(self.groups.values())
+            for role, group in self.groups.items():
+                if role not in self._building:
+                    self._building[role] = self.makers[role].build(group)
+            collect([answer for answers in self._building.values() for answer in answers], self._limits.start_s)
+        except RoleFailure as failure:
+            self._end({failure.group})
+            raise
+        return roles_of(self._config, self._inputs, self.groups)
+
+    def renew(self, names: Set[str]) -> Roles:
         """End the processes of some roles, whatever they are doing, and start others in their places.
 
         Raises:
             RoleFailure: as `start`.
         """
-        groups = {group.role: group for group in roles.groups()}
-        for name in names:
-            groups[name].end()
-        return roles_of(self._config, self._inputs, groups | self._built(names))
+        self._end(names)
+        return self.start()
 
-    def _built(self, names: Set[str]) -> dict[str, ActorGroup[Any]]:
-        assert self._placement is not None, "room is reserved first"
-        groups: dict[str, ActorGroup[Any]] = {}
-        room = Room.of(self._requests)
-        for role, settings in room.settings.items():
-            if role in names:
-                maker = self.makers[role]
-                remake = maker.make if maker.restarts else None
-                groups[role] = ActorGroup.start(
-                    role, settings, self._placement, room.first_bundle[role], self._logs, self._limits, remake
-                )
-        try:
-            building = [answer for name, group in groups.items() for answer in self.makers[name].build(group)]
-            collect(building, self._limits.start_s)
-        except RoleFailure:
-            for group in groups.values():
-                group.end()
-            raise
-        return groups
+    def _end(self, names: Set[str]) -> None:
+        for name in names & self.groups.keys():
+            self.groups.pop(name).end()
+            self._building.pop(name, None)
 
 
 def roles_of(config: PPOConfig, inputs: Inputs, groups: Mapping[str, ActorGroup[Any]]) -> Roles:

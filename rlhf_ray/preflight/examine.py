@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import ray
-
 from rlhf_ray.config.reward_model import RewardModelConfig
 from rlhf_ray.config.settings import PPOConfig, SFTConfig
 from rlhf_ray.data.text import load_text
@@ -41,6 +39,7 @@ from rlhf_ray.runtime.cluster import (
     cluster_address,
     cluster_nodes,
     connect,
+    disconnect,
 )
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.tracker import check_folder, run_folder_path
@@ -109,7 +108,7 @@ def survey(config: TrainingConfig, findings: Findings, paths: Mapping[str, str])
             reports = look_everywhere(findings, readable, runs)
             return Site(with_memory(cluster_nodes(), reports), reports)
         finally:
-            ray.shutdown()
+            disconnect()
 
     return findings.check("cluster.address", ask)
 

@@ -20,6 +20,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from rlhf_ray.config.base import ActorSettings
+from rlhf_ray.failures import RoleFailure
 from rlhf_ray.rollout import Shipped
 from rlhf_ray.runtime.answers import Answer, Deferred, Stored, collect
 from rlhf_ray.runtime.limits import Limits
@@ -184,9 +185,13 @@ class ActorGroup(Generic[R]):
                 .remote(*arguments, remake if restarts else None)
             )
             hosts.append((name, host))
-        places: list[Place] = collect(
-            [Answer(host.place.remote(), name, "?", "start") for name, host in hosts], limits.start_s
-        )
+        asked: list[Answer[Place]] = [Answer(host.place.remote(), name, "?", "start") for name, host in hosts]
+        try:
+            places = collect(asked, limits.start_s)
+        except RoleFailure:
+            for _, host in hosts:
+                ray.kill(host)  # the others of the group hold its room
+            raise
         replicas: list[Replica[Any]] = [
             Replica(name, place, host) for (name, host), place in zip(hosts, places, strict=True)
         ]

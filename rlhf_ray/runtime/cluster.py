@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -150,6 +151,23 @@ def connect(settings: ClusterSettings) -> None:
     # Ray makes it readable for everybody, and whoever has it runs code as this user.
     with suppress(OSError):
         Path("~/.ray/auth_token").expanduser().chmod(0o600)
+
+
+def disconnect() -> None:
+    """Leave the cluster, and end it if it was started here; the processes of this job end with that.
+
+    Ray 2.60 writes a line of C++ to stderr for each call that is still under way, when the cluster's store is gone
+    before it has told it so. They are in Ray's logs as well.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        ray.shutdown()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _keep_ray_off_the_terminal() -> None:

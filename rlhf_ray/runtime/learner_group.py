@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
@@ -18,6 +16,7 @@ from rlhf_ray.runtime.cluster import (
     check_resources,
     cluster_nodes,
     connect,
+    disconnect,
     release,
     reserve,
 )
@@ -43,7 +42,7 @@ def connected(
         check(nodes)
         yield
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 @contextmanager

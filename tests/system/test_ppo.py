@@ -156,6 +156,8 @@ def haunted(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         Fault("reference", "stop", "busy", 13, str(folder / "reference")),
         Fault("policy", "kill", "busy", 5, str(folder / "policy")),
         Fault("critic", "raise", "busy", 5, str(folder / "critic")),
+        Fault("critic", "kill", "start", 0, str(folder / "critic-start")),
+        Fault("generator", "kill", "start", 0, str(folder / "generator-start")),
     ]
     listed = json.dumps([asdict(fault) for fault in faults])
     run = begin(data_root, folder, "cluster.silent_after_s=15", module="tests.faulty_run", FAULTS=listed)
@@ -413,6 +415,8 @@ def test_a_run_that_loses_a_process_of_every_kind_ends_like_the_one_left_alone(h
 def test_the_events_tell_who_was_lost_and_what_was_done_about_it(haunted: Run) -> None:
     restarted = haunted.events_of("role_restarted")
     assert {event["role"] for event in restarted} >= {"generator-0", "reward-0", "reference-0"}
+    # The generator's as well, of which Ray tells nobody: it had not begun to be watched.
+    assert haunted.events_of("role_lost")[0]["role"] == "critic-0"
     [silent] = haunted.events_of("role_silent")
     assert silent["role"] == "reference-0"
     assert {event["role"] for event in haunted.events_of("group_rebuilt")} == {"policy", "critic"}

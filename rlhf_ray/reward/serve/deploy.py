@@ -146,10 +146,9 @@ def run_service(config: ServingConfig, detach: bool) -> None:
     if local:
         _check_port(config)
     with _environment(local):
-        import ray
         from ray import serve
 
-        from rlhf_ray.runtime.cluster import connect
+        from rlhf_ray.runtime.cluster import connect, disconnect
 
         started = time.monotonic()
         connect(config.cluster)
@@ -171,7 +170,7 @@ def run_service(config: ServingConfig, detach: bool) -> None:
         finally:
             if not detach:
                 (folder / STATE_NAME).unlink(missing_ok=True)
-            ray.shutdown()
+            disconnect()
 
 
 def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bool) -> None:
@@ -393,16 +392,15 @@ def _joined(running: ServiceState) -> Iterator[None]:
     """In the cluster of a running service."""
     if running.ray_auth_mode:
         os.environ.setdefault(_AUTH_MODE, running.ray_auth_mode)
-    import ray
 
-    from rlhf_ray.runtime.cluster import connect
+    from rlhf_ray.runtime.cluster import connect, disconnect
 
     connect(ClusterSettings(address=running.ray_address))
     _quiet()
     try:
         yield
     finally:
-        ray.shutdown()
+        disconnect()
 
 
 def _quiet() -> None:
