@@ -4,8 +4,8 @@ Each part is on the tiny model with the real engines, and against the same run l
 bit-for-bit the same `metrics.jsonl` except for times, trained weights, judged samples and ledger:
 
 - `matrix`: each role, lost in each way, in the midst of a call and between calls;
-- `pairs`: one role twice in one run, and two roles at once;
-- `node`: one of two nodes goes away, with whatever was on it;
+- `pairs`: one role twice in one run, two roles at once, and a role while it is being built;
+- `node`: one of two nodes goes away, with whatever was on it, and the other has room for that, or has not;
 - `hosts`: the link between two hosts (network namespaces, which need root) is cut;
 - `kills`: random roles of a longer run, again and again;
 - `job`: the whole job, at random moments of every phase, resumed by the same command;
@@ -88,18 +88,21 @@ def matrix(site: Site, alone: Outcome, report: Report) -> None:
 
 def pairs(site: Site, alone: Outcome, report: Report) -> None:
     cases = {
-        "generator twice": [("generator", "kill", 3), ("generator", "kill", 9)],
-        "policy twice": [("policy", "kill", 1), ("policy", "kill", 2)],
-        "generator and policy": [("generator", "kill", 6), ("policy", "kill", 2)],
-        "policy and critic": [("policy", "kill", 2), ("critic", "kill", 2)],
-        "scorer and reference": [("reward", "kill", 6), ("reference", "kill", 6)],
+        "generator twice": [("generator", "kill", "busy", 3), ("generator", "kill", "busy", 9)],
+        "policy twice": [("policy", "kill", "busy", 1), ("policy", "kill", "busy", 2)],
+        "generator and policy": [("generator", "kill", "busy", 6), ("policy", "kill", "busy", 2)],
+        "policy and critic": [("policy", "kill", "busy", 2), ("critic", "kill", "busy", 2)],
+        "scorer and reference": [("reward", "kill", "busy", 6), ("reference", "kill", "busy", 6)],
+        **{f"{role} while starting": [(role, "kill", "start", 0)] for role in METHODS},
+        "generator stopped while starting": [("generator", "stop", "start", 0)],
+        "policy stopped while starting": [("policy", "stop", "start", 0)],
     }
     results = []
     for title, struck in cases.items():
         name = title.replace(" ", "-")
-        faults = [site.fault(name, role, how, "busy", call) for role, how, call in struck]
+        faults = [site.fault(name, role, how, when, call) for role, how, when, call in struck]
         outcome = site.run(name, faults=faults)
-        equal = outcome.equals(alone)
+        equal = outcome.equals(alone) and happened(faults)
         results.append(Result(f"{title}: equal to the run left alone", int(equal), target=">= 1"))
         if not equal:
             print(f"{name}: status {outcome.status}, {outcome.error}", flush=True)
@@ -107,32 +110,45 @@ def pairs(site: Site, alone: Outcome, report: Report) -> None:
 
 
 def node(site: Site, alone: Outcome, report: Report) -> None:
-    """The node that the driver is not on is lost after the first step; the other has room for all roles."""
-    shape = {"num_cpus": 2, "object_store_memory": 200 << 20}
-    head = {**shape, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        other = cluster.add_node(**shape, node_ip_address="127.0.0.3")
-        cluster.wait_for_nodes()
-        where = (f"cluster.address={cluster.address}", "cluster.placement_strategy=SPREAD")
-        command = site.begin("node", *where)
-        rows = site.folder("node") / "metrics.jsonl"
-        wait_until(lambda: rows_of(rows) or command.process.poll() is not None, DEADLINE_S, "the first step")
-        cluster.remove_node(other, allow_graceful=False)
-        command.wait(DEADLINE_S)
-    finally:
-        cluster.shutdown()
-    outcome = site.outcome("node", command)
+    """The node that the driver is not on is lost after the first step; the other has room for all roles, or has not."""
+    outcome, _ = _without_a_node(site, "node", 2, "cluster.placement_strategy=SPREAD")
     started = [event for event in outcome.events if event["kind"] == "role_started"]
     lost = sum(event["node"] == "127.0.0.3" for event in started)
+    results = [
+        Result("roles on the lost node", lost, target=">= 1"),
+        Result("a node lost: equal to the run left alone", int(outcome.equals(alone)), target=">= 1"),
+    ]
     print(f"lost with the node: {lost} roles; {outcome.error}", flush=True)
-    report.add(
-        [
-            Result("roles on the lost node", lost, target=">= 1"),
-            Result("a node lost: equal to the run left alone", int(outcome.equals(alone)), target=">= 1"),
-        ],
-        "a node",
-    )
+    for key in ("generator", "policy.learner"):
+        outcome, seconds = _without_a_node(site, f"no-room-{key}", 1, f"{key}.cpus=2")
+        said = outcome.status == 1 and "cluster on ?: no room within" in outcome.error
+        print(outcome.error, flush=True)
+        results.append(Result(f"no room for {key} any more: said, status 1", int(said), target=">= 1"))
+        results.append(Result(f"no room for {key} any more: ended after", round(seconds, 1), "s", "<= 60 s"))
+    report.add(results, "a node")
+
+
+def _without_a_node(site: Site, name: str, cpus: float, *settings: str) -> tuple[Outcome, float]:
+    """A run on two nodes, the second of two CPUs and lost after the first step; and how long it went on after that.
+
+    Args:
+        cpus: of the node that stays.
+    """
+    shape = {"object_store_memory": 200 << 20}
+    head = {**shape, "num_cpus": cpus, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        other = cluster.add_node(**shape, num_cpus=2, node_ip_address="127.0.0.3")
+        cluster.wait_for_nodes()
+        command = site.begin(name, f"cluster.address={cluster.address}", *settings)
+        rows = site.folder(name) / "metrics.jsonl"
+        wait_until(lambda: rows_of(rows) or command.process.poll() is not None, DEADLINE_S, "the first step")
+        lost = time.monotonic()
+        cluster.remove_node(other, allow_graceful=False)
+        command.wait(DEADLINE_S)
+        return site.outcome(name, command), time.monotonic() - lost
+    finally:
+        cluster.shutdown()
 
 
 def kills(site: Site, alone: Outcome, report: Report, count: int, *settings: str) -> None:

@@ -68,7 +68,9 @@ class ClusterSettings(Settings):
         "PACK", description="How Ray spreads the replicas of a role over the nodes."
     )
     placement_timeout_s: PositiveFloat = Field(
-        120.0, description="How long to wait until the cluster has room for all roles."
+        30.0,
+        description="How long to wait until the cluster has room for all roles, at the start and when a node was lost. "
+        "Longer where an autoscaler has to bring nodes.",
     )
     start_timeout_s: PositiveFloat = Field(900.0, description="How long the roles may take to load their models.")
     call_timeout_s: PositiveFloat = Field(3600.0, description="How long any single call of a role may take.")

@@ -80,7 +80,7 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
                         PPO(config, inputs, roles, run).train()
                         done = True
                     except RoleFailure as failure:
-                        roles = recovery.after(failure)
+                        roles = recovery.after(supervisor.failure or failure)
         finally:
             refuse_rollouts_in_this_process(False)
 

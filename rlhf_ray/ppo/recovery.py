@@ -41,7 +41,6 @@ class Recovery:
         Raises:
             RoleFailure: no room in the cluster; or a role could not be built, and would not be another time.
         """
-        self._starter.reserve()
         while True:
             try:
                 return self._starter.start()

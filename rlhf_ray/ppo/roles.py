@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.util.placement_group import PlacementGroup
-
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import RoleFailure
@@ -22,7 +20,7 @@ from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer, collect
-from rlhf_ray.runtime.cluster import RoleRequest, Room, reserve
+from rlhf_ray.runtime.cluster import Reservation, RoleRequest, Room, reserve
 from rlhf_ray.runtime.learner_group import ranks
 from rlhf_ray.runtime.limits import Limits
 
@@ -136,7 +134,7 @@ class RoleStarter:
     Args:
         logs: folder for what the processes print.
         classes: what is built in them.
-        watch: told of all groups whenever some of them are new, before they load their models.
+        watch: told of all groups and of their room whenever some of them are new, before they load their models.
 
     Attributes:
         makers: how each role is made.
@@ -149,41 +147,42 @@ class RoleStarter:
         inputs: Inputs,
         logs: Path,
         classes: RoleClasses,
-        watch: Callable[[Iterable[ActorGroup[Any]]], None],
+        watch: Callable[[Iterable[ActorGroup[Any]], Reservation], None],
     ) -> None:
         self._config, self._inputs, self._logs, self._watch = config, inputs, logs, watch
         self._limits = Limits.of(config.cluster)
         self.makers = role_makers(config, inputs, classes)
         self._requests = role_requests(config)
-        self._placement: PlacementGroup | None = None
+        self._reservation: Reservation | None = None
         self.groups: dict[str, ActorGroup[Any]] = {}
         self._building: dict[str, list[Answer[None]]] = {}
-
-    def reserve(self) -> None:
-        """Room for every process.
-
-        Raises:
-            RoleFailure: the cluster has none within the deadline.
-        """
-        self._placement = reserve(self._requests, self._config.cluster)
 
     def start(self) -> Roles:
         """Start every process that there is none of yet, and load every model, all at once.
 
         Raises:
-            RoleFailure: of a role that could not be built. Its processes are ended; all others go on loading, and are
-                there when this is called again.
+            RoleFailure: no room in the cluster; or of a role that could not be built. Its processes are ended; all
+                others go on loading, and are there when this is called again.
         """
-        assert self._placement is not None, "room is reserved first"
+        if self._reservation is None:
+            self._reservation = reserve(self._requests, self._config.cluster)
+        else:
+            self._reservation.wait()
         room = Room.of(self._requests)
         try:
             for role, settings in room.settings.items():
                 if role not in self.groups:
                     remake = self.makers[role].make if self.makers[role].restarts else None
                     self.groups[role] = ActorGroup.start(
-                        role, settings, self._placement, room.first_bundle[role], self._logs, self._limits, remake
+                        role,
+                        settings,
+                        self._reservation.group,
+                        room.first_bundle[role],
+                        self._logs,
+                        self._limits,
+                        remake,
                     )
-            self._watch(self.groups.values())
+            self._watch(self.groups.values(), self._reservation)
             for role, group in self.groups.items():
                 if role not in self._building:
                     self._building[role] = self.makers[role].build(group)

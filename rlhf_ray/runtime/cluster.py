@@ -15,7 +15,12 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import ClusterSettings
@@ -229,33 +234,65 @@ def check_resources(requests: Sequence[RoleRequest], nodes: Sequence[NodeShape])
             )
 
 
-def reserve(requests: Sequence[RoleRequest], settings: ClusterSettings) -> PlacementGroup:
-    """Room for every process of every role, in the order of the requests.
+@dataclass(frozen=True)
+class Reservation:
+    """Room for every process of every role. Where a node goes away, Ray looks for room elsewhere by itself.
 
-    Raises:
-        RoleFailure: the cluster could hold them, but had no room within the deadline.
+    Attributes:
+        group: Ray's placement group, with bundles in the order of the requests.
+        requests: what was asked for.
+        settings: of the cluster.
     """
-    group = placement_group(Room.of(requests).bundles, strategy=settings.placement_strategy)
-    started = time.monotonic()
-    if not group.wait(timeout_seconds=settings.placement_timeout_s):
-        remove_placement_group(group)
+
+    group: PlacementGroup
+    requests: Sequence[RoleRequest]
+    settings: ClusterSettings
+
+    def wait(self) -> None:
+        """Wait until there is room for all.
+
+        Raises:
+            RoleFailure: there is none within the deadline, although the cluster could hold them.
+        """
+        started = time.monotonic()
+        if not self.group.wait(timeout_seconds=self.settings.placement_timeout_s):
+            failure = self.no_room(time.monotonic() - started)
+            self.release()
+            raise failure
+
+    def holds(self) -> bool:
+        """Whether there is room for all now."""
+        return bool(placement_group_table(self.group)["state"] == "CREATED")
+
+    def no_room(self, seconds: float) -> RoleFailure:
+        """What there is to say when there was not enough for so long."""
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         asked = "; ".join(
-            f"{request.role}: {request.settings.replicas} x {_bundle(request.settings)}" for request in requests
+            f"{request.role}: {request.settings.replicas} x {_bundle(request.settings)}" for request in self.requests
         )
-        raise RoleFailure(
-            FailureKind.INFRASTRUCTURE,
+        return RoleFailure(
+            FailureKind.FATAL,
             "cluster",
             "?",
-            f"no room within {time.monotonic() - started:.0f} s (cluster.placement_timeout_s). Asked for {asked}; free "
-            f"now: {free or 'nothing'}; placement {settings.placement_strategy}",
+            f"no room within {seconds:.0f} s (cluster.placement_timeout_s). Asked for {asked}; free now: "
+            f"{free or 'nothing'}; placement {self.settings.placement_strategy}",
         )
-    return group
+
+    def release(self) -> None:
+        """Give the room back; processes that are still in it end."""
+        remove_placement_group(self.group)
 
 
-def release(group: PlacementGroup) -> None:
-    """Give the room back; processes that are still in it end."""
-    remove_placement_group(group)
+def reserve(requests: Sequence[RoleRequest], settings: ClusterSettings) -> Reservation:
+    """Room for every process of every role.
+
+    Raises:
+        RoleFailure: as `Reservation.wait`.
+    """
+    group = placement_group(Room.of(requests).bundles, strategy=settings.placement_strategy)
+    reservation = Reservation(group, requests, settings)
+    reservation.wait()
+    return reservation
 
 
 def _amount(request: RoleRequest, attribute: str) -> float:

@@ -17,7 +17,6 @@ from rlhf_ray.runtime.cluster import (
     cluster_nodes,
     connect,
     disconnect,
-    release,
     reserve,
 )
 from rlhf_ray.runtime.limits import Limits
@@ -48,11 +47,11 @@ def connected(
 @contextmanager
 def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> Iterator[ActorGroup[Any]]:
     """The processes of one role, for the length of a block."""
-    placement = reserve([request], cluster)
+    reservation = reserve([request], cluster)
     try:
-        yield ActorGroup.start(request.role, request.settings, placement, 0, logs, Limits.of(cluster))
+        yield ActorGroup.start(request.role, request.settings, reservation.group, 0, logs, Limits.of(cluster))
     finally:
-        release(placement)
+        reservation.release()
 
 
 def ranks(group: ActorGroup[Any]) -> list[Rank]:

@@ -1,7 +1,8 @@
 """Watches the processes of a run: who is gone, who is back, and who is alive but silent.
 
 A silent process is ended; from then on it is like one that died by itself. What happens next is not decided here: Ray
-starts a process that keeps nothing again, and the loss of a learner's rank ends the wait for its answer.
+starts a process that keeps nothing again, and the loss of a learner's rank ends the wait for its answer. Where the
+cluster has no room any more for a process that Ray would start again, those who wait for it are told.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any, Self
 
 import ray
 
+from rlhf_ray.failures import RoleFailure
 from rlhf_ray.runtime.actor_group import ActorGroup, Replica, core_seconds, end_process
 from rlhf_ray.runtime.answers import reason_of
+from rlhf_ray.runtime.cluster import Reservation
 from rlhf_ray.runtime.role_host import Place
 from rlhf_ray.runtime.vitals import Pulse
 from rlhf_ray.tracking.logs import EventLog
@@ -58,11 +61,17 @@ class Supervisor:
     Args:
         events: where it is told what happened.
         silent_after_s: see `cluster.silent_after_s`.
+
+    Attributes:
+        failure: why processes were given up, once some were.
     """
 
     def __init__(self, events: EventLog, silent_after_s: float) -> None:
         self._events, self._silent_after_s = events, silent_after_s
+        self.failure: RoleFailure | None = None
         self._groups: list[list[_Watched]] = []
+        self._reservation: Reservation | None = None
+        self._no_room_since: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
@@ -76,8 +85,13 @@ class Supervisor:
         self._ended.set()
         self._thread.join()
 
-    def watch(self, groups: Iterable[ActorGroup[Any]]) -> None:
-        """Watch these from now on; what is known of processes that were watched before stays known."""
+    def watch(self, groups: Iterable[ActorGroup[Any]], reservation: Reservation | None = None) -> None:
+        """Watch these from now on; what is known of processes that were watched before stays known.
+
+        Args:
+            reservation: the room that they are in.
+        """
+        self._reservation = reservation
         known = {id(each.replica.host): each for group in self._groups for each in group}
         now = time.monotonic()
         self._groups = [
@@ -119,6 +133,7 @@ class Supervisor:
                 self._suspect(each)
         for group in groups:
             self._end_stuck(group, pulses)
+        self._give_up_without_room([each for each in watched if each.replica.name not in pulses])
 
     def _note_lost(self, each: _Watched, cause: str) -> None:
         if each.lost_at is not None:
@@ -152,6 +167,18 @@ class Supervisor:
             each.answered_at = now
         elif now - each.answered_at > self._silent_after_s:
             self._end(each, now - each.answered_at, "no answer, and no processor time used")
+
+    def _give_up_without_room(self, missing: Sequence[_Watched]) -> None:
+        if not missing or self._reservation is None or self._reservation.holds():
+            self._no_room_since = None
+            return
+        now = time.monotonic()
+        since = self._no_room_since = self._no_room_since or now
+        if now - since <= self._reservation.settings.placement_timeout_s:
+            return
+        self.failure = self.failure or self._reservation.no_room(now - since)
+        for each in missing:
+            ray.kill(each.replica.host)  # those who wait for its answer are told by this
 
     def _end_stuck(self, group: Sequence[_Watched], pulses: dict[str, Pulse]) -> None:
         """End the ranks of a role whose calls do not get on. One that waits for another rank does nothing wrong."""

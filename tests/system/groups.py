@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray.util.placement_group import remove_placement_group
-
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.runtime.actor_group import ActorGroup
@@ -27,14 +25,14 @@ def started(
         remakes: constructors of those that Ray may start again.
     """
     requests = [RoleRequest(role, role, settings) for role, settings in roles.items()]
-    placement = reserve(requests, ClusterSettings(placement_timeout_s=60))
+    reservation = reserve(requests, ClusterSettings(placement_timeout_s=60))
     try:
         groups = []
         first_bundle = 0
         for role, settings in roles.items():
             remake = (remakes or {}).get(role)
-            groups.append(ActorGroup.start(role, settings, placement, first_bundle, logs, limits, remake))
+            groups.append(ActorGroup.start(role, settings, reservation.group, first_bundle, logs, limits, remake))
             first_bundle += settings.replicas
         yield groups
     finally:
-        remove_placement_group(placement)
+        reservation.release()

@@ -280,7 +280,7 @@ def test_no_room_is_said_in_time_with_what_was_asked(local_ray: Path):
     with pytest.raises(RoleFailure) as caught:
         reserve([request], ClusterSettings(placement_timeout_s=0.5))
     message = str(caught.value)
-    assert caught.value.kind is FailureKind.INFRASTRUCTURE
+    assert caught.value.kind is FailureKind.FATAL
     assert "generator: 3 x {'CPU': 1.5}" in message
     assert "free now: {'CPU': " in message
     assert "cluster.placement_timeout_s" in message
