@@ -19,7 +19,7 @@ from rlhf_ray.runtime.learner_group import connected, ranks, role_group
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.report import plot_loss
-from rlhf_ray.tracking.tracker import check_folder
+from rlhf_ray.tracking.tracker import check_folder, take_up_copy
 
 COLUMNS = (
     Column("loss", "loss", ".4f", curve=True, better="lower"),
@@ -45,6 +45,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
     check_folder(config, resume)
+    take_up_copy(config, resume)
     policy = config.policy
     text = load_text(config.text, read_policy(policy).tokenizer)
     steps = config.steps or config.epochs * math.ceil(len(text.examples) / config.batch_size)
@@ -89,7 +90,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
                 }
             )
             if state.step < steps:
-                run.keep(state.step, state, partial(group.call_all, PolicyLearner.save_checkpoint))
+                run.keep(state.step, state, partial(group.ask_all, PolicyLearner.save_checkpoint))
         tracker.phase("writing the policy")
         group.call_all(PolicyLearner.export, str(run.folder.policy.absolute()))
         if policy.lora is not None:

@@ -411,6 +411,12 @@ class CheckpointSettings(Settings):
 
     every_steps: PositiveInt = Field(10, description="A checkpoint every n steps (and at a stop).")
     keep: PositiveInt = Field(2, description="Newest checkpoints kept.")
+    copy_to: str | None = Field(
+        None,
+        description="A URL that fsspec knows (`s3://bucket/runs`, `gs://bucket/runs`): each complete checkpoint and "
+        "the run's other files are copied below it, and `--resume` in an empty folder begins with the newest of them. "
+        "Some need a package more (`s3fs`, `gcsfs`); credentials come from the environment.",
+    )
 
 
 class WandbSettings(Settings):

@@ -28,7 +28,7 @@ from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, promp
 from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
-from rlhf_ray.runtime.answers import Deferred, collect
+from rlhf_ray.runtime.answers import Answer, Deferred, collect
 from rlhf_ray.runtime.learner_group import connected
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.runtime.supervisor import Supervisor
@@ -36,7 +36,7 @@ from rlhf_ray.runtime.timeline import Timeline
 from rlhf_ray.runtime.weight_transfer import Sync, WeightSync, probe_rows
 from rlhf_ray.tracking.ledger import Ledger
 from rlhf_ray.tracking.run_folder import RunFolder
-from rlhf_ray.tracking.tracker import check_folder, run_folder_path
+from rlhf_ray.tracking.tracker import check_folder, run_folder_path, take_up_copy
 
 
 def run_ppo(config: PPOConfig, resume: bool = False) -> None:
@@ -49,6 +49,7 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
         Stopped: by SIGTERM or SIGINT; there is a checkpoint of the last step.
     """
     check_folder(config, resume)
+    take_up_copy(config, resume)
     if resume:
         check_resumable(config, RunFolder(Path(run_folder_path(config))))
     run_roles(config, read_inputs(config), RoleClasses(), resume)
@@ -220,12 +221,12 @@ class PPO:
             if isinstance(sync, Sync):
                 self._syncs[index] = self._verify(sync, collect(sync.all_answers(), self._timeout_s))
 
-    def _save_checkpoint(self, folder: str) -> None:
+    def _save_checkpoint(self, folder: str) -> list[Answer[None]]:
         """The learners' state; and the rows of steps that were sampled with weights that are gone, with the proofs of
         these weights: a resumed run goes on as if it had been left alone."""
         self._verify_all()
         older = self._admission.with_older_weights(self._state.step)
         writing = self._admission.write(older, Path(folder))
-        collect([*self._roles.save_checkpoint(folder), *writing], self._timeout_s)
         self._state.rollouts = [each.step for each in older]
         self._state.syncs = [asdict(sync) for sync in self._syncs if isinstance(sync, Parity)]
+        return [*self._roles.save_checkpoint(folder), *writing]

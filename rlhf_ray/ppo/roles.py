@@ -18,7 +18,7 @@ from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.runtime.actor_group import ActorGroup
+from rlhf_ray.runtime.actor_group import ActorGroup, Launched
 from rlhf_ray.runtime.answers import Answer, collect
 from rlhf_ray.runtime.cluster import Reservation, RoleRequest, Room, reserve
 from rlhf_ray.runtime.learner_group import ranks
@@ -155,6 +155,7 @@ class RoleStarter:
         self._requests = role_requests(config)
         self._reservation: Reservation | None = None
         self.groups: dict[str, ActorGroup[Any]] = {}
+        self._launched: dict[str, Launched] = {}
         self._building: dict[str, list[Answer[None]]] = {}
 
     def start(self) -> Roles:
@@ -168,29 +169,27 @@ class RoleStarter:
             self._reservation = reserve(self._requests, self._config.cluster)
         else:
             self._reservation.wait()
-        room = Room.of(self._requests)
+        self._launch(self._reservation)
         try:
-            for role, settings in room.settings.items():
-                if role not in self.groups:
-                    remake = self.makers[role].make if self.makers[role].restarts else None
-                    self.groups[role] = ActorGroup.start(
-                        role,
-                        settings,
-                        self._reservation.group,
-                        room.first_bundle[role],
-                        self._logs,
-                        self._limits,
-                        remake,
-                    )
-            self._watch(self.groups.values(), self._reservation)
-            for role, group in self.groups.items():
-                if role not in self._building:
-                    self._building[role] = self.makers[role].build(group)
+            for role in list(self._launched):
+                # Whoever is there first begins to load its model.
+                self.groups[role] = self._launched.pop(role).group()
+                self._watch(self.groups.values(), self._reservation)
+                self._building[role] = self.makers[role].build(self.groups[role])
             collect([answer for answers in self._building.values() for answer in answers], self._limits.start_s)
         except RoleFailure as failure:
             self._end({failure.group})
             raise
         return roles_of(self._config, self._inputs, self.groups)
+
+    def _launch(self, reservation: Reservation) -> None:
+        room = Room.of(self._requests)
+        for role, settings in room.settings.items():
+            if role not in self.groups and role not in self._launched:
+                remake = self.makers[role].make if self.makers[role].restarts else None
+                self._launched[role] = Launched.of(
+                    role, settings, reservation.group, room.first_bundle[role], self._logs, self._limits, remake
+                )
 
     def renew(self, names: Set[str]) -> Roles:
         """End the processes of some roles, whatever they are doing, and start others in their places.

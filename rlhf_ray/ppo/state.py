@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
-from rlhf_ray.runtime.run import STATE_FILE, read_state
+from rlhf_ray.runtime.checkpoints import STATE_FILE, read_state
 from rlhf_ray.tracking.manifest import find_fault
 from rlhf_ray.tracking.run_folder import RunFolder
 

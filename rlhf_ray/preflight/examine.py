@@ -41,6 +41,7 @@ from rlhf_ray.runtime.cluster import (
     connect,
     disconnect,
 )
+from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import RunFolder
 from rlhf_ray.tracking.tracker import check_folder, run_folder_path
 
@@ -86,6 +87,8 @@ def examine(config: TrainingConfig, findings: Findings, resume: bool = False, si
         What each role needs.
     """
     findings.check("run folder", partial(_check_folder, config, resume), lambda _: run_folder_path(config))
+    if config.checkpoint.copy_to is not None:
+        findings.check("checkpoint.copy_to", partial(_check_copy, config, resume), str)
     subject = _subject(config, findings)
     site = site or survey(config, findings, subject.paths)
     if site is not None:
@@ -111,6 +114,12 @@ def survey(config: TrainingConfig, findings: Findings, paths: Mapping[str, str])
             disconnect()
 
     return findings.check("cluster.address", ask)
+
+
+def _check_copy(config: TrainingConfig, resume: bool) -> str:
+    copy = RunCopy(config.checkpoint, config.run.name)
+    copy.check(resume)
+    return copy.url
 
 
 def _check_folder(config: TrainingConfig, resume: bool) -> None:

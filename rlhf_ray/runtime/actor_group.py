@@ -156,46 +156,17 @@ class ActorGroup(Generic[R]):
         limits: Limits,
         remake: Callable[[], Any] | None = None,
     ) -> ActorGroup[Any]:
-        """Start the processes; the roles in them are made by `build`.
+        """Start the processes and wait until they are there; the roles in them are made by `build`.
 
         Args:
             first_bundle: where this role's bundles begin in the placement group.
             remake: constructor of a role that keeps nothing between calls: a lost process is started again by Ray, and
                 the references to what it owes are fulfilled by the second attempt.
+
+        Raises:
+            RoleFailure: of one that does not come up. All are ended.
         """
-        restarts = remake is not None and limits.max_restarts > 0
-        hosts = []
-        for number in range(settings.replicas):
-            name = f"{role}-{number}"
-            options = {
-                "num_cpus": settings.cpus,
-                "num_gpus": settings.gpus,
-                "max_concurrency": settings.concurrent_calls,
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                    placement_group=group, placement_group_bundle_index=first_bundle + number
-                ),
-                "runtime_env": {"env_vars": {**_ONE_HEAP, **environment(settings)}},
-                # The process itself counts its restarts, in a window of time.
-                **({"max_restarts": -1, "max_task_retries": -1} if restarts else {}),
-            }
-            arguments = name, str(logs.absolute() / f"{name}.log"), settings.threads, limits
-            host = (
-                ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
-                .options(**options)
-                .remote(*arguments, remake if restarts else None)
-            )
-            hosts.append((name, host))
-        asked: list[Answer[Place]] = [Answer(host.place.remote(), name, "?", "start") for name, host in hosts]
-        try:
-            places = collect(asked, limits.start_s)
-        except RoleFailure:
-            for _, host in hosts:
-                ray.kill(host)  # the others of the group hold its room
-            raise
-        replicas: list[Replica[Any]] = [
-            Replica(name, place, host) for (name, host), place in zip(hosts, places, strict=True)
-        ]
-        return cls(role, replicas, limits, restarts)
+        return Launched.of(role, settings, group, first_bundle, logs, limits, remake).group()
 
     def end(self) -> None:
         """End every process at once, whatever it is doing, and for good."""
@@ -239,11 +210,86 @@ class ActorGroup(Generic[R]):
     def call_all(self, method: Callable[[R, A, B], T], a: A | Deferred[A], b: B | Deferred[B], /) -> list[T]: ...
     def call_all(self, method: Callable[..., Any], /, *args: Any) -> list[Any]:
         """Ask all replicas the same and wait for all."""
-        return self.wait([replica.ask(method, *args) for replica in self])
+        return self.wait(self.ask_all(method, *args))
+
+    def ask_all(self, method: Callable[..., T], /, *args: Any) -> list[Answer[T]]:
+        """Ask all replicas the same; returns at once."""
+        return [replica.ask(method, *args) for replica in self]
 
     def wait(self, answers: Sequence[Answer[T]]) -> list[T]:
         """Wait with this group's deadline."""
         return collect(answers, self.limits.call_s)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """The processes of a role on their way: they load Python and the engines' libraries, which takes seconds.
+
+    Attributes:
+        role: its name.
+        hosts: actors by name.
+        places: what each says once it is there.
+        limits, restarts: see `ActorGroup`.
+    """
+
+    role: str
+    hosts: dict[str, Any]
+    places: list[Answer[Place]]
+    limits: Limits
+    restarts: bool
+
+    @classmethod
+    def of(
+        cls,
+        role: str,
+        settings: ActorSettings,
+        group: PlacementGroup,
+        first_bundle: int,
+        logs: Path,
+        limits: Limits,
+        remake: Callable[[], Any] | None = None,
+    ) -> Launched:
+        """Begin to start the processes; the arguments are those of `ActorGroup.start`."""
+        restarts = remake is not None and limits.max_restarts > 0
+        hosts = {}
+        for number in range(settings.replicas):
+            name = f"{role}-{number}"
+            options = {
+                "num_cpus": settings.cpus,
+                "num_gpus": settings.gpus,
+                "max_concurrency": settings.concurrent_calls,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    placement_group=group, placement_group_bundle_index=first_bundle + number
+                ),
+                "runtime_env": {"env_vars": {**_ONE_HEAP, **environment(settings)}},
+                # The process itself counts its restarts, in a window of time.
+                **({"max_restarts": -1, "max_task_retries": -1} if restarts else {}),
+            }
+            arguments = name, str(logs.absolute() / f"{name}.log"), settings.threads, limits
+            hosts[name] = (
+                ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
+                .options(**options)
+                .remote(*arguments, remake if restarts else None)
+            )
+        places: list[Answer[Place]] = [Answer(host.place.remote(), name, "?", "start") for name, host in hosts.items()]
+        return cls(role, hosts, places, limits, restarts)
+
+    def group(self) -> ActorGroup[Any]:
+        """The processes once all are there.
+
+        Raises:
+            RoleFailure: of one that does not come up. All are ended.
+        """
+        try:
+            places = collect(self.places, self.limits.start_s)
+        except RoleFailure:
+            for host in self.hosts.values():
+                ray.kill(host)
+            raise
+        replicas: list[Replica[Any]] = [
+            Replica(name, place, host) for (name, host), place in zip(self.hosts.items(), places, strict=True)
+        ]
+        return ActorGroup(self.role, replicas, self.limits, self.restarts)
 
 
 def meeting_point(group: ActorGroup[Any]) -> tuple[str, int]:

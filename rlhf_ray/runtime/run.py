@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from socket import gethostname
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rlhf_ray.config.settings import CheckpointSettings, RunConfig
-from rlhf_ray.failures import BadInput, FailureKind, RoleFailure, Stopped
+from rlhf_ray.failures import BadInput, RoleFailure, Stopped
+from rlhf_ray.runtime.checkpoints import CheckpointWriter, Save, read_state
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.tracking.display import Column
-from rlhf_ray.tracking.manifest import begin, checkpoint_bytes, find_fault, revoke, was_completed, write_manifest
+from rlhf_ray.tracking.manifest import find_fault, revoke, was_completed
 from rlhf_ray.tracking.metrics import MetricKind
-from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.tracker import Tracker, changed_settings, open_folder
 
 State = TypeVar("State")
 
-STATE_FILE = "state.json"
-"""What the loop must remember, in a checkpoint."""
+_LAST_CHECKPOINT_S = 120.0
+"""How long the end of a run waits for a checkpoint that is being written."""
 
 
 class Run:
@@ -50,19 +47,20 @@ class Run:
         checkpoints: CheckpointSettings,
         resume: bool,
     ) -> None:
-        self._checkpoints, self._resume = checkpoints, resume
+        self._every_steps, self._resume = checkpoints.every_steps, resume
         self._changed = changed_settings(config) if resume else []
         self._stack = ExitStack()
         self.folder = self._stack.enter_context(open_folder(config, resume))
         self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
+        copy = RunCopy.of(checkpoints, config.run.name)
+        self._writer = CheckpointWriter(self.tracker, checkpoints, config.cluster.call_timeout_s, copy)
         self._stop: Sequence[int] = ()
         self._sound: tuple[int, Path] | None = None
-        self._kept: int | None = None
-        """Step of the checkpoint that this process has loaded or written last."""
 
     def __enter__(self) -> Self:
         with self._stack as stack:  # closed with the folder's lock, if one of these fails
             stack.enter_context(self.tracker)
+            stack.callback(self._writer.drop, _LAST_CHECKPOINT_S)
             self._stop = stack.enter_context(stop_signals())
             if self._changed:
                 self.tracker.events.write("settings_changed", changes=self._changed)
@@ -92,7 +90,7 @@ class Run:
         self.tracker.phase(f"loading the checkpoint of step {step}")
         found = read_state(path, state)
         dropped = self.tracker.truncate_after(step)
-        self._kept = step
+        self._writer.kept = step
         self.tracker.events.write("checkpoint_loaded", step=step, path=str(path), dropped_rows=dropped)
         return found, path.absolute()
 
@@ -102,6 +100,7 @@ class Run:
         Args:
             failure: why.
         """
+        self._writer.drop()
         self._resume = True
         self._sound, rows = self.sound_checkpoint(), self.tracker.metrics.read().rows
         done, back_to = int(rows[-1]["step"] or 0) if rows else 0, self._sound[0] if self._sound else 0
@@ -140,69 +139,27 @@ class Run:
             "restore the files of one, or begin again under another run.name",
         )
 
-    def keep(self, step: int, state: Any, save: Callable[[str], object]) -> None:
-        """Between two steps: write a checkpoint when one is due, and end the run when that was asked for.
+    def keep(self, step: int, state: Any, save: Save) -> None:
+        """Between two steps: begin a checkpoint when one is due, and end the run when that was asked for.
 
         Args:
             step: steps done.
-            state: a dataclass, what the loop itself must remember.
-            save: makes the learners write theirs into a folder, and waits for them.
+            state: a dataclass, what the loop itself must remember; read once the learners are asked.
+            save: asks the learners to write theirs into a folder.
 
         Raises:
+            RoleFailure: a checkpoint, this one or the one before, could not be written.
             Stopped: by a signal; there is a checkpoint of this step.
         """
         if not self._stop:
-            if step and step % self._checkpoints.every_steps == 0:
-                self._save(step, state, save)
+            self._writer.settle(timeout_s=0.0)
+            if step and step % self._every_steps == 0:
+                self.tracker.phase("saving a checkpoint")
+                self._writer.begin(step, state, save)
             return
-        self._save(step, state, save)
+        self.tracker.phase("saving a checkpoint")
+        self._writer.begin(step, state, save)
+        self._writer.settle()
         cause = f"signal {self._stop[0]}"
         self.tracker.events.write("run_stopped", cause=cause, step=step)
         raise Stopped(f"stopped by {cause} after step {step}; continue with --resume")
-
-    def _save(self, step: int, state: Any, save: Callable[[str], object]) -> None:
-        if step == self._kept:
-            return  # of this very step: nothing has changed since
-        path = self.folder.checkpoint_path(step)
-        self.tracker.phase("saving a checkpoint")
-        try:
-            if path.exists():
-                shutil.rmtree(path)
-            refuse_full_disk(self.folder)
-            begin(path)
-            save(str(path.absolute()))
-            write_state(path, state)
-            self.folder.prune(self._checkpoints.keep)
-        except OSError as error:
-            cause = f"the checkpoint of step {step} could not be written: {error}"
-            raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk") from None
-        self._kept = step
-        self.tracker.events.write("checkpoint_saved", step=step, path=str(path))
-
-
-def refuse_full_disk(folder: RunFolder) -> None:
-    """End the run where the next checkpoint, if it is as large as the last, does not fit the disk.
-
-    Raises:
-        RoleFailure: with the room there is and the room it takes. Nothing has been written.
-    """
-    latest = folder.latest_checkpoint()
-    needed = checkpoint_bytes(latest[1]) if latest is not None else 0
-    free = shutil.disk_usage(folder.path).free
-    if latest is not None and free < needed:
-        cause = (
-            f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was "
-            f"written, that of step {latest[0]} stays: make room or lower checkpoint.keep, and continue with --resume"
-        )
-        raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk")
-
-
-def write_state(checkpoint: Path, state: Any) -> None:
-    """What the loop must remember, a dataclass; and the manifest, which makes the checkpoint a complete one."""
-    write_atomic(checkpoint / STATE_FILE, json.dumps(asdict(state)) + "\n")
-    write_manifest(checkpoint)
-
-
-def read_state(checkpoint: Path, state: type[State]) -> State:
-    """What `write_state` wrote."""
-    return state(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))

@@ -235,8 +235,14 @@ class RunFolder:
         """Step and folder of every checkpoint, half ones included, oldest first."""
         if not self.checkpoints.is_dir():
             return []
-        matches = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints.iterdir())
-        return sorted((int(match[1]), path) for match, path in matches if match)
+        found = ((step_of(path.name), path) for path in self.checkpoints.iterdir())
+        return sorted((step, path) for step, path in found if step is not None)
+
+
+def step_of(name: str) -> int | None:
+    """The step that the name of a checkpoint's folder says; None of any other folder."""
+    match = re.fullmatch(r"step-(\d{6,})", name)
+    return int(match[1]) if match else None
 
 
 def _umask() -> int:

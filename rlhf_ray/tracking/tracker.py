@@ -14,14 +14,18 @@ from typing import Self
 import yaml
 
 from rlhf_ray.config.load import dump_config
-from rlhf_ray.config.settings import RunConfig
+from rlhf_ray.config.reward_model import RewardModelConfig
+from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
 from rlhf_ray.failures import RoleFailure, Stopped
 from rlhf_ray.tracking.display import Column, Display, open_display
 from rlhf_ray.tracking.logs import EventLog, MetricsLog, truncate_after
 from rlhf_ray.tracking.metrics import MetricKind, check_known
+from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 from rlhf_ray.tracking.run_lock import refuse_locked, run_lock
 from rlhf_ray.tracking.sinks import Sink, open_sinks
+
+CopiedConfig = PPOConfig | SFTConfig | RewardModelConfig
 
 _CLOCK_JUMP_S = 5.0
 """Less is what a clock that is kept right may move between two steps."""
@@ -183,6 +187,24 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def take_up_copy(config: CopiedConfig, resume: bool) -> None:
+    """See that the run's copy can be written, and bring what it has into a folder that has less.
+
+    Raises:
+        BadInput: it is the copy of another run, or cannot be written or read.
+    """
+    copy = RunCopy.of(config.checkpoint, config.run.name)
+    if copy is None:
+        return
+    copy.check(resume)
+    folder = RunFolder(Path(run_folder_path(config)))
+    if resume:
+        with run_lock(folder.lock):
+            step = copy.fetch(folder)
+            if step is not None:
+                EventLog(folder.events).write("copy_fetched", step=step, url=config.checkpoint.copy_to)
 
 
 @contextmanager

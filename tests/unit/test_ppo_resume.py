@@ -17,7 +17,7 @@ from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
 from rlhf_ray.ppo.step import conversations
 from rlhf_ray.reward.core.source import RewardSource
-from rlhf_ray.runtime.run import write_state
+from rlhf_ray.runtime.checkpoints import write_state
 from rlhf_ray.tracking.manifest import write_manifest
 from rlhf_ray.tracking.run_folder import RunFolder
 from tests.conftest import REPOSITORY

@@ -46,7 +46,7 @@ def test_resume_begins_a_run_that_is_not_there_and_takes_up_one_that_is(tmp_path
             for step in range(done + 1, done + steps + 1):
                 run.tracker.step(row(step))
             if steps == 2:
-                run._save(done + steps, State(done + steps), lambda folder: None)
+                run._writer.begin(done + steps, State(done + steps), lambda folder: [])
                 run.tracker.step(row(done + steps + 1))
     assert steps_done == [(0, []), (0, []), (2, [1, 2])]
     events = [json.loads(line) for line in run.folder.events.read_text().splitlines()]

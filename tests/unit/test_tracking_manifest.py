@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.logs import Row, read_log
 from rlhf_ray.tracking.manifest import begin, checkpoint_bytes, find_fault, read_manifest, write_manifest
@@ -23,11 +24,12 @@ class State:
     step: int = 0
 
 
-def save(folder: str) -> None:
+def save(folder: str) -> list[Answer[None]]:
     """What learners leave in a checkpoint."""
     path = Path(folder) / WEIGHTS
     path.parent.mkdir(parents=True)
     path.write_bytes(os.urandom(WEIGHT_BYTES))
+    return []
 
 
 def run_of(runs: Path, resume: bool = False) -> Run:
@@ -167,7 +169,7 @@ def test_a_disk_without_room_stops_the_run_before_anything_is_written(runs: Path
 
 
 def test_a_write_that_fails_names_the_step_and_leaves_the_checkpoint_before_it(runs: Path):
-    def full(folder: str) -> None:
+    def full(folder: str) -> list[Answer[None]]:
         (Path(folder) / "weights.pt").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

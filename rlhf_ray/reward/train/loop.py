@@ -143,7 +143,7 @@ class RewardTraining:
         pairs = encoded_pairs(self._inputs.training, self._inputs.attributes, config.ensemble, seed)
         while state.member_step < self._steps and not self._is_stale():
             self._step(pairs, seed)
-            self._run.keep(state.step, state, partial(self._group.call_all, RewardLearner.save_checkpoint))
+            self._run.keep(state.step, state, partial(self._group.ask_all, RewardLearner.save_checkpoint))
         if config.training.evaluate_every is None:
             self._write_member()
 

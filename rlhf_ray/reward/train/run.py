@@ -43,7 +43,7 @@ from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.report import plot_loss
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
-from rlhf_ray.tracking.tracker import Tracker, check_folder
+from rlhf_ray.tracking.tracker import Tracker, check_folder, take_up_copy
 
 COLUMNS = (
     Column("loss", "loss", ".4f", curve=True, better="lower"),
@@ -70,6 +70,7 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
     except Finished as finished:
         _refuse_again(RunFolder(Path(finished.folder)))
         raise
+    take_up_copy(config, resume)
     if config.gate.enabled and config.held_out is not None:
         check_vllm(config.gate)
     inputs = read_training_inputs(config)

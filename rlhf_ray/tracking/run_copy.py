@@ -1,0 +1,135 @@
+"""A copy of a run away from its machine, at any URL that fsspec knows, from which an empty folder can take it up again.
+
+Below the URL are `<run.name>/checkpoints/step-000010/…` and the run's other files but for what its processes print and
+what the sinks keep. The manifest of a checkpoint goes last, as on the disk: without it there is none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from rlhf_ray.config.settings import CheckpointSettings
+from rlhf_ray.failures import BadInput
+from rlhf_ray.tracking.manifest import begin
+from rlhf_ray.tracking.run_folder import MANIFEST, RunFolder, step_of
+
+KEY = "checkpoint.copy_to"
+
+
+class RunCopy:
+    """The copy of one run.
+
+    Args:
+        settings: where copies are, and how many checkpoints are kept.
+        name: of the run.
+
+    Attributes:
+        url: of the copy.
+
+    Raises:
+        BadInput: fsspec does not know the URL.
+    """
+
+    def __init__(self, settings: CheckpointSettings, name: str) -> None:
+        assert settings.copy_to is not None, "there is a copy only where one is asked for"
+        self.url, self._keep = f"{settings.copy_to.rstrip('/')}/{name}", settings.keep
+        self._sent: dict[Path, tuple[int, int]] = {}
+        try:
+            self._files, self._root = fsspec.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise BadInput(KEY, f"'{settings.copy_to}': {error}", "a URL that fsspec knows: s3://bucket/runs") from None
+
+    @classmethod
+    def of(cls, settings: CheckpointSettings, name: str) -> RunCopy | None:
+        """The copy that the settings ask for, if they do."""
+        return cls(settings, name) if settings.copy_to is not None else None
+
+    def check(self, resume: bool) -> None:
+        """See that it can be written, and that it is of this run.
+
+        Raises:
+            BadInput: it is not.
+        """
+        probe = f"{self._root}/.probe"
+        try:
+            self._files.makedirs(self._root, exist_ok=True)
+            self._files.pipe_file(probe, b"may be deleted")
+            self._files.rm_file(probe)
+            steps = self.steps()
+        except Exception as error:  # each file system has errors of its own
+            cause = f"'{self.url}' cannot be written ({type(error).__name__}: {error})"
+            raise BadInput(KEY, cause, "a place that this user may write, and a network to it") from None
+        if steps and not resume:
+            raise BadInput(KEY, f"'{self.url}' holds a run, up to step {steps[-1]}", "--resume, or another run.name")
+
+    def steps(self) -> list[int]:
+        """Of its checkpoints, oldest first."""
+        found = self._files.glob(f"{self._root}/checkpoints/step-*/{MANIFEST}")
+        return sorted(step for path in found if (step := step_of(path.rsplit("/", 2)[-2])) is not None)
+
+    def send(self, folder: RunFolder, checkpoint: Path) -> None:
+        """Copy a complete checkpoint and what else has changed, and delete what is too old."""
+        paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
+        self._send(folder, [*paths, *self._changed(folder)])
+        self._send(folder, [checkpoint / MANIFEST])
+        for step in self.steps()[: -self._keep]:
+            old = f"{self._root}/{folder.checkpoint_path(step).relative_to(folder.path).as_posix()}"
+            self._files.rm_file(f"{old}/{MANIFEST}")
+            self._files.rm(old, recursive=True)
+
+    def fetch(self, folder: RunFolder) -> int | None:
+        """Bring the newest checkpoint and the run's other files here, where the folder has none as new.
+
+        Returns:
+            Its step, or None where nothing was brought.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
+        try:
+            steps, latest = self.steps(), folder.latest_checkpoint()
+            if not steps or (latest is not None and latest[0] >= steps[-1]):
+                return None
+            checkpoint = folder.checkpoint_path(steps[-1])
+            if checkpoint.exists():
+                shutil.rmtree(checkpoint)
+            begin(checkpoint)
+            names = [name.removeprefix(f"{self._root}/") for name in self._files.find(self._root)]
+            own = f"checkpoints/{checkpoint.name}/"
+            self._fetch(folder, [name for name in names if not name.startswith("checkpoints/")])
+            self._fetch(folder, [name for name in names if name.startswith(own) and not name.endswith(f"/{MANIFEST}")])
+            self._fetch(folder, [f"{own}{MANIFEST}"])
+        except Exception as error:  # as above
+            cause = f"'{self.url}' cannot be brought here ({type(error).__name__}: {error})"
+            raise BadInput(KEY, cause, "a copy that this user may read, and room for it") from None
+        return steps[-1]
+
+    def _changed(self, folder: RunFolder) -> Iterable[Path]:
+        """Files of the run beside its checkpoints that were not sent as they are now."""
+        left_out = (folder.checkpoints, folder.logs, folder.tensorboard, folder.wandb)
+        for path in folder.path.rglob("*"):
+            if path.is_file() and not path.name.startswith(".") and not any(path.is_relative_to(p) for p in left_out):
+                status = path.stat()
+                now = status.st_size, status.st_mtime_ns
+                if self._sent.get(path) != now:
+                    self._sent[path] = now
+                    yield path
+
+    def _send(self, folder: RunFolder, paths: Iterable[Path]) -> None:
+        pairs = [(path, f"{self._root}/{path.relative_to(folder.path).as_posix()}") for path in paths]
+        for parent in sorted({there.rsplit("/", 1)[0] for _, there in pairs}):
+            self._files.makedirs(parent, exist_ok=True)
+        if pairs:
+            self._files.put([str(here) for here, _ in pairs], [there for _, there in pairs])
+
+    def _fetch(self, folder: RunFolder, names: Iterable[str]) -> None:
+        pairs: list[tuple[str, Any]] = [(f"{self._root}/{name}", folder.path / name) for name in names]
+        for _, here in pairs:
+            here.parent.mkdir(parents=True, exist_ok=True)
+        if pairs:
+            self._files.get([there for there, _ in pairs], [str(here) for _, here in pairs])

@@ -1,0 +1,144 @@
+"""A run whose machine is gone goes on from its copy."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from rlhf_ray.config.settings import SFTConfig
+from rlhf_ray.failures import BadInput
+from rlhf_ray.runtime.answers import Answer
+from rlhf_ray.runtime.run import Run
+from rlhf_ray.tracking.logs import read_log
+from rlhf_ray.tracking.run_copy import RunCopy
+from rlhf_ray.tracking.run_folder import MANIFEST
+from rlhf_ray.tracking.tracker import take_up_copy
+from tests.unit.test_run import State
+
+
+@pytest.fixture(params=["file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    yield f"file://{tmp_path}/far/away" if request.param == "file" else f"memory://{tmp_path.name}/far"
+    fsspec.filesystem("memory").store.clear()
+
+
+def config_of(runs: Path, url: str | None) -> SFTConfig:
+    return SFTConfig.model_validate(
+        {
+            "run": {"name": "x"},
+            "paths": {"runs": str(runs)},
+            "text": {"path": "unread"},
+            "policy": {"model": "unread"},
+            "checkpoint": {"every_steps": 2, "keep": 2, "copy_to": url},
+            "tracking": {"progress": "off"},
+        }
+    )
+
+
+def save(folder: str) -> list[Answer[None]]:
+    (Path(folder) / "policy").mkdir()
+    (Path(folder) / "policy" / "weights").write_bytes(Path(folder).name.encode() * 1000)
+    return []
+
+
+def go_on(config: SFTConfig, last: int, resume: bool = False) -> int:
+    """To a step; gives the one that it began after."""
+    take_up_copy(config, resume)
+    with Run(config, "sft", "x", 100, (), config.checkpoint, resume) as run:
+        restored = run.restore(State)
+        first = restored[0].step if restored else 0
+        for step in range(first + 1, last + 1):
+            run.tracker.metrics.write({"step": step})
+            (run.folder.path / "best").mkdir(exist_ok=True)
+            (run.folder.path / "best" / "model").write_text(str(step))
+            (run.folder.logs / "policy-0.log").write_text("printed")
+            run.keep(step, State(step), save)
+    return first
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("events.jsonl", ".lock")
+    }
+
+
+def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    go_on(config, 9)
+    copy = RunCopy(config.checkpoint, "x")
+    assert copy.steps() == [6, 8]
+    shutil.rmtree(tmp_path / "runs")
+    assert go_on(config, 12, resume=True) == 8
+    go_on(config_of(tmp_path / "alone", None), 12)
+    gone_on, alone = files_of(tmp_path / "runs" / "x"), files_of(tmp_path / "alone" / "x")
+    assert gone_on.pop("config.yaml") != alone.pop("config.yaml")
+    assert gone_on == alone
+    assert copy.steps() == [10, 12]
+    kinds = [row["kind"] for row in read_log(tmp_path / "runs" / "x" / "events.jsonl").rows]
+    # Of the first process as well.
+    assert kinds.count("checkpoint_saved") >= 5
+    assert "copy_fetched" in kinds
+
+
+def test_what_is_here_and_newer_stays(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    go_on(config, 4)
+    local = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"copy_to": None})})
+    assert go_on(local, 6, resume=True) == 4
+    assert go_on(config, 7, resume=True) == 6
+
+
+def test_half_a_copy_is_none(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    go_on(config, 4)
+    files, root = fsspec.url_to_fs(f"{url}/x")
+    files.rm_file(f"{root}/checkpoints/step-000004/{MANIFEST}")
+    shutil.rmtree(tmp_path / "runs")
+    assert go_on(config, 4, resume=True) == 2
+
+
+def test_a_damaged_copy_is_named_and_not_gone_on_from(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    go_on(config, 2)
+    files, root = fsspec.url_to_fs(f"{url}/x")
+    files.pipe_file(f"{root}/checkpoints/step-000002/policy/weights", b"other words")
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(BadInput, match=r"not one checkpoint is whole .*policy/weights has 11 bytes"):
+        go_on(config, 3, resume=True)
+
+
+def test_the_copy_of_another_run_is_not_written_over(tmp_path: Path, url: str):
+    go_on(config_of(tmp_path / "runs", url), 4)
+    with pytest.raises(BadInput, match=r"checkpoint\.copy_to: .*holds a run, up to step 4; --resume, or another"):
+        go_on(config_of(tmp_path / "others", url), 4)
+
+
+def test_a_place_that_is_not_there_is_named_at_once(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for where, found in {
+        "nowhere://bucket": r"Protocol not known: nowhere",
+        f"file://{tmp_path}/file": r"cannot be written \(.*Error",
+    }.items():
+        with pytest.raises(BadInput, match=rf"checkpoint\.copy_to: .*{found}"):
+            take_up_copy(config_of(tmp_path / "runs", where), False)
+
+
+def test_a_copy_that_fails_is_told_and_the_next_one_made(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    config = config_of(tmp_path / "runs", url)
+    send, sent = RunCopy.send, []
+
+    def fail_once(self: RunCopy, *args: object) -> None:
+        sent.append(args)
+        if len(sent) == 1:
+            raise ConnectionResetError("gone for a moment")
+        send(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunCopy, "send", fail_once)
+    go_on(config, 4)
+    [failed] = [row for row in read_log(tmp_path / "runs" / "x" / "events.jsonl").rows if row["kind"] == "copy_failed"]
+    assert (failed["step"], failed["cause"]) == (2, "ConnectionResetError: gone for a moment")
+    assert RunCopy(config.checkpoint, "x").steps() == [4]
