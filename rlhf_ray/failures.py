@@ -72,6 +72,11 @@ class RoleFailure(Exception):
         return RoleFailure, (self.kind, self.role, self.node, self.cause, self.details, self.guard)
 
 
+def first_sentence(cause: str) -> str:
+    """Enough of a cause for whoever looks at the run; Ray's are paragraphs. Events have all of it."""
+    return cause.partition(". ")[0]
+
+
 class Refused(Exception):
     """A reward model that the release gate refused.
 

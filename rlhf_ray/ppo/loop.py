@@ -69,7 +69,8 @@ def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: b
         refuse_rollouts_in_this_process()
         try:
             run.tracker.phase("starting the roles and loading their models")
-            with Supervisor(run.tracker.events, config.cluster.silent_after_s) as supervisor:
+            watching = Supervisor(run.tracker.events, config.cluster.silent_after_s, run.tracker.display.message)
+            with watching as supervisor:
                 starter = RoleStarter(config, inputs, run.folder.logs, classes, supervisor.watch)
                 recovery, done = Recovery(config, starter, run), False
                 roles = recovery.start()
@@ -205,6 +206,8 @@ class PPO:
             causes=headers.failure_causes,
         )
         self._snapshot = newest.snapshot
+        events = self._run.tracker.events
+        row |= {"recovery/lost": events.count("role_lost"), "recovery/rolled_back": events.count("rolled_back")}
         row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
         self._run.tracker.step(row)
         return kl

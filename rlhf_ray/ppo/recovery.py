@@ -13,7 +13,7 @@ from collections.abc import Set
 from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig
-from rlhf_ray.failures import FailureKind, RoleFailure
+from rlhf_ray.failures import FailureKind, RoleFailure, first_sentence
 from rlhf_ray.ppo.roles import Roles, RoleStarter
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import collect
@@ -49,6 +49,10 @@ class Recovery:
                     raise
                 self._spend({failure.group}, failure)
                 self._note_lost(failure)
+                self._run.tracker.display.message(
+                    f"lost {failure.role} on {failure.node} ({first_sentence(failure.cause)}); starting "
+                    f"{failure.group} again"
+                )
 
     def after(self, failure: RoleFailure) -> Roles:
         """The roles with which the run can go on, from its newest checkpoint.

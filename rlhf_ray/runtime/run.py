@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from rlhf_ray.config.settings import CheckpointSettings, RunConfig
-from rlhf_ray.failures import BadInput, RoleFailure, Stopped
+from rlhf_ray.failures import BadInput, RoleFailure, Stopped, first_sentence
 from rlhf_ray.runtime.checkpoints import CheckpointWriter, Save, read_state
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.tracking.display import Column
@@ -108,7 +108,7 @@ class Run:
             "rolled_back", role=failure.role, cause=failure.cause, from_step=done, to_step=back_to
         )
         self.tracker.display.message(
-            f"lost {failure.role} on {failure.node} ({failure.cause}); going on from step {back_to}"
+            f"lost {failure.role} on {failure.node} ({first_sentence(failure.cause)}); going on from step {back_to}"
         )
 
     def sound_checkpoint(self) -> tuple[int, Path] | None:

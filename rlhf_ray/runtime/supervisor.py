@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 
-from rlhf_ray.failures import RoleFailure
+from rlhf_ray.failures import RoleFailure, first_sentence
 from rlhf_ray.runtime.actor_group import ActorGroup, Replica, core_seconds, end_process
 from rlhf_ray.runtime.answers import reason_of
 from rlhf_ray.runtime.cluster import Reservation
@@ -61,13 +61,14 @@ class Supervisor:
     Args:
         events: where it is told what happened.
         silent_after_s: see `cluster.silent_after_s`.
+        say: tells whoever looks at the run.
 
     Attributes:
         failure: why processes were given up, once some were.
     """
 
-    def __init__(self, events: EventLog, silent_after_s: float) -> None:
-        self._events, self._silent_after_s = events, silent_after_s
+    def __init__(self, events: EventLog, silent_after_s: float, say: Callable[[str], None]) -> None:
+        self._events, self._silent_after_s, self._say = events, silent_after_s, say
         self.failure: RoleFailure | None = None
         self._groups: list[list[_Watched]] = []
         self._reservation: Reservation | None = None
@@ -141,6 +142,7 @@ class Supervisor:
         each.lost_at = time.monotonic()
         if each.restarts:  # of a rank, whoever waits for its answer tells
             self._events.write("role_lost", role=each.replica.name, node=each.place.node, cause=cause)
+            self._say(f"lost {each.replica.name} on {each.place.node} ({first_sentence(cause)}); Ray starts it again")
 
     def _note_alive(self, each: _Watched, pulse: Pulse) -> None:
         now = time.monotonic()
@@ -154,6 +156,7 @@ class Supervisor:
                 attempt=pulse.started,
                 seconds=round(now - since, 1),
             )
+            self._say(f"{each.replica.name} is back on {pulse.node} after {now - since:.0f} s")
             each.place, each.started = Place(pulse.node, pulse.node_id, pulse.pid), pulse.started
         each.answered_at, each.lost_at, each.used = now, None, None
 
@@ -197,5 +200,6 @@ class Supervisor:
         self._events.write(
             "role_silent", role=each.replica.name, node=each.place.node, cause=doing, seconds=round(seconds, 1)
         )
+        self._say(f"{each.replica.name} on {each.place.node} is silent ({doing}): ended after {seconds:.0f} s")
         end_process(each.place)
         each.answered_at, each.used = time.monotonic(), None

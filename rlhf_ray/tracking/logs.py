@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,6 +49,11 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         drop_torn_line(path)
+        self._counts = Counter(str(row["kind"]) for row in read_log(path).rows)
+
+    def count(self, kind: str) -> int:
+        """How often something has happened since the run's first start."""
+        return self._counts[kind]
 
     def write(
         self,
@@ -70,6 +76,7 @@ class EventLog:
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         append_row(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
+        self._counts[kind] += 1
 
     def read(self) -> LogRows:
         """All events so far."""

@@ -416,6 +416,18 @@ PPO_METRICS: tuple[Metric, ...] = (
         "Low where processes wait for each other: look at `trace.json`. On GPUs it says how busy the host is.",
     ),
     Metric(
+        "recovery/lost",
+        "",
+        "How often a process has been lost since the run's first start. `events.jsonl` has what became of each, and "
+        "`rlhf-ray report` tells it.",
+    ),
+    Metric(
+        "recovery/rolled_back",
+        "",
+        "How often the run has gone back to its newest checkpoint since its first start, because a rank was lost. "
+        "Often: look at why, and lower `checkpoint.every_steps` meanwhile.",
+    ),
+    Metric(
         "throughput/samples_per_s",
         "samples/s",
         "Responses of this step divided by `time/step_s`.",

@@ -152,6 +152,6 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in row.items()
         if name != "wall_s"
-        and not name.startswith(("time/", "throughput/", "utilization/"))
+        and not name.startswith(("time/", "throughput/", "utilization/", "recovery/"))
         and not name.endswith("/time_s")
     }

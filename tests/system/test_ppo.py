@@ -421,6 +421,10 @@ def test_the_events_tell_who_was_lost_and_what_was_done_about_it(haunted: Run) -
     assert silent["role"] == "reference-0"
     assert {event["role"] for event in haunted.events_of("group_rebuilt")} == {"policy", "critic"}
     assert {event["to_step"] for event in haunted.events_of("rolled_back")} <= {0, 4, 8}
+    assert re.search(r"^generator-0 is back on \S+ after \d+ s$", haunted.command.stdout, re.MULTILINE)
+    last = haunted.metrics[-1]
+    assert last["recovery/lost"] == len(haunted.events_of("role_lost")) >= 5
+    assert last["recovery/rolled_back"] == len(haunted.events_of("rolled_back")) >= 1
     assert "(raylet)" not in haunted.command.stdout + haunted.command.stderr
 
 

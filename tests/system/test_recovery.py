@@ -1,6 +1,7 @@
 """Processes that die, stop or hang, and what comes of the answers that they owe."""
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -90,10 +91,12 @@ def worker(local_ray: Path, tmp_path: Path) -> Iterator[ActorGroup[Worker]]:
 
 
 @contextmanager
-def supervised(group: ActorGroup[Worker], log: EventLog) -> Iterator[None]:
-    with Supervisor(log, SILENT_S) as supervisor:
+def supervised(group: ActorGroup[Worker], log: EventLog) -> Iterator[list[str]]:
+    """Watched for the length of a block; gives what is said to whoever looks at the run."""
+    said: list[str] = []
+    with Supervisor(log, SILENT_S, said.append) as supervisor:
         supervisor.watch([group])
-        yield
+        yield said
 
 
 def pid_of(group: ActorGroup[Worker]) -> int:
@@ -150,12 +153,15 @@ def test_who_is_lost_too_often_ends_the_run(worker: ActorGroup[Worker]):
 def test_alive_but_silent_is_as_dead_as_gone(worker: ActorGroup[Worker], tmp_path: Path, harm: Any):
     log = EventLog(tmp_path / "events.jsonl")
     before = pid_of(worker)
-    with supervised(worker, log):
+    with supervised(worker, log) as said:
         [after] = collect([worker.of(0).ask(harm, str(tmp_path / "mark"))], 60)
         assert after != before
         wait_until(lambda: events_of(log, "role_restarted"), 60, "the event")
     [silent] = events_of(log, "role_silent")
     assert silent["role"] == "worker-0"
+    assert log.count("role_silent") == EventLog(tmp_path / "events.jsonl").count("role_silent") == 1
+    assert re.match(r"worker-0 on \S+ is silent \(.*\): ended after \d+ s", said[0])
+    assert re.fullmatch(r"worker-0 is back on \S+ after \d+ s", said[-1])
     assert SILENT_S <= silent["seconds"] <= 3 * SILENT_S
 
 
