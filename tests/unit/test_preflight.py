@@ -215,6 +215,7 @@ FAULTS: dict[str, Fault] = {
     "keys that contradict": Fault("configs/tiny", "in_flight_updates", settings("algorithm.in_flight_updates=true")),
     "finished run": Fault("{folder}/runs/tiny-ppo", "finished run", damage(finished)),
     # Models and tokenizers.
+    "no such file system": Fault("checkpoint.copy_to", "Protocol not known", settings("checkpoint.copy_to=far://away")),
     "no policy": Fault("policy.model", "there is no directory", damage(moved)),
     "no weights": Fault("policy.model", "no weights", damage(lambda w: (w.policy / "model.safetensors").unlink())),
     "pickle": Fault("policy.model", "pytorch_model.bin", damage(lambda w: pickled(w.policy))),
