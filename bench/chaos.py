@@ -9,6 +9,7 @@ bit-for-bit the same `metrics.jsonl` except for times, trained weights, judged s
 - `hosts`: the link between two hosts (network namespaces, which need root) is cut;
 - `kills`: random roles of a longer run, again and again;
 - `job`: the whole job, at random moments of every phase, resumed by the same command;
+- `cost`: what a run that loses nothing pays for all this;
 - `machine`: disk and object store fill up, the folder cannot be written, W&B does not answer, the clock is set back
   (needs root).
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
+from bench.chaos_cost import cost
 from bench.chaos_hosts import hosts
 from bench.chaos_machine import machine
 from bench.chaos_site import DEADLINE_S, Outcome, Site
@@ -257,7 +259,8 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data").absolute())
-    parser.add_argument("--parts", default="matrix,pairs,node,hosts,kills,job,machine")
+    parser.add_argument("--parts", default="cost,matrix,pairs,node,hosts,kills,job,machine")
+    parser.add_argument("--rounds", type=int, default=6, help="of the cost")
     parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
     parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs in")
@@ -274,6 +277,7 @@ def main() -> None:
                 job(site, site.run("alone"), report, label, arguments.jobs // 2)
 
         parts: dict[str, Callable[[], None]] = {
+            "cost": lambda: cost(short, report, arguments.rounds),
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
             "node": lambda: node(short, short.run("alone-on-one-node"), report),

@@ -28,6 +28,7 @@ class Outcome:
         rows: its metrics, except times.
         digests: SHA-256 of the trained weights, of the judged samples, and of the ledger.
         events: as written.
+        wall_s: when each step was done, in seconds since the run was taken up.
     """
 
     status: int
@@ -35,6 +36,7 @@ class Outcome:
     rows: list[dict[str, Any]]
     digests: dict[str, str]
     events: list[dict[str, Any]]
+    wall_s: list[float]
 
     def equals(self, other: Outcome) -> bool:
         checked = [event["cause"] for event in self.events if event["kind"] == "ledger_checked"]
@@ -112,6 +114,7 @@ class Site:
             [without_times(row) for row in rows_of(folder / "metrics.jsonl")],
             {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             rows_of(folder / "events.jsonl"),
+            [row["wall_s"] for row in rows_of(folder / "metrics.jsonl")],
         )
 
     def forget(self, name: str) -> None:

@@ -148,6 +148,7 @@ class Supervisor:
         now = time.monotonic()
         if pulse.pid != each.place.pid or pulse.node_id != each.place.node_id:
             since = each.answered_at if each.lost_at is None else each.lost_at
+            self._note_lost(each, pulse.last_words or "gone and back again between two looks")
             self._events.write(
                 "role_restarted",
                 role=each.replica.name,
