@@ -260,7 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data").absolute())
     parser.add_argument("--parts", default="cost,matrix,pairs,node,hosts,kills,job,machine")
-    parser.add_argument("--rounds", type=int, default=6, help="of the cost")
+    parser.add_argument("--blocks", type=int, default=15, help="of ten steps each, in which the cost is measured")
     parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
     parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs in")
@@ -277,7 +277,7 @@ def main() -> None:
                 job(site, site.run("alone"), report, label, arguments.jobs // 2)
 
         parts: dict[str, Callable[[], None]] = {
-            "cost": lambda: cost(short, report, arguments.rounds),
+            "cost": lambda: cost(short, report, arguments.blocks),
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
             "node": lambda: node(short, short.run("alone-on-one-node"), report),

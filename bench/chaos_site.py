@@ -63,6 +63,7 @@ class Site:
         before: Sequence[str] = (),
         output: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        module: str = "tests.faulty_run",
     ) -> Command:
         """Start a run.
 
@@ -70,6 +71,7 @@ class Site:
             output: file of what it says; in its folder where left out.
             before: what the command line begins with, such as `ip netns exec NAME`.
             environment: variables beside this process's own.
+            module: what is run in place of `rlhf_ray`.
         """
         arguments = (
             *PPO,
@@ -80,7 +82,7 @@ class Site:
             *self._settings,
             *more,
         )
-        program = [*before, sys.executable, "-m", "tests.faulty_run", *arguments]
+        program = [*before, sys.executable, "-m", module, *arguments]
         listed = json.dumps([asdict(fault) for fault in faults])
         variables = {**user_environment(), "FAULTS": listed, **(environment or {})}
         return start_program(program, output or self.runs / name / "output", variables, REPOSITORY)
