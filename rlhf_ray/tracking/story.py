@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, first_sentence
 from rlhf_ray.tracking.ledger import LedgerCheck, check_ledger
 from rlhf_ray.tracking.logs import Row, read_log
 from rlhf_ray.tracking.run_folder import RunFolder
@@ -39,6 +39,8 @@ _FIGURES: dict[str, Literal["highest", "lowest"] | None] = {
 
 _LOST = ("role_lost", "role_silent")
 _MENDS = ("role_restarted", "group_rebuilt")
+_BY_RAY = (*_LOST, *_MENDS, "rolled_back")
+"""Whose causes may be Ray's."""
 _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "run_started": ("", lambda event: "started"),
     "role_lost": ("bad", lambda event: "lost"),
@@ -190,6 +192,7 @@ def _tell(events: Sequence[_Event]) -> tuple[list[Happening], dict[str, int]]:
             continue
         tone, words = _TOLD[kind]
         what = words(event)
+        why = str(event.get("cause") or "")
         if kind == "run_started" and any(each.kind == kind for each in told):
             what += " again"
         now = Happening(
@@ -199,7 +202,7 @@ def _tell(events: Sequence[_Event]) -> tuple[list[Happening], dict[str, int]]:
             time=datetime.fromisoformat(event["time"]),
             what=what,
             who=" on ".join(str(event[name]) for name in ("role", "node") if event.get(name)),
-            why=str(event.get("cause") or ""),
+            why=first_sentence(why) if kind in _BY_RAY else why,
             took_s=event.get("seconds"),
         )
         if not _joined(told, now):

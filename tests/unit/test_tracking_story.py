@@ -76,7 +76,7 @@ def test_a_recovery_stands_with_the_loss_that_it_mends(written: Written):
     written.event(13, "role_restarted", role="generator-1", node="a", attempt=1, seconds=3.0)
     written.event(20, "role_restarted", role="reward-helpful-0", node="c", attempt=2, seconds=9.0)
     written.event(30, "role_silent", role="generator-1", node="a", seconds=45.0, doing="generate")
-    written.event(33, "role_lost", role="policy-1", node="a", cause="NCCL")
+    written.event(33, "role_lost", role="policy-1", node="a", cause="NCCL. And a paragraph of what that may mean.")
     written.event(40, "group_rebuilt", role="policy", cause="policy-1 was lost", seconds=7.0)
     written.event(41, "rolled_back", from_step=8, to_step=5, cause="policy-1 was lost")
     assert told(written) == [
