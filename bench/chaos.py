@@ -5,7 +5,8 @@ bit-for-bit the same `metrics.jsonl` except for times, trained weights, judged s
 
 - `matrix`: each role, lost in each way, in the midst of a call and between calls;
 - `pairs`: one role twice in one run, two roles at once, and a role while it is being built;
-- `node`: one of two nodes goes away, with whatever was on it, and the other has room for that, or has not;
+- `node`: one of two nodes goes away, with whatever was on it, and the other has room for that;
+- `room`: the other has not;
 - `hosts`: the link between two hosts (network namespaces, which need root) is cut;
 - `kills`: random roles of a longer run, again and again;
 - `job`: the whole job, at random moments of every phase, resumed by the same command;
@@ -112,7 +113,7 @@ def pairs(site: Site, alone: Outcome, report: Report) -> None:
 
 
 def node(site: Site, alone: Outcome, report: Report) -> None:
-    """The node that the driver is not on is lost after the first step; the other has room for all roles, or has not."""
+    """The node that the driver is not on is lost after the first step; the other has room for all roles."""
     outcome, _ = _without_a_node(site, "node", 2, "cluster.placement_strategy=SPREAD")
     started = [event for event in outcome.events if event["kind"] == "role_started"]
     lost = sum(event["node"] == "127.0.0.3" for event in started)
@@ -121,13 +122,20 @@ def node(site: Site, alone: Outcome, report: Report) -> None:
         Result("a node lost: equal to the run left alone", int(outcome.equals(alone)), target=">= 1"),
     ]
     print(f"lost with the node: {lost} roles; {outcome.error}", flush=True)
+    report.add(results, "a node")
+
+
+def room(site: Site, report: Report) -> None:
+    """As `node`, but the other node has no room for the role that was on the lost one."""
+    results = []
     for key in ("generator", "policy.learner"):
-        outcome, seconds = _without_a_node(site, f"no-room-{key}", 1, f"{key}.cpus=2")
+        settings = (f"{key}.cpus=2", "evaluation={prompts: null, judge: none}")
+        outcome, seconds = _without_a_node(site, f"no-room-{key}", 1, *settings)
         said = outcome.status == 1 and "cluster on ?: no room within" in outcome.error
         print(outcome.error, flush=True)
         results.append(Result(f"no room for {key} any more: said, status 1", int(said), target=">= 1"))
         results.append(Result(f"no room for {key} any more: ended after", round(seconds, 1), "s", "<= 60 s"))
-    report.add(results, "a node")
+    report.add(results, "a node, and no room on the other")
 
 
 def _without_a_node(site: Site, name: str, cpus: float, *settings: str) -> tuple[Outcome, float]:
@@ -259,7 +267,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data").absolute())
-    parser.add_argument("--parts", default="cost,matrix,pairs,node,hosts,kills,job,machine")
+    parser.add_argument("--parts", default="cost,matrix,pairs,node,room,hosts,kills,job,machine")
     parser.add_argument("--blocks", type=int, default=15, help="of ten steps each, in which the cost is measured")
     parser.add_argument("--kills", type=int, default=50, help="random kills of roles in one run")
     parser.add_argument("--jobs", type=int, default=40, help="kills of the whole job, half of them one step ahead")
@@ -281,6 +289,7 @@ def main() -> None:
             "matrix": lambda: matrix(short, short.run("alone"), report),
             "pairs": lambda: pairs(short, short.run("alone-again"), report),
             "node": lambda: node(short, short.run("alone-on-one-node"), report),
+            "room": lambda: room(short, report),
             "hosts": lambda: hosts(short, short.run("alone-on-one-host"), report),
             "machine": lambda: machine(short, short.run("alone-on-a-sound-machine"), report),
             "kills": lambda: kills(longer, longer.run("alone"), report, arguments.kills),
