@@ -6,7 +6,6 @@ import asyncio
 import json
 import select
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
