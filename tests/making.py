@@ -9,7 +9,7 @@ import torch
 
 from rlhf_ray.algorithms.experience import ExperienceShard
 from rlhf_ray.config.algorithm import AlgorithmSettings
-from rlhf_ray.config.settings import LearnerSettings
+from rlhf_ray.config.settings import LearnerSettings, SFTConfig
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, TokenColumn
 
 ALGORITHM = AlgorithmSettings(entropy_coefficient=0.01, value_clip=0.2)
@@ -116,3 +116,17 @@ def weights_in(folder: Path, name: str = "model.safetensors") -> dict[str, torch
     from safetensors.torch import load_file
 
     return load_file(folder / name)
+
+
+def unread_config(runs: Path, every_steps: int, copy_to: str | None = None) -> SFTConfig:
+    """Of a run named `x` that reads nothing and keeps two checkpoints."""
+    return SFTConfig.model_validate(
+        {
+            "run": {"name": "x"},
+            "paths": {"runs": str(runs)},
+            "text": {"path": "unread"},
+            "policy": {"model": "unread"},
+            "checkpoint": {"every_steps": every_steps, "keep": 2, "copy_to": copy_to},
+            "tracking": {"progress": "off"},
+        }
+    )

@@ -145,29 +145,6 @@ class ActorGroup(Generic[R]):
         self.limits = limits
         self.restarts = restarts and limits.max_restarts > 0
 
-    @classmethod
-    def start(
-        cls,
-        role: str,
-        settings: ActorSettings,
-        group: PlacementGroup,
-        first_bundle: int,
-        logs: Path,
-        limits: Limits,
-        remake: Callable[[], Any] | None = None,
-    ) -> ActorGroup[Any]:
-        """Start the processes and wait until they are there; the roles in them are made by `build`.
-
-        Args:
-            first_bundle: where this role's bundles begin in the placement group.
-            remake: constructor of a role that keeps nothing between calls: a lost process is started again by Ray, and
-                the references to what it owes are fulfilled by the second attempt.
-
-        Raises:
-            RoleFailure: of one that does not come up. All are ended.
-        """
-        return Launched.of(role, settings, group, first_bundle, logs, limits, remake).group()
-
     def end(self) -> None:
         """End every process at once, whatever it is doing, and for good."""
         for replica in self:
@@ -249,7 +226,13 @@ class Launched:
         limits: Limits,
         remake: Callable[[], Any] | None = None,
     ) -> Launched:
-        """Begin to start the processes; the arguments are those of `ActorGroup.start`."""
+        """Begin to start the processes; the roles in them are made by `ActorGroup.build`.
+
+        Args:
+            first_bundle: where this role's bundles begin in the placement group.
+            remake: constructor of a role that keeps nothing between calls: a lost process is started again by Ray, and
+                the references to what it owes are fulfilled by the second attempt.
+        """
         restarts = remake is not None and limits.max_restarts > 0
         hosts = {}
         for number in range(settings.replicas):

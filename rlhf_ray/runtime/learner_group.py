@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.roles.rank_group import Rank
-from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
+from rlhf_ray.runtime.actor_group import ActorGroup, Launched, meeting_point
 from rlhf_ray.runtime.cluster import (
     NodeShape,
     RoleRequest,
@@ -49,7 +49,8 @@ def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> It
     """The processes of one role, for the length of a block."""
     reservation = reserve([request], cluster)
     try:
-        yield ActorGroup.start(request.role, request.settings, reservation.group, 0, logs, Limits.of(cluster))
+        limits = Limits.of(cluster)
+        yield Launched.of(request.role, request.settings, reservation.group, 0, logs, limits).group()
     finally:
         reservation.release()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import ClusterSettings
-from rlhf_ray.runtime.actor_group import ActorGroup
+from rlhf_ray.runtime.actor_group import ActorGroup, Launched
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
 from rlhf_ray.runtime.limits import Limits
 
@@ -31,7 +31,8 @@ def started(
         first_bundle = 0
         for role, settings in roles.items():
             remake = (remakes or {}).get(role)
-            groups.append(ActorGroup.start(role, settings, reservation.group, first_bundle, logs, limits, remake))
+            launched = Launched.of(role, settings, reservation.group, first_bundle, logs, limits, remake)
+            groups.append(launched.group())
             first_bundle += settings.replicas
         yield groups
     finally:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.config.base import ActorSettings
-from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.logs import read_log
 from rlhf_ray.tracking.manifest import find_fault
+from tests.making import unread_config
 from tests.system.commands import wait_until
 from tests.system.groups import started
 
@@ -43,16 +43,7 @@ def writers(local_ray: Path) -> Iterator[ActorGroup[Writer]]:
 
 
 def run_of(runs: Path, resume: bool = False) -> Run:
-    config = SFTConfig.model_validate(
-        {
-            "run": {"name": "x"},
-            "paths": {"runs": str(runs)},
-            "text": {"path": "unread"},
-            "policy": {"model": "unread"},
-            "checkpoint": {"every_steps": 2, "keep": 2},
-            "tracking": {"progress": "off"},
-        }
-    )
+    config = unread_config(runs, every_steps=2)
     return Run(config, "sft", "x", 100, (), config.checkpoint, resume)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.config.settings import SFTConfig
 from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
 from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.logs import Row, read_log
 from rlhf_ray.tracking.manifest import begin, checkpoint_bytes, find_fault, read_manifest, write_manifest
+from tests.making import unread_config
 
 WEIGHTS = "policy/state/weights.pt"
 WEIGHT_BYTES = 3 << 20  # more than one chunk
@@ -33,16 +33,7 @@ def save(folder: str) -> list[Answer[None]]:
 
 
 def run_of(runs: Path, resume: bool = False) -> Run:
-    config = SFTConfig.model_validate(
-        {
-            "run": {"name": "x"},
-            "paths": {"runs": str(runs)},
-            "text": {"path": "unread"},
-            "policy": {"model": "unread"},
-            "checkpoint": {"every_steps": 10, "keep": 2},
-            "tracking": {"progress": "off"},
-        }
-    )
+    config = unread_config(runs, every_steps=10)
     return Run(config, "sft", "x", 100, (), config.checkpoint, resume)
 
 

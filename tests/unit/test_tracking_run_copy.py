@@ -15,6 +15,7 @@ from rlhf_ray.tracking.logs import read_log
 from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import MANIFEST
 from rlhf_ray.tracking.tracker import take_up_copy
+from tests.making import unread_config
 from tests.unit.test_run import State
 
 
@@ -25,16 +26,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def config_of(runs: Path, url: str | None) -> SFTConfig:
-    return SFTConfig.model_validate(
-        {
-            "run": {"name": "x"},
-            "paths": {"runs": str(runs)},
-            "text": {"path": "unread"},
-            "policy": {"model": "unread"},
-            "checkpoint": {"every_steps": 2, "keep": 2, "copy_to": url},
-            "tracking": {"progress": "off"},
-        }
-    )
+    return unread_config(runs, every_steps=2, copy_to=url)
 
 
 def save(folder: str) -> list[Answer[None]]:
