@@ -22,7 +22,7 @@ class StubSource(RewardSource):
 
     stub: StubSettings = field(default_factory=StubSettings)
 
-    def constructor(self, policy_model: str) -> Callable[[], Scorer]:
+    def constructor(self, policy_model: str, place: object = None) -> Callable[[], Scorer]:
         return partial(StubScorer, self.stub)
 
 

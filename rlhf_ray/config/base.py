@@ -74,4 +74,20 @@ class ActorSettings(Settings):
         return 4 << 30
 
 
+def check_sharded(settings: ActorSettings) -> None:
+    """What processes must be like that share the weights of one model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if settings.replicas < 2:
+        raise ValueError(
+            f"sharded: {settings.replicas} replica has nobody to share the weights with; at least 2 replicas, or false"
+        )
+    if settings.gpus not in (0, 1):
+        raise ValueError(
+            f"gpus: {settings.gpus:g} for one rank; a rank that shares the weights has one whole GPU, or 0 for the CPU"
+        )
+
+
 DType = Literal["auto", "float32", "bfloat16"]

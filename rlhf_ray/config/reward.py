@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
-from rlhf_ray.config.base import ActorSettings, DType, Fraction, PositiveFloat, PositiveInt
+from rlhf_ray.config.base import ActorSettings, DType, Fraction, PositiveFloat, PositiveInt, check_sharded
 
 
 class ScorerSettings(ActorSettings):
@@ -41,7 +41,7 @@ class ScorerSettings(ActorSettings):
         return self
 
 
-_MODEL_ONLY = ("dtype", "max_length", "on_too_long", "batch_tokens", "batch_invariant", "apply_temperature")
+_MODEL_ONLY = ("dtype", "max_length", "on_too_long", "batch_tokens", "batch_invariant", "apply_temperature", "sharded")
 _SERVICE_TIMEOUT_S, _FUNCTION_TIMEOUT_S = 600.0, 10.0
 
 
@@ -109,6 +109,12 @@ class RewardSettings(ScorerSettings):
         description="Refuse a model that the release gate refused (its card says so); one without a verdict is used.",
     )
 
+    sharded: bool = Field(
+        False,
+        description="Spread the weights of one model over all `replicas` (ZeRO-3), for a model that does not fit one "
+        "GPU. Off: each replica holds all of it.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_kind(cls, values: Any) -> Any:
@@ -136,6 +142,8 @@ class RewardSettings(ScorerSettings):
             self._check_url(self.url)
         elif not self.model:
             raise ValueError("model: it is empty; a directory, or url for the address of a reward service, or function")
+        if self.sharded:
+            check_sharded(self)
         return self
 
     def _check_function(self, function: str) -> None:
@@ -151,7 +159,9 @@ class RewardSettings(ScorerSettings):
         if "@" in place.netloc:
             # The configuration is kept in the run's folder.
             raise ValueError("url: it holds a token; put that into token_file or RLHF_RAY_TOKEN")
-        self._refuse(("max_length", "batch_invariant", "gpus"), "with url the model is the service's; set it there")
+        self._refuse(
+            ("max_length", "batch_invariant", "gpus", "sharded"), "with url the model is the service's; set it there"
+        )
 
     def _refuse(self, keys: Sequence[str], reason: str) -> None:
         """Keys that belong to another kind of source, where they differ from their defaults."""

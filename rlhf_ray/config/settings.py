@@ -20,6 +20,7 @@ from rlhf_ray.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    check_sharded,
 )
 from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import RewardSources
@@ -187,14 +188,8 @@ class ReferenceSettings(ActorSettings):
 
     @model_validator(mode="after")
     def _ranks_that_share_the_weights(self) -> ReferenceSettings:
-        if self.sharded and self.replicas < 2:
-            raise ValueError(
-                f"sharded: {self.replicas} replica has nobody to share the weights with; at least 2 replicas, or false"
-            )
-        if self.sharded and self.gpus not in (0, 1):
-            raise ValueError(
-                f"gpus: {self.gpus:g} for one rank; a rank that shares the weights has one whole GPU, or 0 for the CPU"
-            )
+        if self.sharded:
+            check_sharded(self)
         return self
 
 

@@ -12,7 +12,7 @@ from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import RoleFailure
 from rlhf_ray.ppo.inputs import Inputs, source_keys
-from rlhf_ray.ppo.scoring import SourceGroup
+from rlhf_ray.ppo.scoring import SourceGroup, rank_scorer
 from rlhf_ray.reward.core.evaluator import Evaluator
 from rlhf_ray.roles.critic_learner import CriticLearner
 from rlhf_ray.roles.generator import Generator
@@ -243,7 +243,10 @@ def role_makers(config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> dict
     # An engine that has met the learner in a group of NCCL cannot be replaced alone.
     makers = {"generator": Maker(generator, restarts=config.weights.transport != "nccl")}
     for name, source in zip(scorer_names(config), inputs.rewards, strict=True):
-        makers[name] = Maker(source.constructor(policy.model))
+        if source.settings.sharded:
+            makers[name] = Maker(partial(rank_scorer, source, policy.model), has_ranks=True, restarts=False)
+        else:
+            makers[name] = Maker(source.constructor(policy.model))
     learner = partial(
         classes.policy,
         policy,

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.reward.core.protocol import Conversation, Scorer
+from rlhf_ray.reward.core.source import RewardSource
+from rlhf_ray.roles.frozen_engine import FrozenEngine
+from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.rollout import RewardColumn, RewardHeader, Rollout, weighted_scores, weighted_sum
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, Deferred, Stored
+
+
+def rank_scorer(source: RewardSource, policy_model: str, rank: Rank) -> Scorer:
+    """A scorer of a model that is spread over all scorers of its source."""
+
+    def place(build: Callable[[], Any], dtype: str) -> FrozenEngine:
+        return FrozenEngine(build, rank, source.settings.gpus > 0, dtype)
+
+    return source.constructor(policy_model, place)()
 
 
 @dataclass(frozen=True)

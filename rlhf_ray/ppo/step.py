@@ -19,7 +19,7 @@ from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.metrics import StepClock, StepHeaders
 from rlhf_ray.ppo.roles import Roles
 from rlhf_ray.ppo.scoring import ShardRewards, SourceHeaders
-from rlhf_ray.reward.core.protocol import Conversation
+from rlhf_ray.reward.core.protocol import Conversation, Scorer
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
@@ -121,9 +121,15 @@ def generate(
 
 def score(roles: Roles, shards: Sequence[Shard]) -> list[ShardRewards]:
     """Ask the scorers of every source."""
-    return [
+    rewards = [
         ShardRewards.ask(roles.sources, index, shard.rollout.data, shard.prompts) for index, shard in enumerate(shards)
     ]
+    # Ranks that share a model make every pass together: all are asked for as many shards, the last one again.
+    uneven = [source for source in roles.sources if source.settings.sharded and len(shards) % len(source.scorers)]
+    for source in uneven:
+        for index in range(len(shards), len(shards) - len(shards) % len(source.scorers) + len(source.scorers)):
+            source.scorers.of(index).keep(Scorer.score, shards[-1].rollout.data, shards[-1].prompts)
+    return rewards
 
 
 def refer(roles: Roles, shards: Sequence[Shard]) -> list[Stored[TokenColumn]] | None:

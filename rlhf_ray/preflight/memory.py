@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_ray.config.reward import ScorerSettings
+from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.config.settings import GeneratorSettings, LearnerSettings, ReferenceSettings
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.models.packing import SHORT_WIDTH
@@ -141,13 +141,14 @@ def reference_memory(settings: ReferenceSettings, size: ModelSize, work: Pass) -
 
 
 def scorer_memory(settings: ScorerSettings, size: ModelSize, members: int = 1) -> Memory:
-    """A scorer with a reward model, or an ensemble of them."""
+    """A scorer with a reward model, or an ensemble of them; a rank where it is spread over several."""
+    ranks = settings.replicas if isinstance(settings, RewardSettings) and settings.sharded else 1
     on_gpu = settings.gpus > 0
     item = ITEM_BYTES[resolve_dtype(settings.dtype, on_gpu)]
     tokens = settings.batch_tokens or (32_768 if on_gpu else 4096)
     width = min(settings.max_length or tokens, tokens)
     parts: Parts = {
-        "weights": members * item * size.parameters,
+        "weights": members * item * size.parameters / ranks,
         "activations": _passing_activations(size, Pass(tokens, 0, width), item, on_gpu),
     }
     return _placed(parts, _SCORER, settings.gpus)

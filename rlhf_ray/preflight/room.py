@@ -19,6 +19,7 @@ _LESS_HOST_MEMORY = "fewer replicas on a node, a smaller micro_batch_tokens, a s
 _LESS_GPU_MEMORY = {
     "learner": "gradient_checkpointing: true, a smaller micro_batch_tokens, or zero_stage: 3 over more replicas",
     "reference": "sharded: true over more replicas, or a smaller micro_batch_tokens",
+    "reward": "sharded: true over more replicas, or a smaller batch_tokens",
     "generator": "a larger gpu_memory_utilization, tensor_parallel over more GPUs, or a shorter context",
 }
 

@@ -1,7 +1,7 @@
 """ZeRO-1, 2 and 3 on two ranks give what one process gives, and go on from a checkpoint bit for bit."""
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,22 @@ from ray._raylet import AuthenticationMode, get_authentication_mode
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.lora import LoraSettings
+from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import CriticSettings, PolicySettings, ReferenceSettings
 from rlhf_ray.models.buckets import WeightBucket
 from rlhf_ray.ppo.export import export_policy
+from rlhf_ray.ppo.scoring import rank_scorer
+from rlhf_ray.reward.core.protocol import Conversation
+from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.core.source import RewardSource
 from rlhf_ray.reward.train.learner import RewardLearner
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine
 from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
 from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.roles.reference import Reference
-from rlhf_ray.rollout import TokenColumn, TrunkColumn
+from rlhf_ray.rollout import RewardColumn, TokenColumn, TrunkColumn
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.learner_group import ranks
 from tests import making
@@ -297,6 +302,50 @@ def test_a_reward_model_of_two_ranks_equals_that_of_one_process(
     assert largest_difference(weights_in(tmp_path / "ranks"), weights_in(tmp_path / "single")) <= 1e-5
 
 
+class ScoringRank:
+    """One rank of a sharded reward model, with its part of the rollouts; the second has one more, of nothing."""
+
+    def __init__(self, make: partial[Any], rank: Rank) -> None:
+        self._scorer, self._rank = make(rank=rank), rank
+
+    def columns(self, prompts: dict[int, Conversation]) -> list[RewardColumn]:
+        return [self._scorer.score(rollout, prompts) for rollout in ROLLOUTS[self._rank.rank :: 2]]
+
+    def texts(self, texts: list[list[list[int]]]) -> Any:
+        """Scores of this rank's texts, of which there may be none."""
+        return self._scorer._scorer.score_tokens(texts[self._rank.rank]).scores
+
+    def share_of_weights(self) -> float:
+        return share_of(self._scorer._scorer._networks[0].module.parameters())
+
+
+def test_a_sharded_reward_model_scores_as_a_whole_one(pair: ActorGroup[Any], tiny: Path):
+    policy = str(tiny / "policy")
+    settings = RewardSettings(model=str(tiny / "reward_model"), sharded=True, replicas=2, batch_size=4)
+    make = partial(rank_scorer, RewardSource.read(settings), policy)
+    pair.build_all(*(partial(ScoringRank, make, place) for place in ranks(pair)))
+    # Later DeepSpeed keeps tensors of up to 100,000 entries, and this model has no others.
+    for share in pair.call_all(ScoringRank.share_of_weights):
+        assert share == pytest.approx(0.5, abs=0.01)
+    whole = RewardScorer(settings, policy)
+    prompts = {number: Conversation(f"of {number}") for number in range(20)}
+    of_ranks = pair.call_all(ScoringRank.columns, prompts)
+    for index, rollout in enumerate(ROLLOUTS):
+        expected = whole.score(rollout, prompts)
+        np.testing.assert_allclose(of_ranks[index % 2][index // 2].scores, expected.scores, rtol=0, atol=1e-5)
+    # Twelve texts in three passes on the one rank, and none on the other, which goes along.
+    texts = [[[5 + index] * (3 + index) for index in range(12)], []]
+    scored, nothing = pair.call_all(ScoringRank.texts, texts)
+    np.testing.assert_allclose(scored, whole.score_tokens(texts[0]).scores, rtol=0, atol=1e-5)
+    assert len(nothing) == 0
+
+
+def share_of(parameters: Iterable[Any]) -> float:
+    """Of all parameters' entries, those that this process holds between two passes."""
+    each = list(parameters)
+    return sum(one.numel() + one.ds_tensor.numel() for one in each) / sum(one.ds_numel for one in each)
+
+
 class FrozenRank:
     """One rank of a sharded reference, with its part of the rollouts."""
 
@@ -313,10 +362,7 @@ class FrozenRank:
         return found
 
     def share_of_weights(self) -> float:
-        """Of all parameters' entries, those that this process holds between two passes."""
-        parameters: list[Any] = list(self._reference._model.parameters())
-        held = sum(each.numel() + each.ds_tensor.numel() for each in parameters)
-        return held / sum(each.ds_numel for each in parameters)
+        return share_of(self._reference._model.parameters())
 
 
 @pytest.mark.parametrize(("micro_batch_tokens", "tolerance"), [(48, 0.0), (40, rounding(HIDDEN_SIZE))])

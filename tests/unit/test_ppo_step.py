@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.ppo.step import refer, shards_of_groups
+from rlhf_ray.config.reward import RewardSettings
+from rlhf_ray.ppo.scoring import SourceGroup
+from rlhf_ray.ppo.step import refer, score, shards_of_groups
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.rollout import RewardColumn
 from rlhf_ray.runtime.answers import AllOf
@@ -43,6 +45,18 @@ def test_the_ranks_of_a_sharded_reference_are_all_asked_as_often(is_sharded: boo
     assert found == [0, 1, 2, 3]
     assert Counter(replica for replica, _ in references.shards) == asked
     assert references.shards[:4] == [(0, 0), (1, 1), (2, 2), (0, 3)]
+
+
+@pytest.mark.parametrize(("sharded", "asked"), [(True, {0: 2, 1: 2, 2: 2}), (False, {0: 2, 1: 1, 2: 1})])
+def test_the_ranks_of_a_sharded_reward_model_are_all_asked_as_often(sharded: bool, asked: dict[int, int]):
+    scorers: Any = Asked(3)
+    source = RewardSettings(model="unread", sharded=sharded, replicas=3)
+    shards: Any = [SimpleNamespace(rollout=SimpleNamespace(data=index), prompts={}) for index in range(4)]
+    roles: Any = SimpleNamespace(sources=(SourceGroup(source, scorers),))
+    rewards = score(roles, shards)
+    assert [each.columns for each in rewards] == [(0,), (1,), (2,), (3,)]
+    assert Counter(replica for replica, _ in scorers.shards) == asked
+    assert [shard for _, shard in scorers.shards[4:]] == [3] * (len(scorers.shards) - 4)
 
 
 def test_chosen_groups_fill_shards_of_the_usual_size():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -55,8 +57,23 @@ class ScoredTexts:
         )
 
 
+class Passes(Protocol):
+    """A network where it computes, and how batches go through it: in place of a device of its own."""
+
+    module: Any
+
+    def forward_each(self, batches: Sequence[Any], forward: Callable[[Any], Any], /) -> list[Any]:
+        """Results of a forward pass over each batch, of which there is one at least."""
+        ...
+
+
+Place = Callable[[Callable[[], Any], str], Passes]
+"""Puts what makes a network, whose compute type is given, where it computes."""
+
+
 class RewardScorer:
-    """One replica of the reward model: all models of an ensemble, all heads, one score.
+    """One replica of the reward model, or one rank of a model that is spread over all of them: all models of an
+    ensemble, all heads, one score.
 
     Token ids go to the model as the policy sampled them where both have the same tokenizer and, for chat messages, the
     same template and a card. Otherwise the response is decoded, and chat messages are rendered with the reward model's
@@ -65,12 +82,14 @@ class RewardScorer:
     Args:
         settings: model and limits.
         policy_model: whose tokenizer decodes the responses; empty where only texts are scored.
+        place: where the networks are spread over ranks; None: each is whole, on this process's device. With it every
+            call is a collective: the ranks are asked for as many shards, in the same order.
 
     Raises:
         BadInput: the model cannot be read, or its head is missing or does not fit its card.
     """
 
-    def __init__(self, settings: RewardSettings, policy_model: str | None = None) -> None:
+    def __init__(self, settings: RewardSettings, policy_model: str | None = None, place: Place | None = None) -> None:
         on_gpu = settings.gpus > 0
         self._settings = settings
         self.batch_invariant = settings.batch_invariant
@@ -83,28 +102,38 @@ class RewardScorer:
         self._aggregation = card.aggregation if card else ScoreAggregation()
         self._temperature = card.temperature if card and settings.apply_temperature else 1.0
         self.dtype = resolve_dtype(settings.dtype, on_gpu)
-        self._networks = [self._load(folder) for folder in self.texts.folders]
-        self._packed = all(network.packed for network in self._networks)
+        self._packed = True
+        self._spread: Passes | None = None
+        self._networks = [self._placed(folder, place) for folder in self.texts.folders]
         self.version = self.texts.version
+
+    def _placed(self, model: str, place: Place | None) -> Any:
+        """One model of the ensemble where it computes."""
+        if place is not None:
+            self._spread = place(partial(self._load, model), self.dtype)
+            return self._spread.module
+        with self._device:  # straight onto it, without a copy in host memory
+            network = self._load(model)
+        for parameter in network.parameters():
+            # They are mapped from the file, and would change with it while the scorer goes by its old version.
+            parameter.data = parameter.data.clone()
+        return network
 
     def _load(self, model: str) -> RewardNetwork:
         """One model of the ensemble. On a CPU texts are packed, which computes no padding; in the batch-invariant mode
         they are alone, and on GPUs plain batches are what the engines are made for."""
         on_gpu = self._settings.gpus > 0
-        with self._device:  # straight onto it, without a copy in host memory
-            classifier = load_reward_network(
-                model,
-                dtype=self.dtype,
-                pad_token_id=self.texts.tokenizer.pad_token_id,
-                attention=resolve_padded_attention("auto", on_gpu),
-                num_labels=self.texts.layout.num_labels,
-            )
-        for parameter in classifier.parameters():
-            # They are mapped from the file, and would change with it while the scorer goes by its old version.
-            parameter.data = parameter.data.clone()
+        classifier = load_reward_network(
+            model,
+            dtype=self.dtype,
+            pad_token_id=self.texts.tokenizer.pad_token_id,
+            attention=resolve_padded_attention("auto", on_gpu),
+            num_labels=self.texts.layout.num_labels,
+        )
         packed = takes_packed_rows(classifier) and not on_gpu and not self.batch_invariant
         if packed:
             classifier.set_attn_implementation(resolve_attention("auto"))
+        self._packed &= packed
         return RewardNetwork(classifier.eval(), self.texts.tokenizer.pad_token_id, packed)
 
     def score(self, rollout: Rollout, prompts: Mapping[int, Conversation]) -> RewardColumn:
@@ -176,8 +205,10 @@ class RewardScorer:
         num_tokens = np.array([len(token_ids) for token_ids, _ in encoded], dtype=np.int64)
         shape = (len(encoded), len(self.texts.layout.attributes), self.texts.layout.num_members)
         heads = np.full(shape, math.nan)
-        for rows in self._batches(wanted, num_tokens):
-            heads[rows] = self._forward([encoded[index][0] for index in rows])
+        batches = list(self._batches(wanted, num_tokens))
+        found = self._forward_each([[encoded[index][0] for index in rows] for rows in batches])
+        for rows, logits in zip(batches, found, strict=True):
+            heads[rows] = logits
         aggregated = self._aggregation.scores(heads, num_tokens, prompts)
         scores, disagreement = (each / self._temperature for each in aggregated)
         for index in wanted:
@@ -205,7 +236,14 @@ class RewardScorer:
             yield order[:count]
             order = order[count:]
 
-    @torch.inference_mode()
+    def _forward_each(self, batches: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float64]]:
+        if self._spread is None:
+            with torch.inference_mode():
+                return [self._forward(texts) for texts in batches]
+        # Where there is nothing to score here, the other ranks still wait for this one.
+        nothing = [[[self.texts.tokenizer.pad_token_id]]]
+        return self._spread.forward_each(batches or nothing, self._forward)[: len(batches)]
+
     def _forward(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, A, K]` logits of one batch."""
         logits = [network(texts, one_batch=True)[0] for network in self._networks]

@@ -21,7 +21,7 @@ from rlhf_ray.reward.core.function_process import FunctionProcess
 from rlhf_ray.reward.core.function_scorer import FunctionScorer
 from rlhf_ray.reward.core.protocol import Conversation, Scorer
 from rlhf_ray.reward.core.remote_scorer import RemoteScorer, check_reward_service, service_token
-from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.core.scorer import Place, RewardScorer
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.rollout import RewardColumn, Rollout
 
@@ -88,11 +88,12 @@ class RewardSource:
                     problem.allowed,
                 ) from None
 
-    def constructor(self, policy_model: str) -> Callable[[], Scorer]:
+    def constructor(self, policy_model: str, place: Place | None = None) -> Callable[[], Scorer]:
         """Makes a scorer, in whatever process it is called.
 
         Args:
             policy_model: whose tokenizer decodes the responses.
+            place: of a model that is spread over ranks.
         """
         make: Callable[[], Scorer]
         if self.settings.function is not None:
@@ -103,7 +104,7 @@ class RewardSource:
             token = service_token(self.settings.token_file, self.key)
             make = partial(RemoteScorer, self.settings, policy_model, None if token is None else SecretStr(token))
         else:
-            make = partial(RewardScorer, self.settings, policy_model)
+            make = partial(RewardScorer, self.settings, policy_model, place)
         return partial(TimedScorer, make)
 
 
