@@ -256,6 +256,7 @@ class StubPolicyLearner(PolicyLearner):
         max_response_tokens: int = 1,
         seed: int = 0,
         shares_trunk: bool = False,
+        shares_gpu: bool = False,
         stub: StubSettings,
     ) -> None:
         self._stub, self._rank = stub, rank

@@ -148,7 +148,7 @@ def export(
 ) -> None:
     """Write the policy of a checkpoint as a Hugging Face directory.
 
-    Reads the run's configuration and checkpoint; takes as many learner ranks as wrote it. Writes the directory.
+    Reads the run's configuration and checkpoint, in this process alone. Writes the directory.
     """
     from rlhf_ray.ppo.export import export_checkpoint
 

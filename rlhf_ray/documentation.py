@@ -153,7 +153,18 @@ def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "*empty*"
-    return "its defaults" if inner else f"`{json.dumps(value, ensure_ascii=False)}`"
+    if inner is None:
+        return f"`{json.dumps(value, ensure_ascii=False)}`"
+    others = _others(value) if isinstance(value, BaseModel) else ()
+    return ", ".join(["its defaults", *(f"but `{key}` `{json.dumps(other)}`" for key, other in others)])
+
+
+def _others(value: BaseModel) -> Iterator[tuple[str, Any]]:
+    """Settings of a section whose default is another one there than the section's own."""
+    for name in value.model_fields_set:
+        chosen = getattr(value, name)
+        if chosen != type(value).model_fields[name].get_default(call_default_factory=True, validated_data={}):
+            yield name, chosen
 
 
 def _cell(text: str) -> str:

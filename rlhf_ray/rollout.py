@@ -14,7 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,6 @@ class Shipped(ABC):
                 "let a role read it, or put what the driver needs into the header"
             )
         self.__dict__.update(state)
-
-    def nbytes(self) -> int:
-        """Bytes held in arrays."""
-        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
-        return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
 
 
 @dataclass(frozen=True)
@@ -177,9 +172,7 @@ class Rollout(Shipped):
         versions = self.policy_versions if self.loss_mask is None else self.policy_versions[self.loss_mask]
         return RolloutHeader(
             num_samples=self.num_samples,
-            num_tokens=len(self.tokens),
             num_response_tokens=len(self.logprobs),
-            num_truncated=int((self.finish_reasons == FINISH_LENGTH).sum()),
             num_sampled_tokens=len(versions),
             version_min=int(versions.min()),
             version_max=int(versions.max()),
@@ -217,9 +210,7 @@ class RolloutHeader:
     """
 
     num_samples: int
-    num_tokens: int
     num_response_tokens: int
-    num_truncated: int
     num_sampled_tokens: int
     version_min: int
     version_max: int

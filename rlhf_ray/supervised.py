@@ -31,9 +31,14 @@ COLUMNS = (
 
 @dataclass
 class TextState:
-    """How many steps are done."""
+    """How far training is.
+
+    Attributes:
+        tokens: learned from, in all steps.
+    """
 
     step: int = 0
+    tokens: int = 0
 
 
 def run_sft(config: SFTConfig, resume: bool = False) -> None:
@@ -46,15 +51,15 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
     """
     check_folder(config, resume)
     take_up_copy(config, resume)
-    policy = config.policy
-    text = load_text(config.text, read_policy(policy).tokenizer)
+    policy, facts = config.policy, read_policy(config.policy)
+    text = load_text(config.text, facts.tokenizer, facts.facts.context_tokens)
     steps = config.steps or config.epochs * math.ceil(len(text.examples) / config.batch_size)
     request = RoleRequest("policy", "policy.learner", policy.learner)
     title = f"SFT {config.run.name} · {policy.model}"
     with (
         connected(config.cluster, [[request]]),
         Run(config, "sft", title, steps, COLUMNS, config.checkpoint, resume) as run,
-        role_group(request, config.cluster, run.folder.logs) as group,
+        role_group(request, config.cluster, run.tracker) as group,
     ):
         tracker = run.tracker
         if text.num_skipped or text.num_truncated:
@@ -77,12 +82,13 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
             report = _train(group, [text.examples[row] for row in rows])
             seconds = time.monotonic() - started
             state.step += 1
+            state.tokens += report.tokens
             tracker.step(
                 {
                     "step": state.step,
                     "epoch": state.step * config.batch_size / len(text.examples),
                     "loss": report.loss,
-                    "tokens": report.tokens,
+                    "tokens": state.tokens,
                     "grad_norm": report.grad_norm,
                     "lr": report.learning_rate,
                     "throughput/tokens_per_s": report.tokens / seconds,

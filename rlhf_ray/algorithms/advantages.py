@@ -208,7 +208,8 @@ ESTIMATORS: Mapping[str, Estimator] = {
 
 
 def in_uniform_group(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
-    """`[B]` bool: samples of groups that say nothing, because all their scores are equal: every advantage is 0.
+    """`[B]` bool: samples of groups that say nothing, because all their scores are equal, or there is but one: every
+    advantage is 0.
 
     What dynamic sampling leaves out (DAPO, Yu et al. 2025, eq. 11). Arguments as for `rloo`.
     """
@@ -218,7 +219,7 @@ def in_uniform_group(scores: torch.Tensor, group_ids: torch.Tensor, ok: torch.Te
     lowest, highest = (
         bounds.scatter_reduce(0, index, scores[compared], reduce, include_self=False) for reduce in ("amin", "amax")
     )
-    return torch.zeros_like(ok).masked_scatter(compared, (lowest == highest)[index])
+    return (ok & ~compared).masked_scatter(compared, (lowest == highest)[index])
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor, moments: Moments) -> torch.Tensor:

@@ -47,7 +47,7 @@ class GroupChoice:
 
 def choose_groups(scores: NDArray[np.float64], wanted: int) -> GroupChoice:
     """The first `wanted` groups whose scores differ; where there are fewer, the first of the others as well, so that
-    every learner rank has its shards.
+    every learner rank has its shards: first those that were compared, then those that have too few scores for it.
 
     Args:
         scores: `[groups, samples]` in the order of the draw, NaN where there is none. They are what the reward sources
@@ -60,7 +60,7 @@ def choose_groups(scores: NDArray[np.float64], wanted: int) -> GroupChoice:
     highest = np.where(missing, -np.inf, scores).max(axis=1)
     differing = compared & (lowest < highest)
     chosen = np.flatnonzero(differing)[:wanted]
-    others = np.flatnonzero(~differing)[: wanted - len(chosen)]
+    others = np.concatenate([np.flatnonzero(compared & ~differing), np.flatnonzero(~compared)])[: wanted - len(chosen)]
     return GroupChoice(
         places=tuple(np.sort(np.concatenate([chosen, others])).tolist()),
         num_groups=len(scores),

@@ -74,6 +74,16 @@ class ActorSettings(Settings):
         return 4 << 30
 
 
+def check_batch(size: int, key: str, replicas: int, learner: str) -> None:
+    """See that every rank has something of a step.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if size < replicas:
+        raise ValueError(f"{key}: {size} for {replicas} ranks ({learner}.replicas); at least one for each")
+
+
 def check_sharded(settings: ActorSettings) -> None:
     """What processes must be like that share the weights of one model.
 

@@ -137,7 +137,7 @@ def _explain(
     # Where a section's keys contradict each other (value_error), an override of one of them may be the right one.
     starts = (f"{key}=",) if first["type"] == "value_error" else (f"{key}=", f"{key}.")
     override = next((text for text in reversed(overrides) if text.startswith(starts)), None)
-    if override and location[-1:] in (("env",), ("engine",), ("url",)):
+    if override and location[-1:] in (("env",), ("engine",), ("url",), ("copy_to",)):
         override = f"{key}=…"  # it may be a secret that is wrong with it
     where = f"override '{override}'" if override else _place(path, node, location)
     others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -142,6 +142,10 @@ class RewardSettings(ScorerSettings):
             self._check_url(self.url)
         elif not self.model:
             raise ValueError("model: it is empty; a directory, or url for the address of a reward service, or function")
+        else:
+            self._refuse(
+                ("timeout_s", "token_file"), "only a service or a function has it, and the model is in this run"
+            )
         if self.sharded:
             check_sharded(self)
         return self
@@ -159,9 +163,8 @@ class RewardSettings(ScorerSettings):
         if "@" in place.netloc:
             # The configuration is kept in the run's folder.
             raise ValueError("url: it holds a token; put that into token_file or RLHF_RAY_TOKEN")
-        self._refuse(
-            ("max_length", "batch_invariant", "gpus", "sharded"), "with url the model is the service's; set it there"
-        )
+        own = ("max_length", "batch_invariant", "gpus", "sharded", "dtype", "batch_tokens", "require_release")
+        self._refuse(own, "with url the model is the service's; set it there")
 
     def _refuse(self, keys: Sequence[str], reason: str) -> None:
         """Keys that belong to another kind of source, where they differ from their defaults."""

@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.base import Fraction, NonNegativeFloat, OffIsAWord, PositiveFloat, PositiveInt, Settings
+from rlhf_ray.config.base import (
+    Fraction,
+    NonNegativeFloat,
+    OffIsAWord,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    check_batch,
+)
 from rlhf_ray.config.lora import LoraSettings
 from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.settings import CheckpointSettings, GeneratorSettings, LearnerSettings, PromptSettings, RunConfig
@@ -206,6 +214,7 @@ class RewardModelConfig(RunConfig):
                 )
         if PREFERENCE in training.attributes:
             raise ValueError(f"training.attributes: '{PREFERENCE}' is always there; name the others only")
+        check_batch(training.batch_size, "training.batch_size", self.learner.replicas, "learner")
         return self
 
 

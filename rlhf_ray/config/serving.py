@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -240,13 +241,25 @@ class ServingConfig(ServiceSettings, RunConfig):
 
     @model_validator(mode="after")
     def _models_share_the_traffic(self) -> ServingConfig:
-        live = [model for model in self.served if not model.shadow]
-        rest = [model.name for model in live if model.share is None]
-        total = sum(model.share or 0.0 for model in live)
-        if not live:
-            raise ValueError("models: all are shadows; one must answer")
-        if len(rest) > 1:
-            raise ValueError(f"models: {', '.join(rest)} have no share; at most one may take what the others leave")
-        if total > 1 + 1e-9 or (not rest and abs(total - 1) > 1e-9):
-            raise ValueError(f"models: the shares of the live models add up to {total:g}, not to 1")
+        check_shares(self.served)
         return self
+
+
+def check_shares(models: Sequence[ServedModelSettings]) -> None:
+    """See that every request has a model. No models at all are left to whoever needs one.
+
+    Raises:
+        ValueError: some would have none, or two models have one name.
+    """
+    live = [model for model in models if not model.shadow]
+    rest = [model.name for model in live if model.share is None]
+    total = sum(model.share or 0.0 for model in live)
+    names = [model.name for model in models]
+    if models and not live:
+        raise ValueError("models: all are shadows; one must answer")
+    if len(set(names)) < len(names):
+        raise ValueError(f"models: two have one name, of {', '.join(names)}")
+    if len(rest) > 1:
+        raise ValueError(f"models: {', '.join(rest)} have no share; at most one may take what the others leave")
+    if total > 1 + 1e-9 or (live and not rest and abs(total - 1) > 1e-9):
+        raise ValueError(f"models: the shares of the live models add up to {total:g}, not to 1")

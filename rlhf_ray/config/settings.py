@@ -6,6 +6,7 @@ Every field has a description: `docs/settings.md` is generated from them.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +21,7 @@ from rlhf_ray.config.base import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    check_batch,
     check_sharded,
 )
 from rlhf_ray.config.lora import LoraSettings
@@ -413,6 +415,14 @@ class CheckpointSettings(Settings):
         "Some need a package more (`s3fs`, `gcsfs`); credentials come from the environment.",
     )
 
+    @field_validator("copy_to")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password is not None:
+            # The configuration is kept in the run's folder, and shown.
+            raise ValueError("it holds a password; credentials come from the environment")
+        return value
+
 
 class WandbSettings(Settings):
     """Weights & Biases."""
@@ -483,6 +493,11 @@ class PPOConfig(RunConfig):
             )
         if not needs.critic and algorithm.critic_warmup_steps:
             raise ValueError(f"algorithm.critic_warmup_steps: '{algorithm.advantage}' has no critic to warm up")
+        if algorithm.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"algorithm.critic_warmup_steps: {algorithm.critic_warmup_steps} of {self.steps} steps leave none for "
+                "the policy; fewer than steps"
+            )
         if needs.group and sampling.samples_per_prompt < 2:
             raise ValueError(
                 f"sampling.samples_per_prompt: '{algorithm.advantage}' compares the samples of a prompt; at least 2"
@@ -541,6 +556,11 @@ class PPOConfig(RunConfig):
         if self.weights.transport == "nccl" and (self.generator.gpus == 0 or self.policy.learner.gpus == 0):
             raise ValueError(
                 "weights.transport: 'nccl' needs generator.gpus and policy.learner.gpus above 0; use 'object_store'"
+            )
+        if self.weights.transport == "object_store" and self.generator.tensor_parallel > 1:
+            raise ValueError(
+                f"weights.transport: 'object_store' does not reach the processes of an engine that is spread over "
+                f"{self.generator.tensor_parallel} GPUs (generator.tensor_parallel), which are none of Ray's; 'nccl'"
             )
         return self
 
@@ -604,5 +624,10 @@ class SFTConfig(RunConfig):
     epochs: PositiveInt = Field(1, description="Passes over the text.")
     batch_size: PositiveInt = Field(32, description="Rows of one optimizer step, over all ranks.")
     checkpoint: CheckpointSettings = Field(
-        default_factory=lambda: CheckpointSettings(every_steps=50, keep=1), description="Checkpointing."
+        default_factory=lambda: CheckpointSettings(every_steps=50), description="Checkpointing."
     )
+
+    @model_validator(mode="after")
+    def _rows_for_every_rank(self) -> SFTConfig:
+        check_batch(self.batch_size, "batch_size", self.policy.learner.replicas, "policy.learner")
+        return self

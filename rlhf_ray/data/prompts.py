@@ -6,8 +6,10 @@ s·count to (s+1)·count − 1 of it, so what a step draws depends on nothing th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +70,14 @@ class PromptSet:
     @property
     def num_skipped(self) -> int:
         return self.bad_rows.count
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all prompts and labels in their order, in hex."""
+        hashed = hashlib.blake2b(digest_size=6)
+        for prompt in self:
+            hashed.update(repr((prompt.token_ids.tolist(), prompt.label)).encode("utf-8", "surrogatepass"))
+        return hashed.hexdigest()
 
     def draw(self, seed: int, step: int, count: int) -> list[tuple[int, Prompt]]:
         """The prompts of one step, as pairs of the run-wide draw id and the prompt.

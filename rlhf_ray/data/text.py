@@ -57,20 +57,29 @@ class TextSet:
     bad_rows: BadRows
 
 
-def load_text(settings: TextSettings, tokenizer: PreTrainedTokenizerBase, key: str = "text.path") -> TextSet:
+def load_text(
+    settings: TextSettings, tokenizer: PreTrainedTokenizerBase, context_tokens: int, key: str = "text.path"
+) -> TextSet:
     """Read, check and tokenise training text.
 
     Rows have `text`; or `prompt` and `response` (TRL's `completion` and OpenRLHF's `input` and `output` are
     taken too), strings or chat messages; or `messages`, the last of which is the assistant's. The
     end-of-sequence token is put behind every text that does not have it, except where the text is cut.
 
+    Args:
+        context_tokens: that the model takes.
+        key: the settings key with the path.
+
     Raises:
-        BadInput: unreadable source, no usable row, a tokenizer without an end-of-sequence token, or (with
-            `fail`) a bad or too long row.
+        BadInput: unreadable source, no usable row, a tokenizer without an end-of-sequence token, rows that may be
+            longer than the model takes, or (with `fail`) a bad or too long row.
     """
     if tokenizer.eos_token_id is None:
         raise BadInput("policy.model", "its tokenizer has no end-of-sequence token", "a tokenizer with `eos_token`")
     section = key.rpartition(".")[0]
+    if settings.max_tokens > context_tokens:
+        found = f"{settings.max_tokens} tokens"
+        raise BadInput(f"{section}.max_tokens", found, f"at most {context_tokens}, the model's limit")
     bad_rows = BadRows(settings.on_bad_row, f"{section}.on_bad_row")
     too_long = BadRows("fail" if settings.on_too_long == "fail" else "skip", f"{section}.on_too_long")
     examples: list[TextExample] = []

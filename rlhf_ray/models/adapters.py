@@ -79,6 +79,12 @@ def plain_weights(model: nn.Module) -> dict[str, PlainWeight]:
     return weights
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model's files hold beside its weights, such as the correction bias of a router."""
+    kept = model.state_dict(keep_vars=True)
+    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name in kept}
+
+
 def add_adapters(model: Any, settings: LoraSettings, key: str, seed: int) -> None:
     """Freeze a transformers model behind adapters, which start at W: B is 0.
 

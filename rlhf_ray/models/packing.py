@@ -207,11 +207,6 @@ class RolloutRows:
         """Numbers of the samples of one rollout."""
         return range(self._first_sample[rollout], self._first_sample[rollout + 1])
 
-    def columns_of(self, rollout: int) -> slice:
-        """Where the token columns of one rollout stand."""
-        samples = self.samples_of(rollout)
-        return slice(int(self.column_starts[samples.start]), int(self.column_starts[samples.stop]))
-
     def count_packs(self, samples: Sequence[int], max_tokens: int) -> int:
         """How many packs the chosen samples need."""
         return len(micro_batches([len(self._sequences[sample]) for sample in samples], max_tokens))

@@ -11,7 +11,7 @@ import torch
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.settings import PolicySettings, PPOConfig
 from rlhf_ray.failures import BadInput
-from rlhf_ray.models.adapters import plain_weights
+from rlhf_ray.models.adapters import persistent_buffers, plain_weights
 from rlhf_ray.models.loading import load_tokenizer
 from rlhf_ray.roles.learner import checkpoint_folder
 from rlhf_ray.roles.policy_learner import POLICY_PREFIX, build_policy
@@ -87,6 +87,7 @@ def export_policy(settings: PolicySettings, checkpoint: Path, target: Path) -> N
     # Where it stands only once it is whole.
     unfinished = target.with_name(f".{target.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    weights |= persistent_buffers(model.language_model)
     model.language_model.save_pretrained(unfinished, state_dict=weights)
     load_tokenizer(settings.model, "policy.model").save_pretrained(unfinished)
     unfinished.rename(target)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from rlhf_ray.config.settings import PPOConfig, PromptSettings
 from rlhf_ray.data.prompts import PromptSet, load_prompts
+from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import (
+    ModelFacts,
     check_attention,
     check_language_model,
     check_packed_rows,
@@ -79,6 +81,7 @@ def check_reference(config: PPOConfig, policy: PolicyFacts) -> None:
         reference = config.reference_role.model
         facts = read_model_facts(reference, "reference.model")
         check_tokenizer_fits(policy.tokenizer, facts, config.policy.model, "reference.model")
+        _check_context(config, policy, facts, "reference.model")
         check_language_model(facts, reference, "reference.model")
 
 
@@ -93,9 +96,25 @@ def check_critic(config: PPOConfig, policy: PolicyFacts) -> None:
         if config.critic.model is not None:
             facts = read_model_facts(config.critic.model, "critic.model")
             check_tokenizer_fits(policy.tokenizer, facts, config.policy.model, "critic.model")
+            _check_context(config, policy, facts, "critic.model")
             check_packed_rows(config.critic.model, "critic.model")
         check_top_layers(config.critic.learner.trainable_top_layers, facts, "critic.learner.trainable_top_layers")
         check_attention(config.critic.learner.attention, "critic.learner.attention")
+
+
+def _check_context(config: PPOConfig, policy: PolicyFacts, facts: ModelFacts, key: str) -> None:
+    """See that a model takes what the policy writes.
+
+    Raises:
+        BadInput: it takes less.
+    """
+    longest = context_tokens(config, policy)
+    if facts.context_tokens < longest:
+        raise BadInput(
+            key,
+            f"a model of at most {facts.context_tokens} tokens",
+            f"at least {longest}, as long as prompt and response may be together (sampling)",
+        )
 
 
 def read_prompts(

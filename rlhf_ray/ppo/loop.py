@@ -18,13 +18,14 @@ from rlhf_ray.failures import RoleFailure
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.admission import Admission
 from rlhf_ray.ppo.guards import check_finite, check_scores, kl_beyond
+from rlhf_ray.ppo.held_out import HeldOut
 from rlhf_ray.ppo.inputs import Inputs, read_inputs
 from rlhf_ray.ppo.metrics import COLUMNS, StepClock, step_row, warn_if_off_policy
 from rlhf_ray.ppo.object_store import check_object_store
 from rlhf_ray.ppo.recovery import Recovery
-from rlhf_ray.ppo.results import judge_before, judge_during, write_results
+from rlhf_ray.ppo.results import write_results
 from rlhf_ray.ppo.roles import RoleClasses, Roles, RoleStarter, role_requests
-from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
+from rlhf_ray.ppo.state import LoopState, check_resumable, draw_settings, learner_shapes
 from rlhf_ray.ppo.step import learner_columns, shards_of_groups, train_critic, train_policy, wait_for_columns
 from rlhf_ray.roles.generator import Generator
 from rlhf_ray.rollout import refuse_rollouts_in_this_process
@@ -50,9 +51,10 @@ def run_ppo(config: PPOConfig, resume: bool = False) -> None:
     """
     check_folder(config, resume)
     take_up_copy(config, resume)
+    inputs = read_inputs(config)
     if resume:
-        check_resumable(config, RunFolder(Path(run_folder_path(config))))
-    run_roles(config, read_inputs(config), RoleClasses(), resume)
+        check_resumable(config, inputs.prompts, RunFolder(Path(run_folder_path(config))))
+    run_roles(config, inputs, RoleClasses(), resume)
 
 
 def run_roles(config: PPOConfig, inputs: Inputs, classes: RoleClasses, resume: bool = False) -> None:
@@ -95,10 +97,12 @@ class PPO:
         self._timeout_s = config.cluster.call_timeout_s
         self._kl = kl_controller(config.algorithm.kl)
         self._state = LoopState(
+            kl_controller=self._kl.state_dict(),
             max_staleness=config.algorithm.max_staleness,
             learners=learner_shapes(config),
-            prompts=prompt_counts(config),
+            draws=draw_settings(config, inputs.prompts),
         )
+        self._held_out = HeldOut(config, inputs, roles, run)
         self._ledger = Ledger(run.folder.ledger)
         self._admission = Admission(config, inputs.prompts, roles)
         self._timeline = Timeline(roles.groups(), run.folder.trace, config.tracking.trace_steps, self._timeout_s)
@@ -121,11 +125,13 @@ class PPO:
     def train(self) -> None:
         """From the first step, or from the latest checkpoint, to the end."""
         config, run, admission = self._config, self._run, self._admission
-        judge_before(config, self._inputs, self._roles, run)
+        self._held_out.judge_before()
         restored = run.restore(LoopState)
-        if restored is not None:
+        if restored is None:
+            self._held_out.forget_best()
+        else:
             found, checkpoint = restored
-            self._state = replace(found, learners=self._state.learners, prompts=self._state.prompts)
+            self._state = replace(found, learners=self._state.learners, draws=self._state.draws)
             self._kl.load_state_dict(found.kl_controller)
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
             admission.read(found.rollouts, checkpoint)
@@ -137,21 +143,23 @@ class PPO:
         self._snapshot = sync.snapshot
         del sync  # it would keep the snapshot
         run.keep(self._state.step, self._state, self._save_checkpoint)  # a stop may have been asked for meanwhile
+        clock = StepClock(self._timeout_s)
         while self._state.step < config.steps:
-            kl = self._step()
-            run.keep(self._state.step, self._state, self._save_checkpoint)
-            cause = kl_beyond(kl, config.algorithm.kl.stop_above)
+            cause = kl_beyond(self._step(clock), config.algorithm.kl.stop_above)
             if cause is not None:
+                # Before the checkpoint: a run that is resumed there would not know that it had ended.
                 run.tracker.events.write("run_ended_early", cause=cause, step=self._state.step, guard="kl")
                 run.tracker.display.message(f"ending early: {cause}")
                 break
+            clock = clock.next()
+            run.keep(self._state.step, self._state, self._save_checkpoint)
         self._verify_all()
         assert self._snapshot is not None, "there is one between two steps"
-        write_results(config, self._inputs, self._roles, run, self._state, self._snapshot)
+        write_results(config, self._inputs, self._roles, run, self._state, self._held_out, self._snapshot)
 
-    def _step(self) -> float | None:
+    def _step(self, clock: StepClock) -> float | None:
         """Train on the step whose turn it is, and hand out the next one; gives the KL divergence from the reference."""
-        config, roles, state, clock = self._config, self._roles, self._state, StepClock(self._timeout_s)
+        config, roles, state = self._config, self._roles, self._state
         self._run.tracker.phase("sampling")
         step = self._admission.next()
         trained, sampling = step.trained, config.sampling
@@ -194,9 +202,6 @@ class PPO:
         state.kl_controller = self._kl.state_dict()
         busy = self._timeline.read(state.step)
         choice = headers.choice(sampling)
-        row = step_row(
-            state, headers, choice, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy
-        )
         self._ledger.write(
             state.step,
             [report.samples for report in done["train"][: len(policy)]],
@@ -206,10 +211,14 @@ class PPO:
             causes=headers.failure_causes,
         )
         self._snapshot = newest.snapshot
+        with clock.phase("held_out"):
+            judged = self._held_out.judge_during(state.step, self._snapshot)
         events = self._run.tracker.events
+        row = step_row(
+            state, headers, choice, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy
+        )
         row |= {"recovery/lost": events.count("role_lost"), "recovery/rolled_back": events.count("rolled_back")}
-        row |= judge_during(config, self._inputs, roles, self._run, state, self._snapshot)
-        self._run.tracker.step(row)
+        self._run.tracker.step(row | judged)
         return kl
 
     def _verify(self, sync: Sync, values: Sequence[Any]) -> Parity:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,12 +101,32 @@ def warn_if_off_policy(events: EventLog, step: int, policy: PolicyReport) -> Non
 
 
 class StepClock:
-    """How long a step waited for each phase."""
+    """How long a step waited for each phase.
 
-    def __init__(self, timeout_s: float) -> None:
+    Args:
+        timeout_s: of each wait.
+        started: when the step began, as `time.monotonic` counts; None for now.
+    """
+
+    def __init__(self, timeout_s: float, started: float | None = None) -> None:
         self._timeout_s = timeout_s
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
+        self._ended = self._started
         self.phases: dict[str, float] = {}
+
+    def next(self) -> Self:
+        """The clock of the step after, which begins where `step_s` was read: the time in between belongs to somebody.
+
+        What is done between two steps, such as waiting for a checkpoint, is the later one's.
+        """
+        return type(self)(self._timeout_s, self._ended)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A phase in which something else is waited for."""
+        began = time.monotonic()
+        yield
+        self.phases[f"time/{name}_s"] = time.monotonic() - began
 
     def wait(self, phases: Mapping[str, Sequence[Answer[Any]]]) -> dict[str, list[Any]]:
         """Wait for all answers of all phases at once, so that the first failure ends the step, whose ever it is.
@@ -134,7 +155,9 @@ class StepClock:
 
     @property
     def step_s(self) -> float:
-        return time.monotonic() - self._started
+        """Up to now, where the step ends."""
+        self._ended = time.monotonic()
+        return self._ended - self._started
 
 
 def step_row(

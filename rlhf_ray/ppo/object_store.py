@@ -29,9 +29,13 @@ def snapshot_bytes(config: PPOConfig, policy: ModelSize) -> int:
 
 
 def rollout_bytes(config: PPOConfig, policy: ModelSize) -> int:
-    """Rows and columns of all steps under way, were every prompt and response as long as it may be."""
-    sampling = config.sampling
-    samples = sampling.prompts_per_step * sampling.samples_per_prompt * (config.algorithm.max_staleness + 1)
+    """Rows and columns of all steps under way, were every prompt and response as long as it may be.
+
+    Where more prompts are sampled than are trained on, the rows of those that are chosen are there a second time.
+    """
+    sampling, steps = config.sampling, config.algorithm.max_staleness + 1
+    prompts = sampling.prompts_drawn * steps + (sampling.prompts_per_step if sampling.spare_prompts else 0)
+    samples = prompts * sampling.samples_per_prompt
     length = sampling.max_prompt_tokens + sampling.max_response_tokens
     states = policy.hidden * _item_bytes(config) if trunk_sharers(config, policy.layers) else 0
     return samples * (length * (4 + states) + sampling.max_response_tokens * _COLUMNS * 4)

@@ -230,7 +230,7 @@ def roles_of(config: PPOConfig, inputs: Inputs, groups: Mapping[str, ActorGroup[
 def role_makers(config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> dict[str, Maker]:
     """How each role is made, by the names of `role_requests`."""
     policy, algorithm, temperature = config.policy, config.algorithm, config.sampling.temperature
-    updates, seed = config.steps * algorithm.epochs * algorithm.minibatches, config.run.seed
+    step_updates, seed = algorithm.epochs * algorithm.minibatches, config.run.seed
     generator = partial(
         classes.generator,
         policy.model,
@@ -251,11 +251,13 @@ def role_makers(config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> dict
         classes.policy,
         policy,
         algorithm,
-        total_steps=updates,
+        # While the critic warms up, the policy makes none.
+        total_steps=(config.steps - algorithm.critic_warmup_steps) * step_updates,
         temperature=temperature,
         max_response_tokens=config.sampling.max_response_tokens,
         seed=seed,
         shares_trunk="policy" in inputs.trunk_sharers,
+        shares_gpu=config.generator.sleep,
     )
     makers["policy"] = Maker(learner, has_ranks=True, restarts=False)
     reference = config.reference_role
@@ -269,7 +271,7 @@ def role_makers(config: PPOConfig, inputs: Inputs, classes: RoleClasses) -> dict
             config.critic,
             config.critic.model or policy.model,
             algorithm,
-            total_steps=updates,
+            total_steps=config.steps * step_updates,
             max_response_tokens=config.sampling.max_response_tokens,
             seed=seed,
             shares_trunk="critic" in inputs.trunk_sharers,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.failures import BadInput
 from rlhf_ray.runtime.checkpoints import STATE_FILE, read_state
 from rlhf_ray.tracking.manifest import find_fault
@@ -13,6 +15,7 @@ from rlhf_ray.tracking.run_folder import RunFolder
 
 _LORA = "policy.lora"
 _STALENESS = "algorithm.max_staleness"
+_SHARDS = "sampling.prompts_per_shard"
 
 
 @dataclass
@@ -27,9 +30,8 @@ class LoopState:
         max_staleness: `algorithm.max_staleness`, which the next two follow from.
         rollouts: steps that were under way and whose weights are gone; their rows are in the checkpoint.
         syncs: the proofs (`Parity`) of the weights that the next steps are sampled with, oldest first.
-        best: step and value of the best policy on held-out prompts, where it is kept.
         learners: see `learner_shapes`; empty in checkpoints of earlier versions.
-        prompts: see `prompt_counts`; empty in checkpoints of earlier versions.
+        draws: see `draw_settings`; checkpoints of earlier versions lack some, or all.
     """
 
     step: int = 0
@@ -39,9 +41,8 @@ class LoopState:
     max_staleness: int = 0
     rollouts: list[int] = field(default_factory=list)
     syncs: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, float | int] = field(default_factory=dict)
     learners: dict[str, int | str | None] = field(default_factory=dict)
-    prompts: dict[str, int] = field(default_factory=dict)
+    draws: dict[str, int | str] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:
         """One more step is done."""
@@ -61,32 +62,44 @@ def learner_shapes(config: PPOConfig) -> dict[str, int | str | None]:
     return {**shapes, _LORA: None if lora is None else lora.model_dump_json()}
 
 
-def prompt_counts(config: PPOConfig) -> dict[str, int]:
-    """The settings, by their keys, that say which prompts a step draws. With others, a resumed run would leave some out
-    of the order, or draw them again."""
+def draw_settings(config: PPOConfig, prompts: PromptSet) -> dict[str, int | str]:
+    """The settings, by their keys, that say which prompts a step draws and how its samples are numbered. With others, a
+    resumed run would leave some out of the order, or draw them again, or take samples for those of other prompts."""
     sampling = config.sampling
-    names = ("prompts_per_step", "spare_prompts")
-    return {f"sampling.{name}": getattr(sampling, name) for name in names}
+    names = ("prompts_per_step", "spare_prompts", "samples_per_prompt", "prompts_per_shard")
+    return {
+        **{f"sampling.{name}": getattr(sampling, name) for name in names},
+        "run.seed": config.run.seed,
+        "prompts.path": f"{len(prompts):,} prompts (digest {prompts.digest})",
+    }
 
 
-def check_resumable(config: PPOConfig, folder: RunFolder) -> None:
+def check_resumable(config: PPOConfig, prompts: PromptSet, folder: RunFolder) -> None:
     """See that the run can go on from its latest checkpoint, before any role is started.
 
     Whether all its files are whole is seen later (`Run.sound_checkpoint`): here only its state is read.
 
     Raises:
         BadInput: it was written with other settings of those, without a critic, with another staleness, or with other
-            counts of prompts.
+            prompts.
     """
     readable = [each for each in folder.complete_checkpoints() if find_fault(each[1], (STATE_FILE,)) is None]
     if not readable:
         return
     step, path = readable[-1]
     found = read_state(path, LoopState)
-    written = {_LORA: None, **found.learners, **found.prompts, _STALENESS: found.max_staleness}
-    wanted = {
+    written: Mapping[str, object] = {
+        _LORA: None,
+        **found.learners,
+        **found.draws,
+        _STALENESS: found.max_staleness,
+    }
+    draws = {key: value for key, value in draw_settings(config, prompts).items() if key in found.draws}
+    if not found.rollouts:
+        draws.pop(_SHARDS, None)  # no rows of such shards are kept
+    wanted: Mapping[str, object] = {
         **(learner_shapes(config) if found.learners else {}),
-        **(prompt_counts(config) if found.prompts else {}),
+        **draws,
         _STALENESS: config.algorithm.max_staleness,
     }
     for key, now in wanted.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlhf_ray.config.reward_model import RewardModelConfig
 from rlhf_ray.config.settings import PPOConfig, SFTConfig
+from rlhf_ray.data.prompts import PromptSet
 from rlhf_ray.data.text import load_text
 from rlhf_ray.models.policy import PolicyFacts, read_policy
 from rlhf_ray.ppo.inputs import check_critic, check_reference, context_tokens, read_prompts, source_keys
@@ -57,11 +58,13 @@ class Subject:
         phases: roles that are there at the same time.
         paths: keys of the models and data, by path.
         node_checks: what else the nodes must satisfy.
+        prompts: to train on.
     """
 
     phases: list[list[Need]]
     paths: Mapping[str, str]
     node_checks: list[NodeCheck] = field(default_factory=list)
+    prompts: PromptSet | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,16 @@ def examine(config: TrainingConfig, findings: Findings, resume: bool = False, si
     Returns:
         What each role needs.
     """
-    findings.check("run folder", partial(_check_folder, config, resume), lambda _: run_folder_path(config))
+    findings.check("run folder", partial(check_folder, config, resume), lambda _: run_folder_path(config))
     if config.checkpoint.copy_to is not None:
         findings.check("checkpoint.copy_to", partial(_check_copy, config, resume), str)
     subject = _subject(config, findings)
+    folder = RunFolder(Path(run_folder_path(config)))
+    if resume and isinstance(config, PPOConfig) and subject.prompts is not None:
+        findings.check("checkpoint", partial(check_resumable, config, subject.prompts, folder))
     site = site or survey(config, findings, subject.paths)
     if site is not None:
-        _check_nodes(config, findings, subject, site)
+        _check_nodes(config, findings, subject, site, folder)
     check_working_directory(findings, Path.cwd(), cluster_address(config.cluster) is not None)
     check_secrets(findings, config)
     return [need for phase in subject.phases for need in phase]
@@ -122,13 +128,7 @@ def _check_copy(config: TrainingConfig, resume: bool) -> str:
     return copy.url
 
 
-def _check_folder(config: TrainingConfig, resume: bool) -> None:
-    check_folder(config, resume)
-    if resume and isinstance(config, PPOConfig):
-        check_resumable(config, RunFolder(Path(run_folder_path(config))))
-
-
-def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, site: Site) -> None:
+def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, site: Site, folder: RunFolder) -> None:
     nodes, reports = site.nodes, site.reports
     for phase in subject.phases:
         requests = [need.request for need in phase]
@@ -145,7 +145,8 @@ def _check_nodes(config: TrainingConfig, findings: Findings, subject: Subject, s
     for check in subject.node_checks:
         check(nodes)
     free = {report.address: report.free_disk_bytes for report in reports}
-    check_disk(findings, [need for phase in subject.phases for need in phase], config.checkpoint, free)
+    there = len(folder.complete_checkpoints())
+    check_disk(findings, [need for phase in subject.phases for need in phase], config.checkpoint, free, there)
 
 
 def _subject(config: TrainingConfig, findings: Findings) -> Subject:
@@ -178,9 +179,10 @@ def _ppo(config: PPOConfig, findings: Findings) -> Subject:
         return Subject([[Need(request, None) for request in role_requests(config)]], paths)
     for key, check in (("reference.model", check_reference), ("critic.model", check_critic)):
         findings.check(key, partial(check, config, policy), partial(_name, models[key]) if key in models else None)
+    found: dict[str, PromptSet | None] = {}
     for key, settings in prompts.items():
         read = partial(read_prompts, config, policy, settings, key, rewards)
-        findings.check(key, read, lambda read: f"{len(read)} prompts, {read.num_skipped} rows left out")
+        found[key] = findings.check(key, read, lambda read: f"{len(read)} prompts, {read.num_skipped} rows left out")
     check_kv_cache(findings, config.generator, policy.size, context_tokens(config, policy))
     unread = {finding.what for finding in findings.found if finding.state is not State.OK}
     needs = ppo_needs(config, policy, rewards, unread)
@@ -189,7 +191,7 @@ def _ppo(config: PPOConfig, findings: Findings) -> Subject:
         check = partial(check_object_store, config, policy.size, nodes)
         findings.check("object store", check, lambda _: _describe_store(config, policy))
 
-    return Subject([needs], paths, [store])
+    return Subject([needs], paths, [store], found["prompts.path"])
 
 
 def _sft(config: SFTConfig, findings: Findings) -> Subject:
@@ -198,7 +200,7 @@ def _sft(config: SFTConfig, findings: Findings) -> Subject:
     if policy is None:
         findings.unknown("text.path", "not read: that takes the policy's tokenizer")
         return Subject([[Need(RoleRequest("policy", "policy.learner", config.policy.learner), None)]], paths)
-    text = partial(load_text, config.text, policy.tokenizer)
+    text = partial(load_text, config.text, policy.tokenizer, policy.facts.context_tokens)
     findings.check("text.path", text, lambda read: f"{len(read.examples)} rows, {read.num_skipped} left out")
     return Subject([sft_needs(config, policy)], paths)
 
@@ -224,7 +226,7 @@ def _name(name: str, _: object) -> str:
 def _asked(requests: Sequence[RoleRequest], nodes: Sequence[NodeShape]) -> str:
     """What roles ask for, of what there is."""
     cpus = sum(each.settings.replicas * each.settings.cpus for each in requests)
-    gpus = sum(each.settings.replicas * each.settings.gpus for each in requests)
+    gpus = sum(each.settings.replicas * each.settings.gpus for each in requests if each.shares_gpus_of is None)
     there = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     roles = ", ".join(each.role for each in requests)
     return f"{cpus:g} of {there[0]:g} CPUs and {gpus:g} of {there[1]:g} GPUs on {len(nodes)} node(s) for {roles}"

@@ -15,6 +15,8 @@ from rlhf_ray.runtime.cluster import NodeShape
 
 _MEMORY_SHARE = 0.95
 """Ray ends processes when more of a node's memory is in use."""
+_WHILE_TRAINING = ("activations", "logits")
+"""What a learner gives back between two steps."""
 _LESS_HOST_MEMORY = "fewer replicas on a node, a smaller micro_batch_tokens, a smaller model, or more memory"
 _LESS_GPU_MEMORY = {
     "learner": "gradient_checkpointing: true, a smaller micro_batch_tokens, or zero_stage: 3 over more replicas",
@@ -44,25 +46,30 @@ class Process:
 
 
 def place(needs: Sequence[Need], nodes: Sequence[NodeShape], strategy: str) -> list[list[Process]]:
-    """About where Ray puts the processes: those with GPUs first; `PACK` fills one node after the other, `SPREAD` takes
-    the emptiest. What fits nowhere is left out; `check_resources` says so.
+    """About where Ray puts the processes: those with GPUs first, with those that share them; `PACK` fills one node
+    after the other, `SPREAD` takes the emptiest. What fits nowhere is left out; `check_resources` says so.
 
     Returns:
         The processes of each node.
     """
-    processes = [Process(need, index) for need in needs for index in range(need.request.settings.replicas)]
-    processes.sort(key=lambda each: -each.need.request.settings.gpus)
+    sharing = {need.request.shares_gpus_of: need for need in needs if need.request.shares_gpus_of is not None}
+    together: list[list[Process]] = []
+    for need in needs:
+        if need.request.shares_gpus_of is None:
+            members = [need, *([sharing[need.request.role]] if need.request.role in sharing else [])]
+            together += [[Process(each, index) for each in members] for index in range(need.request.settings.replicas)]
+    together.sort(key=lambda each: -each[0].need.request.settings.gpus)
     placed: list[list[Process]] = [[] for _ in nodes]
     free = [[node.cpus, node.gpus] for node in nodes]
-    for process in processes:
-        settings = process.need.request.settings
-        asked = (settings.cpus, settings.gpus)
+    for processes in together:
+        cpus = sum(each.need.request.settings.cpus for each in processes)
+        asked = (cpus, processes[0].need.request.settings.gpus)
         fitting = [
             number for number, left in enumerate(free) if all(a <= b + 1e-9 for a, b in zip(asked, left, strict=True))
         ]
         if fitting:
             number = min(fitting, key=lambda each: len(placed[each])) if "SPREAD" in strategy else fitting[0]
-            placed[number].append(process)
+            placed[number] += processes
             free[number] = [left - amount for left, amount in zip(free[number], asked, strict=True)]
     return placed
 
@@ -112,6 +119,8 @@ def check_gpu_memory(findings: Findings, needs: Sequence[Need], nodes: Sequence[
                 )
                 continue
         allowed = share * min(memories)
+        if need.request.shares_gpus_of is not None:
+            _check_beside_engine(findings, need, needs, min(memories))
         parts = ", ".join(f"{name} {size_text(size)}" for name, size in memory.device.items() if size)
         found = f"{size_text(memory.device_bytes)} of {size_text(allowed)} on its GPU ({parts})"
         if memory.device_bytes <= allowed:
@@ -119,6 +128,22 @@ def check_gpu_memory(findings: Findings, needs: Sequence[Need], nodes: Sequence[
         else:
             kind = need.request.key.rpartition(".")[2]
             findings.change(key, found, _LESS_GPU_MEMORY.get(kind, "a smaller model, or another dtype"))
+
+
+def _check_beside_engine(findings: Findings, need: Need, needs: Sequence[Need], gpu_bytes: int) -> None:
+    """See that what a learner keeps while the engine on its GPU is awake fits beside the engine's share."""
+    [engine] = [each.request for each in needs if each.request.role == need.request.shares_gpus_of]
+    assert need.memory is not None, "seen before"
+    assert isinstance(engine.settings, GeneratorSettings), "only engines sleep"
+    kept = sum(size for name, size in need.memory.device.items() if name not in _WHILE_TRAINING)
+    left = (1 - engine.settings.gpu_memory_utilization) * gpu_bytes
+    if kept > left:
+        findings.change(
+            f"{engine.key}.gpu_memory_utilization",
+            f"{engine.settings.gpu_memory_utilization:g}, which leaves {size_text(left)}, and "
+            f"{need.request.key} keeps {size_text(kept)} on the same GPU while the engine is awake (generator.sleep)",
+            f"at most {max(1 - kept / gpu_bytes, 0.0):.2f}, or zero_stage: 3 over more replicas",
+        )
 
 
 def check_kv_cache(findings: Findings, settings: GeneratorSettings, size: ModelSize, context_tokens: int) -> None:
@@ -136,20 +161,23 @@ def check_kv_cache(findings: Findings, settings: GeneratorSettings, size: ModelS
 
 
 def check_disk(
-    findings: Findings, needs: Sequence[Need], settings: CheckpointSettings, free: Mapping[str, int]
+    findings: Findings, needs: Sequence[Need], settings: CheckpointSettings, free: Mapping[str, int], there: int = 0
 ) -> None:
     """See that the checkpoints have room: one more than are kept is there while it is written.
 
     Args:
         free: bytes by node, where the runs' folder is.
+        there: checkpoints that the run has already.
     """
     checkpoint, exported = sum(need.checkpoint for need in needs), sum(need.exported for need in needs)
     if not checkpoint or not free:
         return
-    needed, [address, least] = checkpoint * (settings.keep + 1) + exported, min(free.items(), key=lambda each: each[1])
+    more, [address, least] = max(settings.keep + 1 - there, 0), min(free.items(), key=lambda each: each[1])
+    needed = checkpoint * more + exported
+    count = f"{more} more checkpoints" if there else f"{settings.keep} + 1 checkpoints"
     found = (
-        f"{size_text(needed)} for {settings.keep} + 1 checkpoints of {size_text(checkpoint)} and {size_text(exported)} "
-        f"of models; {size_text(least)} are free on {address}"
+        f"{size_text(needed)} for {count} of {size_text(checkpoint)} and {size_text(exported)} of models; "
+        f"{size_text(least)} are free on {address}"
     )
     if needed > least:
         findings.change("checkpoint.keep", found, "fewer checkpoints, or paths.runs on a larger disk")

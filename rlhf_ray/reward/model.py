@@ -89,13 +89,13 @@ class RewardModel:
         """
         if isinstance(a, str):
             return self.compare([prompt], [a], [b])[0]  # type: ignore[list-item]
+        _refuse_one(prompt)
         scores = self._scores([*prompt, *prompt], [*a, *b])
         pairs = zip(scores[: len(a)], scores[len(a) :], strict=True)
         return [sigmoid((score_a - score_b) / self.temperature) for score_a, score_b in pairs]
 
     def _scores(self, prompts: Sequence[Any], responses: Sequence[str]) -> list[float]:
-        if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
-            raise TypeError("one prompt and several responses; a list of responses takes a list of as many prompts")
+        _refuse_one(prompts)
         encoded = []
         for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             try:
@@ -107,3 +107,8 @@ class RewardModel:
             if cause:
                 raise BadInput(f"response {place}", cause, "a text that the model can score")
         return [float(score) for score in scored.scores]
+
+
+def _refuse_one(prompts: Sequence[Any]) -> None:
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise TypeError("one prompt and several responses; a list of responses takes a list of as many prompts")

@@ -19,7 +19,7 @@ import torch
 from rlhf_ray.algorithms.schedule import learning_rate
 from rlhf_ray.config.settings import LearnerSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.adapters import plain_weights
+from rlhf_ray.models.adapters import persistent_buffers, plain_weights
 from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.models.token_models import gathered
 from rlhf_ray.roles.rank_group import Batch, Rank, RankEngine
@@ -227,6 +227,7 @@ class DeepSpeedEngine(RankEngine):
         """
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.full_weights(strip)}
         if self.rank.rank == 0:
+            state |= persistent_buffers(part)
             # A tied output projection is left out of named_parameters; transformers ties it again on loading.
             part.save_pretrained(folder, state_dict=state)
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 
+from rlhf_ray.models.loading import restore_rotary_frequencies
 from rlhf_ray.roles.rank_group import Rank, RankEngine
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -41,9 +42,9 @@ class FrozenEngine(RankEngine):
         # transformers partitions while it loads as long as this object is alive.
         self._partitioned_loading = HfDeepSpeedConfig(configuration)
         # Without an optimizer: DeepSpeed then only gathers weights and frees them again.
-        self.module, _, _, _ = deepspeed.initialize(
-            model=build().requires_grad_(False), config=configuration, dist_init_required=False
-        )
+        module = build().requires_grad_(False)
+        restore_rotary_frequencies(module)
+        self.module, _, _, _ = deepspeed.initialize(model=module, config=configuration, dist_init_required=False)
 
     @property
     def is_sharded(self) -> bool:

@@ -134,6 +134,7 @@ class PolicyLearner:
         temperature, max_response_tokens: of the sampling, 1 for supervised training.
         seed: keys the minibatches and the adapters' first weights.
         shares_trunk: shards may come with the states behind the frozen layers.
+        shares_gpu: an engine wakes up on this rank's GPU when it samples.
     """
 
     def __init__(
@@ -147,13 +148,14 @@ class PolicyLearner:
         max_response_tokens: int = 1,
         seed: int = 0,
         shares_trunk: bool = False,
+        shares_gpu: bool = False,
     ) -> None:
         learner = settings.learner
         on_gpu = learner.gpus > 0
         self._dtype = resolve_dtype(learner.dtype, on_gpu)
         self._algorithm, self._max_response_tokens, self._seed = algorithm, max_response_tokens, seed
         self._micro_batch_tokens = learner.micro_batch_tokens
-        self._model = settings.model
+        self._model, self._shares_gpu = settings.model, shares_gpu
 
         def build() -> PolicyModel:
             model = build_policy(settings, self._dtype, temperature=temperature, seed=seed)
@@ -264,6 +266,9 @@ class PolicyLearner:
         batch = pack(probe, [1] * len(probe)).to(self._engine.device)
         with self._engine.unwrapped.at_temperature(1.0):
             [logprobs] = self._engine.forward_each([batch], self._engine.module)
+        if self._shares_gpu:
+            # The proof of new weights comes before they are loaded, and the engine needs the room by then.
+            torch.cuda.empty_cache()
         return ProbeColumn(logprobs.float().cpu().numpy(), self._dtype)
 
     def weight_layout(self, max_bytes: int) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar
@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 from rlhf_ray.config.settings import CheckpointSettings
 from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.runtime.answers import Answer, collect
+from rlhf_ray.runtime.copying import Copying
 from rlhf_ray.tracking.manifest import begin, checkpoint_bytes, write_manifest
-from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
 from rlhf_ray.tracking.tracker import Tracker
 
@@ -40,13 +40,13 @@ class CheckpointWriter:
         tracker: of the run, where each is told of.
         settings: how many are kept.
         timeout_s: how long the learners may take.
-        copy: the run's, away from this machine.
+        copying: to where each is copied.
     """
 
     def __init__(
-        self, tracker: Tracker, settings: CheckpointSettings, timeout_s: float, copy: RunCopy | None = None
+        self, tracker: Tracker, settings: CheckpointSettings, timeout_s: float, copying: Copying | None = None
     ) -> None:
-        self._tracker, self._settings, self._timeout_s, self._copy = tracker, settings, timeout_s, copy
+        self._settings, self._timeout_s, self._copying = settings, timeout_s, copying
         self._folder, self._events = tracker.folder, tracker.events
         self._writing: Future[None] | None = None
         self.kept: int | None = None
@@ -118,17 +118,13 @@ class CheckpointWriter:
         collect(answers, self._timeout_s)
         try:
             _write(path, state)
-            self._folder.prune(self._settings.keep)
+            if self._copying is None or not self._copying.is_under_way:
+                self._folder.prune(self._settings.keep)
         except OSError as error:
             raise _not_written(step, error) from None
         self._events.write("checkpoint_saved", step=step, path=str(path))
-        if self._copy is not None:
-            try:
-                self._copy.send(self._folder, path)
-            except Exception as error:  # each file system has errors of its own; the next checkpoint is sent anew
-                cause = f"{type(error).__name__}: {error}"
-                self._events.write("copy_failed", cause=cause, step=step)
-                self._tracker.display.message(f"the checkpoint of step {step} could not be copied: {cause}")
+        if self._copying is not None:
+            self._copying.begin(step, path)
 
 
 def refuse_full_disk(folder: RunFolder) -> None:
@@ -154,8 +150,10 @@ def write_state(checkpoint: Path, state: Any) -> None:
 
 
 def read_state(checkpoint: Path, state: type[State]) -> State:
-    """What `write_state` wrote."""
-    return state(**json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")))
+    """What `write_state` wrote; what an earlier version remembered beside it is left out."""
+    written = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    known = {field.name for field in fields(state)}  # type: ignore[arg-type]
+    return state(**{name: value for name, value in written.items() if name in known})
 
 
 def _encoded(state: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.settings import ClusterSettings
@@ -20,6 +19,8 @@ from rlhf_ray.runtime.cluster import (
     reserve,
 )
 from rlhf_ray.runtime.limits import Limits
+from rlhf_ray.runtime.supervisor import Supervisor
+from rlhf_ray.tracking.tracker import Tracker
 
 
 @contextmanager
@@ -45,12 +46,16 @@ def connected(
 
 
 @contextmanager
-def role_group(request: RoleRequest, cluster: ClusterSettings, logs: Path) -> Iterator[ActorGroup[Any]]:
-    """The processes of one role, for the length of a block."""
+def role_group(request: RoleRequest, cluster: ClusterSettings, tracker: Tracker) -> Iterator[ActorGroup[Any]]:
+    """The processes of one role, for the length of a block. Whoever waits for one that is lost, or silent, is told."""
     reservation = reserve([request], cluster)
     try:
-        limits = Limits.of(cluster)
-        yield Launched.of(request.role, request.settings, reservation.group, 0, logs, limits).group()
+        group = Launched.of(
+            request.role, request.settings, reservation.group, 0, tracker.folder.logs, Limits.of(cluster)
+        ).group()
+        with Supervisor(tracker.events, cluster.silent_after_s, tracker.display.message) as supervisor:
+            supervisor.watch([group], reservation)
+            yield group
     finally:
         reservation.release()
 

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 from rlhf_ray.config.settings import CheckpointSettings, RunConfig
 from rlhf_ray.failures import BadInput, RoleFailure, Stopped, first_sentence
 from rlhf_ray.runtime.checkpoints import CheckpointWriter, Save, read_state
+from rlhf_ray.runtime.copying import Copying
 from rlhf_ray.runtime.stopping import stop_signals
 from rlhf_ray.tracking.display import Column
 from rlhf_ray.tracking.manifest import find_fault, revoke, was_completed
@@ -53,13 +54,17 @@ class Run:
         self.folder = self._stack.enter_context(open_folder(config, resume))
         self.tracker = Tracker(config, kind, self.folder, title, total_steps, columns)
         copy = RunCopy.of(checkpoints, config.run.name)
-        self._writer = CheckpointWriter(self.tracker, checkpoints, config.cluster.call_timeout_s, copy)
+        self._copying = None if copy is None else Copying(copy, self.tracker)
+        self._timeout_s = config.cluster.call_timeout_s
+        self._writer = CheckpointWriter(self.tracker, checkpoints, self._timeout_s, self._copying)
         self._stop: Sequence[int] = ()
         self._sound: tuple[int, Path] | None = None
 
     def __enter__(self) -> Self:
         with self._stack as stack:  # closed with the folder's lock, if one of these fails
             stack.enter_context(self.tracker)
+            if self._copying is not None:
+                stack.callback(self._copying.settle, _LAST_CHECKPOINT_S)
             stack.callback(self._writer.drop, _LAST_CHECKPOINT_S)
             self._stop = stack.enter_context(stop_signals())
             if self._changed:
@@ -73,7 +78,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if kind is None and self._copying is not None and self.folder.summary.exists():
+                self._writer.drop(_LAST_CHECKPOINT_S)
+                self._copying.finish(self._timeout_s)
+        finally:
+            self._stack.__exit__(kind, error, trace)
 
     def restore(self, state: type[State]) -> tuple[State, Path] | None:
         """The latest checkpoint's state and folder, or None at the start of a run.
@@ -149,7 +159,7 @@ class Run:
 
         Raises:
             RoleFailure: a checkpoint, this one or the one before, could not be written.
-            Stopped: by a signal; there is a checkpoint of this step.
+            Stopped: by a signal; there is a checkpoint of this step, if it is not step 0.
         """
         if not self._stop:
             self._writer.settle(timeout_s=0.0)
@@ -157,9 +167,12 @@ class Run:
                 self.tracker.phase("saving a checkpoint")
                 self._writer.begin(step, state, save)
             return
-        self.tracker.phase("saving a checkpoint")
-        self._writer.begin(step, state, save)
-        self._writer.settle()
+        if step:  # before the first one there is nothing that a new run would not have
+            self.tracker.phase("saving a checkpoint")
+            self._writer.begin(step, state, save)
+            self._writer.settle()
+            if self._copying is not None:
+                self._copying.settle(self._timeout_s)
         cause = f"signal {self._stop[0]}"
         self.tracker.events.write("run_stopped", cause=cause, step=step)
         raise Stopped(f"stopped by {cause} after step {step}; continue with --resume")

@@ -33,8 +33,8 @@ class Metric(NamedTuple):
 _STEP_TIME = Metric(
     "time/step_s",
     "s",
-    "Wall time of the whole step, everything included. What the phases below do not add up to is the driver's own "
-    "work: checkpoints, logging, waiting for the slowest replica.",
+    "Wall time from the end of the step before to the end of this one, everything included. What the phases below do "
+    "not add up to is the driver's own work: checkpoints, logging, waiting for the slowest replica.",
 )
 _WALL = Metric(
     "wall_s",
@@ -149,14 +149,16 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/entropy",
         "nats per token",
-        "Mean entropy of the policy's next-token distribution. A quick fall towards 0 is collapse to a few "
-        "phrases: raise the KL coefficient or the entropy bonus, lower the learning rate.",
+        "Mean entropy of the policy's next-token distribution, over tokens as they weigh in the loss. A quick fall "
+        "towards 0 is collapse to a few phrases: raise the KL coefficient or the entropy bonus, lower the learning "
+        "rate.",
     ),
     Metric(
         "policy/clip_fraction",
         "",
-        "Share of tokens whose ratio was clipped (with `gspo`, whose response's was). 0 with one update a step; above "
-        "about 0.3 the updates are too large: fewer `epochs`, lower learning rate.",
+        "Share of tokens whose ratio was clipped (with `gspo`, whose response's was), as they weigh in the loss: where "
+        "`loss_aggregation` is `sequence`, the mean over responses. 0 with one update a step; above about 0.3 the "
+        "updates are too large: fewer `epochs`, lower learning rate.",
     ),
     Metric(
         "policy/approx_kl",
@@ -167,8 +169,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/ratio_max",
         "",
-        "Largest probability ratio of new to old policy over all tokens. Exactly 1 in the first minibatch; "
-        "hundreds mean a broken log-prob somewhere or far too large a step.",
+        "Largest factor between a token's new and old probability, whichever is the larger one. Exactly 1 in the first "
+        "minibatch; hundreds mean a broken log-prob somewhere or far too large a step.",
     ),
     Metric(
         "policy/importance_weight_mean",
@@ -238,8 +240,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "value/clip_fraction",
         "",
-        "Share of tokens whose value moved further than `algorithm.value_clip`. Lastingly high: the clip holds the"
-        " critic back, widen it or scale the rewards down.",
+        "Share of tokens whose value was to move further towards its return than `algorithm.value_clip` lets it. "
+        "Lastingly high: the clip holds the critic back, widen it or scale the rewards down.",
     ),
     Metric(
         "critic/grad_norm",
@@ -303,21 +305,22 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "mismatch/kl",
         "nats per token",
-        "How far the engine's log-probs of the sampled tokens are from the learner's, same weights: estimated "
-        "KL(engine ‖ learner). Should stay below about 1e-3; growth means stale or wrong weights, or another "
-        "temperature, template or kernel.",
+        "How far the engine's log-probs of the sampled tokens are from the learner's: estimated KL(engine ‖ learner). "
+        "With the same weights (`staleness/max` 0) it should stay below about 1e-3; growth means wrong weights, or "
+        "another temperature, template or kernel. Where sampling runs ahead, the steps in between count too.",
     ),
     Metric(
         "mismatch/max_abs_dlogp",
         "nats",
-        "Largest |Δ log-prob| between engine and learner over the sampled tokens. About 1e-5 in float32; in "
-        "bfloat16 tenths are usual, whole nats are not.",
+        "Largest |Δ log-prob| between engine and learner over the sampled tokens. With the same weights about 1e-5 in "
+        "float32; in bfloat16 tenths are usual, whole nats are not.",
     ),
     Metric(
         "mismatch/mean_ratio",
         "",
-        "Mean exp|Δ log-prob| between engine and learner over the sampled tokens. 1 is perfect, above 1.05 "
-        "training is no longer on-policy: check dtypes and the attention kernel first.",
+        "Mean exp|Δ log-prob| between engine and learner over the sampled tokens. 1 is perfect; above 1.05 training is "
+        "no longer on-policy. With `staleness/max` 0, check dtypes and the attention kernel; else it is the staleness, "
+        "which `algorithm.importance` corrects.",
     ),
     Metric(
         "sync/max_abs_dlogp",
@@ -370,6 +373,7 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric("held_out/kl", "nats", "Distance of the same responses from the reference, as `kl/reference`."),
     Metric("held_out/length", "tokens", "Mean length of the same responses."),
     Metric("held_out/failures", "samples", "Responses among them that have no score; they are in none of the means."),
+    Metric("time/held_out_s", "s", "Time of this judgement, and of writing the policy where it is the best so far."),
     _STEP_TIME,
     Metric(
         "time/generate_s",
@@ -575,6 +579,7 @@ PHASE_COLORS: dict[str, str] = {
     "old logprobs": "#b07aa1",
     "train": "#e15759",
     "sync": "#59a14f",
+    "held out": "#9c755f",
     "other": "#8a8a8a",
 }
 """Phases of a step in the order in which they happen, each with its colour on the screen and in plots."""

@@ -75,12 +75,18 @@ class RunCopy:
     def send(self, folder: RunFolder, checkpoint: Path) -> None:
         """Copy a complete checkpoint and what else has changed, and delete what is too old."""
         paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
-        self._send(folder, [*paths, *self._changed(folder)])
+        self._send(folder, paths)
+        self._send_changed(folder)
         self._send(folder, [checkpoint / MANIFEST])
         for step in self.steps()[: -self._keep]:
             old = f"{self._root}/{folder.checkpoint_path(step).relative_to(folder.path).as_posix()}"
             self._files.rm_file(f"{old}/{MANIFEST}")
             self._files.rm(old, recursive=True)
+
+    def send_results(self, folder: RunFolder) -> None:
+        """Copy what has changed since the last checkpoint; the summary, which says that the run is finished, last."""
+        self._send_changed(folder, but=folder.summary)
+        self._send_changed(folder)
 
     def fetch(self, folder: RunFolder) -> int | None:
         """Bring the newest checkpoint and the run's other files here, where the folder has none as new.
@@ -109,16 +115,24 @@ class RunCopy:
             raise BadInput(KEY, cause, "a copy that this user may read, and room for it") from None
         return steps[-1]
 
-    def _changed(self, folder: RunFolder) -> Iterable[Path]:
-        """Files of the run beside its checkpoints that were not sent as they are now."""
+    def _send_changed(self, folder: RunFolder, but: Path | None = None) -> None:
+        """Send files of the run beside its checkpoints that were not sent as they are now.
+
+        Args:
+            but: this one stays.
+        """
         left_out = (folder.checkpoints, folder.logs, folder.tensorboard, folder.wandb)
+        changed: dict[Path, tuple[int, int]] = {}
         for path in folder.path.rglob("*"):
-            if path.is_file() and not path.name.startswith(".") and not any(path.is_relative_to(p) for p in left_out):
+            if path == but or path.name.startswith(".") or any(path.is_relative_to(each) for each in left_out):
+                continue
+            if path.is_file():
                 status = path.stat()
                 now = status.st_size, status.st_mtime_ns
                 if self._sent.get(path) != now:
-                    self._sent[path] = now
-                    yield path
+                    changed[path] = now
+        self._send(folder, changed)
+        self._sent |= changed
 
     def _send(self, folder: RunFolder, paths: Iterable[Path]) -> None:
         pairs = [(path, f"{self._root}/{path.relative_to(folder.path).as_posix()}") for path in paths]

@@ -52,7 +52,7 @@ _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "checkpoint_loaded": ("", lambda event: f"went on from the checkpoint of step {event.get('step')}"),
     "nothing_to_resume": ("warn", lambda event: "no checkpoint: began again at the first step"),
     "checkpoint_failed": ("bad", lambda event: "a checkpoint could not be written"),
-    "copy_failed": ("bad", lambda event: f"the checkpoint of step {event.get('step')} could not be copied"),
+    "copy_failed": ("bad", lambda event: f"{event.get('what', 'a checkpoint')} could not be copied"),
     "copy_fetched": ("", lambda event: f"took the checkpoint of step {event.get('step')} from its copy"),
     "supervision_ended": ("bad", lambda event: "lost roles are no longer noticed"),
     "settings_changed": ("warn", lambda event: f"other settings than before: {'; '.join(event.get('changes') or [])}"),

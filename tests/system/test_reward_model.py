@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_ray.config.reward import RewardSettings
+from rlhf_ray.config.reward_model import PreferenceSettings
+from rlhf_ray.data.preferences import load_preferences
 from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.scorer import RewardScorer
-from rlhf_ray.reward.judge.leakage import TrainingTexts
+from rlhf_ray.reward.judge.leakage import TrainingTexts, hash_pairs
 from tests.system.commands import REPOSITORY, Command, rows_of, run, start, wait_until, without_times
 from tests.system.test_ppo import tensor_hashes
 
@@ -205,8 +207,8 @@ def test_a_member_that_gets_no_better_ends_early(data_root: Path, runs: Path):
     # What chose the model cannot judge it later.
     seen = TrainingTexts.load(str(runs / "early" / "reward_model"), "model")
     assert seen is not None
-    rows = rows_of(data_root / "tiny" / "pairs_test.jsonl")
-    assert seen.contains([row["prompt"] + row["chosen"] for row in rows]).all()
+    settings = PreferenceSettings(path=str(data_root / "tiny" / "pairs_test.jsonl"))
+    assert seen.leakage(hash_pairs(load_preferences(settings, None, "pairs.path").pairs)).pairs.share == 1
 
 
 def test_a_model_is_judged_again_from_its_directory_and_under_a_policy(trained: Path, data_root: Path, tmp_path: Path):

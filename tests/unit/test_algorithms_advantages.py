@@ -121,9 +121,9 @@ def test_uniform_groups_by_hand() -> None:
     group_ids = torch.tensor([7, 3, 7, 3, 3, 9, 9, 5, 5])
     ok = ~scores.isnan()
     # Group 7 has 1 and 1, group 3 has 0 and 1, group 9 has 0.5 twice, and group 5 a single valid score.
-    uniform = [True, False, True, False, False, True, True, False, False]
+    uniform = [True, False, True, False, False, True, True, True, False]
     assert in_uniform_group(scores, group_ids, ok).tolist() == uniform
-    assert not in_uniform_group(scores, torch.arange(9), ok).any()
+    assert torch.equal(in_uniform_group(scores, torch.arange(9), ok), ok)
 
 
 def test_the_settings_and_the_tables_name_the_same_estimators() -> None:

@@ -209,6 +209,10 @@ def test_slurm_script_starts_all_nodes_then_the_job_and_takes_the_token_away(slu
     assert "--nodelist=node-2" in started[1]
     assert "--address=10.0.0.1:6379" in started[1]
     assert all("--num-gpus=8" in call for call in started)
+    # srun does not take it over from the job, in some versions: all of Ray would be on one core.
+    starts = [call for call in calls if call.startswith("srun") and "ray start" in call]
+    assert len(starts) == 2
+    assert all("--cpus-per-task=64" in call for call in starts)
     assert calls[-2] == "joined", "the job is submitted once all nodes are there"
     expected = f"rlhf-ray ppo configs/x.yaml paths.data={folder}/data paths.runs={folder}/runs run.name=second --resume"
     assert calls[-1].startswith("ray job submit --address")
@@ -240,6 +244,12 @@ def test_slurm_requeues_and_warns_the_script_of_the_end():
     # The head's environment says how long a stopped job has; Slurm kills after 1800 s.
     [wait_s] = re.findall(r"RAY_JOB_STOP_WAIT_TIME_S=(\d+)", SBATCH.read_text())
     assert int(wait_s) < 1800
+
+
+def test_what_the_slurm_script_leaves_in_the_folder_is_not_uploaded_with_the_next_job():
+    """Ray sends what git does not ignore; the hub's cache alone would be more than it takes."""
+    ignored = (CLUSTER.parent / ".gitignore").read_text().splitlines()
+    assert {"/huggingface/", "/.ray-token-*", "/slurm-*.log", "/data", "/runs"} <= set(ignored)
 
 
 def test_slurm_script_without_a_configuration_says_how_it_is_used(slurm):

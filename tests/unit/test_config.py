@@ -210,6 +210,13 @@ def test_dump_and_load_give_the_same_settings(load):
         (["generator.gpus=2"], "generator: gpus"),
         (["generator.gpus=0.5", "generator.tensor_parallel=2"], "generator: gpus"),
         (["generator.tensor_parallel=2"], "generator: tensor_parallel"),
+        (["generator.gpus=2", "generator.tensor_parallel=2"], "weights.transport"),
+        (["algorithm.critic_warmup_steps=5", "steps=5"], "algorithm.critic_warmup_steps"),
+        (["checkpoint.copy_to=sftp://me:secret@host/runs"], "checkpoint.copy_to"),
+        (["reward.timeout_s=5"], "reward: timeout_s"),
+        (["reward.token_file=t"], "reward: token_file"),
+        (["reward.url=http://127.0.0.1:1", "reward.dtype=bfloat16"], "reward: dtype"),
+        (["reward.url=http://127.0.0.1:1", "reward.require_release=false"], "reward: require_release"),
         (["reward.sharded=true"], "reward: sharded"),
         (["reward.sharded=true", "reward.replicas=2", "reward.gpus=0.5"], "reward: gpus"),
         (["reward.url=http://127.0.0.1:1", "reward.sharded=true", "reward.replicas=2"], "reward: sharded"),
@@ -237,7 +244,8 @@ def test_what_the_rules_ask_for_is_accepted(load):
 
 @pytest.mark.parametrize(("gpus", "tensor_parallel"), [(1, 1), (8, 8), (0.5, 1)])
 def test_an_engine_has_the_gpus_it_is_spread_over_or_shares_one(load, gpus, tensor_parallel):
-    load(COMPLETE, f"generator.gpus={gpus}", f"generator.tensor_parallel={tensor_parallel}")
+    nccl = ("weights.transport=nccl", "policy.learner.gpus=1")
+    load(COMPLETE, f"generator.gpus={gpus}", f"generator.tensor_parallel={tensor_parallel}", *nccl)
 
 
 def test_only_on_a_cpu_does_the_kv_cache_have_a_size_unless_given(load):

@@ -171,7 +171,7 @@ def test_a_draw_depends_on_nothing_drawn_before():
 
 
 def texts_of(path, tokenizer, **settings):
-    return load_text(TextSettings(path=path, **settings), tokenizer)
+    return load_text(TextSettings(path=path, **settings), tokenizer, 512)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,14 @@ def test_every_setting_has_its_bounds_default_and_meaning_and_shared_sections_co
     assert [line for line in page.splitlines() if line.endswith("|  |")] == []
 
 
+def test_a_section_says_where_its_defaults_are_others():
+    """They are those of the place where it stands, not of its class."""
+    page = settings_page()
+    assert "| `checkpoint` | [checkpoint](#checkpoint) | its defaults |" in page
+    assert "| `checkpoint` | [checkpoint](#checkpoint) | its defaults, but `every_steps` `50` |" in page
+    assert "| `checkpoint` | [checkpoint](#checkpoint) | its defaults, but `every_steps` `200` |" in page
+
+
 def test_every_metric_is_on_its_page():
     page = metrics_page()
     for metrics in METRICS.values():

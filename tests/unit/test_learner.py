@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from rlhf_ray.config.algorithm import AlgorithmSettings, ImportanceSettings, KLSettings
 from rlhf_ray.config.settings import CriticSettings, LearnerSettings, PolicySettings
@@ -17,9 +18,11 @@ from rlhf_ray.failures import FailureKind, RoleFailure
 from rlhf_ray.models import token_loss
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.models.packing import RolloutRows
+from rlhf_ray.ppo.export import export_policy
 from rlhf_ray.roles.critic_learner import CriticLearner, CriticReport
 from rlhf_ray.roles.deepspeed_engine import DeepSpeedEngine, deepspeed_configuration
-from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport
+from rlhf_ray.roles.frozen_engine import FrozenEngine
+from rlhf_ray.roles.policy_learner import PolicyLearner, PolicyReport, build_policy
 from rlhf_ray.roles.rank_group import Rank
 from rlhf_ray.roles.relayout import Layout, SavedLearner
 from rlhf_ray.rollout import FINISH_LENGTH, FINISH_STOP, RewardColumn, Rollout, SampleUse, TokenColumn
@@ -114,7 +117,7 @@ def test_a_policy_step_does_not_depend_on_the_micro_batches(
 
 
 def test_a_policy_says_what_became_of_each_of_its_samples(policy_model: str, single_rank: Rank):
-    """Six prompts of two samples: failed, cut off, of equal scores, and trained."""
+    """Six prompts of two samples: failed, and so alone, cut off, of equal scores, and trained."""
     algorithm = AlgorithmSettings(advantage="rloo", mask_truncated=True, drop_uniform_groups=True)
     learner = policy_learner(policy_model, single_rank, algorithm=algorithm)
     shards = []
@@ -130,10 +133,10 @@ def test_a_policy_says_what_became_of_each_of_its_samples(policy_model: str, sin
             replace(shard_of(rollout, learner.logprobs(rollout)), rewards=RewardColumn(scores, tuple(causes), "v"))
         )
     assert learner.train(0, shards, KL_COEFFICIENT).samples == SampleUse(
-        trained=((100, 101), (103, 104), (106, 106), (108, 109)),
+        trained=((100, 101), (104, 104), (106, 106), (108, 109)),
         failed=((102, 102),),
         masked=((105, 105), (107, 107)),
-        uniform=((110, 111),),
+        uniform=((103, 103), (110, 111)),
     )
 
 
@@ -554,6 +557,58 @@ def test_rotary_frequencies_are_not_rounded_to_bfloat16(policy_model: str, singl
         assert not list(rotary.state_dict()), "a checkpoint must not hold them"
         for name, buffer in rotary.named_buffers():
             assert torch.equal(buffer, expected[name]), name
+
+
+def test_rotary_frequencies_of_a_sharded_reference_are_not_rounded(policy_model: str, single_rank: Rank):
+    from transformers import AutoModelForCausalLM
+
+    expected = dict(AutoModelForCausalLM.from_pretrained(policy_model).base_model.rotary_emb.named_buffers())
+
+    def build() -> Any:
+        return build_policy(PolicySettings(model=policy_model), "bfloat16")
+
+    module = FrozenEngine(build, single_rank, False, "bfloat16").module.module
+    [rotary] = [each for each in module.modules() if hasattr(each, "inv_freq")]
+    for name, buffer in rotary.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+
+
+def test_what_a_model_keeps_beside_its_weights_is_exported(tmp_path: Path, tiny: Path, single_rank: Rank):
+    """A router's correction bias is no parameter, and without it tokens go to other experts."""
+    from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "policy")
+    config = DeepseekV3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        tie_word_embeddings=False,
+    )
+    model = DeepseekV3ForCausalLM(config)
+    bias = dict(model.named_buffers())["model.layers.1.mlp.gate.e_score_correction_bias"].normal_()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    learner = policy_learner(str(tmp_path / "model"), single_rank)
+    learner.export(str(tmp_path / "exported"))
+    learner.save_checkpoint(str(tmp_path / "checkpoint"))
+    export_policy(PolicySettings(model=str(tmp_path / "model")), tmp_path / "checkpoint", tmp_path / "of-checkpoint")
+    for folder in ("exported", "of-checkpoint"):
+        with safe_open(tmp_path / folder / "model.safetensors", framework="pt") as file:
+            assert torch.equal(file.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias"), bias), folder
 
 
 class Weighted(torch.nn.Module):

@@ -319,8 +319,9 @@ def test_rollout_rows_number_samples_and_columns_through():
     targets = np.zeros(rows.num_columns, dtype=np.int64)
     for batch in rows.pack(range(len(rows)), 40):
         targets[batch.columns.numpy()] = batch.targets.numpy()
-    for index, rollout in enumerate(rollouts):
-        responses = [
-            rollout.sample_tokens(sample)[rollout.prompt_lengths[sample] :] for sample in range(rollout.num_samples)
-        ]
-        assert targets[rows.columns_of(index)].tolist() == np.concatenate(responses).tolist()
+    responses = [
+        rollout.sample_tokens(sample)[rollout.prompt_lengths[sample] :]
+        for rollout in rollouts
+        for sample in range(rollout.num_samples)
+    ]
+    assert targets.tolist() == np.concatenate(responses).tolist()

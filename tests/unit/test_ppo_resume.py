@@ -14,10 +14,10 @@ from rlhf_ray.data.rows import BadRows
 from rlhf_ray.failures import BadInput
 from rlhf_ray.ppo.evaluation import before_file
 from rlhf_ray.ppo.inputs import Inputs
-from rlhf_ray.ppo.state import LoopState, check_resumable, learner_shapes, prompt_counts
+from rlhf_ray.ppo.state import LoopState, check_resumable, draw_settings, learner_shapes
 from rlhf_ray.ppo.step import conversations
 from rlhf_ray.reward.core.source import RewardSource
-from rlhf_ray.runtime.checkpoints import write_state
+from rlhf_ray.runtime.checkpoints import read_state, write_state
 from rlhf_ray.tracking.manifest import write_manifest
 from rlhf_ray.tracking.run_folder import RunFolder
 from tests.conftest import REPOSITORY
@@ -35,6 +35,9 @@ def inputs_of(*prompts: Prompt) -> Inputs:
     held_out = PromptSet(prompts or [prompt(0)], BadRows("fail", "evaluation.prompts.on_bad_row"))
     rewards = tuple(RewardSource(source, "reward") for source in config_of().reward)
     return Inputs(eos_token_id=1, context_tokens=64, prompts=held_out, held_out=held_out, rewards=rewards)
+
+
+PROMPTS = inputs_of().prompts
 
 
 @pytest.fixture
@@ -57,65 +60,99 @@ def folder(tmp_path: Path) -> RunFolder:
 )
 def test_a_checkpoint_that_the_learners_could_not_read_is_refused(folder: RunFolder, override: str, message: str):
     with pytest.raises(BadInput, match=message):
-        check_resumable(config_of(override, "reference.dtype=auto"), folder)
+        check_resumable(config_of(override, "reference.dtype=auto"), PROMPTS, folder)
 
 
 def test_adapters_are_resumed_with_the_settings_they_were_begun_with(folder: RunFolder):
     adapted = ("policy.lora={rank: 4}", "reference.dtype=auto")
     write_state(folder.checkpoint_path(4), LoopState(step=4, learners=learner_shapes(config_of(*adapted))))
-    check_resumable(config_of(*adapted), folder)
+    check_resumable(config_of(*adapted), PROMPTS, folder)
     for override, now in (("policy.lora.rank=8", r'{"rank":8,.*}'), ("policy.lora=null", "none")):
         with pytest.raises(BadInput, match=rf'policy\.lora: {now}, but the checkpoint .* with {{"rank":4,'):
-            check_resumable(config_of(*adapted, override), folder)
+            check_resumable(config_of(*adapted, override), PROMPTS, folder)
 
 
 def test_a_checkpoint_of_before_there_were_adapters_has_none(folder: RunFolder):
     learners = learner_shapes(config_of())
     del learners["policy.lora"]
     write_state(folder.checkpoint_path(4), LoopState(step=4, learners=learners))
-    check_resumable(config_of(), folder)
+    check_resumable(config_of(), PROMPTS, folder)
 
 
 def test_a_critic_without_a_checkpoint_is_refused(folder: RunFolder):
     without = config_of("critic=null", "algorithm.advantage=rloo")
-    check_resumable(without, folder)
+    check_resumable(without, PROMPTS, folder)
     write_state(_made(folder.checkpoint_path(8)), LoopState(step=8, learners=learner_shapes(without)))
     with pytest.raises(BadInput, match=r"critic\.learner\.trainable_top_layers: none, but .* with no such learner"):
-        check_resumable(config_of(), folder)
+        check_resumable(config_of(), PROMPTS, folder)
 
 
-@pytest.mark.parametrize("override", ["sampling.prompts_per_step=16", "sampling.spare_prompts=4"])
-def test_other_counts_of_prompts_would_skip_some_or_repeat_them(folder: RunFolder, override: str):
-    uniform = ("critic=null", "algorithm.advantage=grpo", "algorithm.drop_uniform_groups=true")
-    begun = config_of(*uniform)
-    state = LoopState(step=4, learners=learner_shapes(begun), prompts=prompt_counts(begun))
+UNIFORM = ("critic=null", "algorithm.advantage=grpo", "algorithm.drop_uniform_groups=true")
+
+
+def kept(folder: RunFolder, *rollouts: int) -> None:
+    begun = config_of(*UNIFORM)
+    draws = draw_settings(begun, PROMPTS)
+    state = LoopState(step=4, learners=learner_shapes(begun), draws=draws, rollouts=list(rollouts))
     write_state(folder.checkpoint_path(4), state)
-    check_resumable(begun, folder)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["sampling.prompts_per_step=16", "sampling.spare_prompts=4", "sampling.samples_per_prompt=4", "run.seed=5"],
+)
+def test_other_draws_would_skip_prompts_or_repeat_them(folder: RunFolder, override: str):
+    kept(folder)
+    check_resumable(config_of(*UNIFORM), PROMPTS, folder)
     key, _, value = override.partition("=")
     with pytest.raises(BadInput, match=rf"{key}: {value}, but the checkpoint of step 4 was written with"):
-        check_resumable(config_of(*uniform, override), folder)
+        check_resumable(config_of(*UNIFORM, override), PROMPTS, folder)
+
+
+@pytest.mark.parametrize("others", [(prompt(0), prompt(1)), (prompt(1),), (prompt(0, label="b"),)])
+def test_other_prompts_are_refused(folder: RunFolder, others: tuple[Prompt, ...]):
+    kept(folder)
+    with pytest.raises(BadInput, match=r"prompts\.path: \d prompts \(digest .*\), but .* with 1 prompts"):
+        check_resumable(config_of(*UNIFORM), inputs_of(*others).prompts, folder)
+
+
+def test_other_shards_are_refused_where_the_checkpoint_has_rows_of_them(folder: RunFolder):
+    kept(folder)
+    smaller = config_of(*UNIFORM, "sampling.prompts_per_shard=4")
+    check_resumable(smaller, PROMPTS, folder)
+    kept(folder, 5)
+    with pytest.raises(BadInput, match=r"sampling\.prompts_per_shard: 4, but the checkpoint of step 4"):
+        check_resumable(smaller, PROMPTS, folder)
+
+
+def test_what_an_earlier_version_remembered_does_not_stand_in_the_way(folder: RunFolder):
+    state = folder.checkpoint_path(4) / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "best": {"step": 2, "value": 0.5}}))
+    assert read_state(folder.checkpoint_path(4), LoopState).step == 4
 
 
 def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
     ranks = ("policy.learner.replicas=2", "policy.learner.zero_stage=3", "critic.learner.dtype=bfloat16")
-    check_resumable(config_of(*ranks), folder)
-    check_resumable(config_of("policy.learner.learning_rate=1", "generator.replicas=2", "reference.replicas=2"), folder)
+    check_resumable(config_of(*ranks), PROMPTS, folder)
+    check_resumable(
+        config_of("policy.learner.learning_rate=1", "generator.replicas=2", "reference.replicas=2"), PROMPTS, folder
+    )
 
 
 def test_a_checkpoint_of_before_there_was_a_record_is_tried(folder: RunFolder):
     state = folder.checkpoint_path(4) / "state.json"
     written = json.loads(state.read_text())
-    del written["learners"], written["prompts"]
+    del written["learners"], written["draws"]
     state.write_text(json.dumps(written))
     write_manifest(folder.checkpoint_path(4))
-    check_resumable(config_of("policy.learner.trainable_top_layers=1"), folder)
+    check_resumable(config_of("policy.learner.trainable_top_layers=1"), PROMPTS, folder)
 
 
 def test_a_state_that_was_damaged_is_not_read(folder: RunFolder):
     write_state(_made(folder.checkpoint_path(8)), LoopState(step=8, learners=learner_shapes(config_of())))
     (folder.checkpoint_path(8) / "state.json").write_text("{")
     with pytest.raises(BadInput, match="the checkpoint of step 4 was written with none"):
-        check_resumable(config_of("policy.learner.trainable_top_layers=1"), folder)
+        check_resumable(config_of("policy.learner.trainable_top_layers=1"), PROMPTS, folder)
 
 
 def _made(path: Path) -> Path:

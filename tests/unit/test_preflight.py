@@ -17,7 +17,7 @@ from transformers import BertConfig, LlamaConfig, Qwen2Config
 
 from rlhf_ray.config.base import ActorSettings
 from rlhf_ray.config.load import load_config
-from rlhf_ray.config.settings import PPOConfig
+from rlhf_ray.config.settings import CheckpointSettings, PPOConfig
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import resolve_attention
 from rlhf_ray.models.packing import pack
@@ -32,7 +32,7 @@ from rlhf_ray.preflight.memory import Pass, kept_activations
 from rlhf_ray.preflight.needs import Need, ppo_needs
 from rlhf_ray.preflight.nodes import NodeReport, look, own_versions
 from rlhf_ray.preflight.outside import working_directory_bytes
-from rlhf_ray.preflight.room import place
+from rlhf_ray.preflight.room import check_disk, place
 from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.source import RewardSource
 from rlhf_ray.runtime.cluster import NodeShape, RoleRequest
@@ -554,6 +554,32 @@ def test_a_step_ahead_needs_room_for_another_version(policy_model: str, tiny: Pa
 
     assert needed() == 4 * read_model_size(policy_model).parameters
     assert needed("algorithm.max_staleness=3") == 4 * needed()
+
+
+def test_spare_prompts_take_room_and_the_chosen_ones_a_second_time(policy_model: str, tiny: Path):
+    uniform = ["critic=null", "algorithm.advantage=grpo", "algorithm.drop_uniform_groups=true"]
+    size = read_model_size(policy_model)
+
+    def needed(*overrides: str) -> int:
+        settings = [f"paths.data={tiny.parent}", *uniform, *overrides]
+        return rollout_bytes(load_config(PPOConfig, CONFIGS / "tiny/ppo.yaml", settings), size)
+
+    step = needed()
+    assert needed("algorithm.max_staleness=1") == 2 * step
+    with_spare = ("sampling.prompts_per_step=16", "sampling.prompts_per_shard=8", "sampling.spare_prompts=16")
+    alone = needed(*with_spare[:2])
+    assert needed(*with_spare) == 3 * alone
+    assert needed(*with_spare, "algorithm.max_staleness=1") == 5 * alone
+
+
+def test_checkpoints_that_are_there_need_no_room_again(policy_model: str):
+    need = Need(RoleRequest("policy", "policy.learner", ActorSettings()), None, checkpoint=10.0, exported=5.0)
+    settings = CheckpointSettings(keep=2)
+    for there, needed in {0: 35, 2: 15, 5: 5}.items():
+        for free, state in ((needed, State.OK), (needed - 1, State.CHANGE)):
+            findings = Findings()
+            check_disk(findings, [need], settings, {"a": free}, there)
+            assert [finding.state for finding in findings.found] == [state], (there, free)
 
 
 def test_nodes_are_filled_or_spread_as_ray_does():

@@ -449,7 +449,7 @@ def test_tiny_data_loads_with_the_loaders(tiny):
     for side in ("train", "test"):
         pairs = load_preferences(PreferenceSettings(path=str(tiny / f"pairs_{side}.jsonl")), tokenizer, "pairs.path")
         assert pairs.pairs[0].chosen.startswith(" ")
-    load_text(TextSettings(path=str(tiny / "sft_train.jsonl")), tokenizer)
+    load_text(TextSettings(path=str(tiny / "sft_train.jsonl")), tokenizer, 512)
     train, test = (
         load_prompts(
             PromptSettings(path=str(tiny / name)), tokenizer, max_prompt_tokens=32, context_tokens=256,

@@ -85,6 +85,14 @@ def test_what_cannot_be_scored_is_an_error_and_never_a_number(model: RewardModel
         model.score(["a", "b"], ["c"])
 
 
+def test_one_prompt_is_not_taken_for_many(model: RewardModel):
+    for several in (["x", "y"], ["x"]):
+        with pytest.raises(TypeError, match="a list of as many prompts"):
+            model.compare("Hi", several, several)  # type: ignore[call-overload]
+        with pytest.raises(TypeError, match="a list of as many prompts"):
+            model.score("Hi", several)  # type: ignore[call-overload]
+
+
 def test_a_refused_model_is_loaded_only_where_that_is_wanted(directory: Path, tmp_path: Path):
     folder = Path(shutil.copytree(directory, tmp_path / "model"))
     card = RewardModelCard.load(str(folder), "model")

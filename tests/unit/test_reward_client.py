@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from rlhf_ray.reward.client import (
     errors,
 )
 from tests.loopback import serving
+from tests.system.commands import wait_until
 
 MODEL = {"name": "main", "version": "v1", "temperature": 2.0, "attributes": ["preference"]}
 Act = Callable[[Request, dict[str, Any]], Any]
@@ -270,6 +273,38 @@ def test_no_answer_ends_at_the_deadline(ask: Any, service: FailingService, url: 
         ask(url, "reward", TEXTS[:1], timeout_s=0.4)
     assert time.monotonic() - began < 1.5
     assert classify(caught.value) is FailureKind.INFRASTRUCTURE
+
+
+def test_closing_ends_what_other_threads_wait_for(service: FailingService, url: str):
+    service.always = hang
+    client = RewardClient(url, timeout_s=60.0)
+    with ThreadPoolExecutor(1) as others:
+        waiting = others.submit(client.reward, TEXTS[:1])
+        wait_until(lambda: service.received, 20, "the request")
+        client.close()
+        with pytest.raises(errors.Unreachable, match="closed by another thread"):
+            waiting.result(timeout=20)
+    with pytest.raises(RuntimeError, match="the client was closed"):
+        client.reward(TEXTS[:1])
+    client.close()
+
+
+def test_a_client_of_before_a_fork_says_so(url: str):
+    """Its thread is not in the child, where every call would wait for ever."""
+    with RewardClient(url, timeout_s=60.0) as client:
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                client.health()
+            except RuntimeError as error:
+                os.write(writing, str(error).encode())
+            client.close()
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as said:
+            assert b"made before this process was forked" in said.read()
+        os.waitpid(pid, 0)
 
 
 def test_a_lost_attempt_leaves_time_for_another(ask: Any, service: FailingService, url: str):

@@ -63,7 +63,7 @@ def test_published_sizes():
     assert sum(rm_bench.SUBSETS.values()) == 1327
     assert [sum(categories.values()) for categories in judge_bench.MODELS.values()] == [350, 270]
     code = sum(count for subset, count in CORE.items() if subset.startswith("hep-"))
-    assert code == reward_bench.MATH_WEIGHT
+    assert code == reward_bench.WEIGHTS["math-prm"]
 
 
 def test_reward_bench_weights_subsets_by_size_and_mathematics_like_code():
@@ -76,6 +76,12 @@ def test_reward_bench_weights_subsets_by_size_and_mathematics_like_code():
     assert result.num_tied == 136
     assert result.incomplete == ()
     assert value(result.subsets, "hep-go") == 1.0
+
+
+def test_reward_bench_weights_the_two_halves_of_xstest_as_published():
+    """By each other's numbers of prompts: 154 that should be refused count as 250."""
+    result = scored(whole("reward-bench", CORE), lambda subset, _: WON if subset == "xstest-should-refuse" else LOST)
+    assert value(result.sections, "Safety") == pytest.approx(250 / 740)
 
 
 def test_reward_bench_prior_sets_count_half():

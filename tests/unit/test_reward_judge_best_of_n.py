@@ -11,7 +11,6 @@ import pytest
 from rlhf_ray.reward.judge.best_of_n import (
     BestOfNPoint,
     best_of_n_curve,
-    exact_kl,
     expected_win_rate,
     fit_overoptimisation,
     kl_bound,
@@ -35,16 +34,8 @@ def test_the_bound_to_its_digits():
         kl_bound(0)
 
 
-def test_repeated_outcomes_stay_below_the_bound():
-    uniform = np.full(64, 1 / 64)
-    assert f"{exact_kl(uniform, 128):.4f}" == "3.7079"
-    assert exact_kl(uniform, 1) == pytest.approx(0, abs=1e-12)
-    assert exact_kl(np.full(200_000, 1 / 200_000), 16) == pytest.approx(kl_bound(16), abs=1e-3)
-    assert exact_kl(uniform, 100_000) == pytest.approx(math.log(64))
-
-
 @pytest.mark.parametrize("scores", [[0.0, 1.0, 2.0, 3.0], [2.0, 0.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-def test_exact_kl_against_enumeration(scores: list[float]):
+def test_the_bound_holds_for_every_policy_with_repeated_outcomes_or_without(scores: list[float]):
     policy, n = np.array([0.1, 0.4, 0.3, 0.2]), 3
     picked = np.zeros(4)
     for draws in product(range(4), repeat=n):
@@ -52,12 +43,7 @@ def test_exact_kl_against_enumeration(scores: list[float]):
         tied = [i for i in draws if scores[i] == best]
         for i in tied:
             picked[i] += np.prod(policy[list(draws)]) / len(tied)
-    assert exact_kl(policy, n, scores) == pytest.approx(np.sum(picked * np.log(picked / policy)), abs=1e-12)
-
-
-def test_exact_kl_wants_a_distribution():
-    with pytest.raises(ValueError, match="distribution"):
-        exact_kl([0.5, 0.4], 2)
+    assert -1e-12 < np.sum(picked * np.log(picked / policy)) < kl_bound(n)
 
 
 def test_win_rate_without_ties_is_n_over_n_plus_one():

@@ -8,17 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_ray.config.reward_model import PreferenceSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import load_tokenizer
-from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation, weights_version
+from rlhf_ray.reward.core.card import (
+    MemberLayout,
+    RewardModelCard,
+    ScoreAggregation,
+    directory_version,
+    weights_version,
+)
 from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.core.loading import (
+    head_hash,
     load_reward_network,
     load_reward_tokenizer,
     pad_texts,
+    written_head_hash,
 )
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.judge.inputs import read_pairs
@@ -234,6 +243,28 @@ def test_version_names_the_weights(tiny: Path, tmp_path: Path):
     weights[-1] ^= 1
     (model / "model.safetensors").write_bytes(weights)
     assert weights_version(model) != first
+
+
+def test_version_names_the_tokenizer_where_the_card_says_so(tiny: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny / "reward_model", tmp_path / "model"))
+    old, new = card_of(), card_of(covers_tokenizer=True)
+    before = old.version_of(model), new.version_of(model), directory_version(model)
+    assert before[0] != before[1]
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    after = old.version_of(model), new.version_of(model), directory_version(model)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+
+
+def test_the_head_that_was_written_is_told_from_another(tiny: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny / "reward_model", tmp_path / "model"))
+    network = AutoModelForSequenceClassification.from_pretrained(model)
+    assert written_head_hash(model) == head_hash(network.state_dict())
+    network.score.weight.data += 1
+    network.save_pretrained(model)
+    assert written_head_hash(model) == head_hash(network.state_dict())
+    assert written_head_hash(model) != written_head_hash(tiny / "reward_model")
 
 
 def test_the_penalty_for_disagreement_does_not_depend_on_the_scale_of_the_members():

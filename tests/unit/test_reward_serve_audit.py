@@ -376,6 +376,14 @@ def test_a_score_that_is_none_closes_the_log_and_leaves_it_whole(tmp_path: Path)
     assert verify(tmp_path).num_records == 5
 
 
+def test_what_a_start_left_behind_half_written_is_no_chain(tmp_path: Path):
+    """A disk that was full leaves an empty file of each attempt; nobody cleans up after a replica that is gone."""
+    with AuditLog(tmp_path, AuditSettings(), "replica") as log:
+        log.append(records(3))
+    (tmp_path / ".replica-000002.jsonl").touch()
+    assert verify(tmp_path).num_records == 3
+
+
 def test_a_folder_without_a_log_is_no_log(tmp_path: Path):
     with pytest.raises(BadInput, match="no file of an audit log"):
         verify(tmp_path)
@@ -403,9 +411,6 @@ def test_scores_are_replayed_to_the_bit(scorer: RewardScorer, tmp_path: Path):
     served(scorer, tmp_path / "full", "full")
     report = replay(tmp_path / "full", {scorer.version: scorer})
     assert (report.num_equal, report.exact) == (4, True)
-    assert replay(tmp_path / "full", {scorer.version: scorer}, request_id="r2").num_equal == 1
-    with pytest.raises(BadInput, match="no record of request 'r9'"):
-        replay(tmp_path / "full", {scorer.version: scorer}, request_id="r9")
 
 
 def test_a_replay_of_nothing_is_no_success(scorer: RewardScorer, tmp_path: Path):

@@ -265,6 +265,26 @@ def test_the_probe_goes_first():
     assert scorer.batches[1] == [3]
 
 
+def test_the_probe_goes_before_the_texts_of_every_model():
+    busy, scorer = stub_model("busy")
+    other, other_scorer = stub_model("other")
+    other_scorer.gate.set()
+    order: list[str] = []
+
+    async def test(batcher: MicroBatcher, records: list[BatchRecord]) -> None:
+        first = await occupied(batcher, busy, scorer)
+        rest = [asyncio.ensure_future(batcher.score(busy, texts(value))) for value in range(1, 21)]
+        probe = asyncio.ensure_future(batcher.score(other, texts(50), first=True))
+        await asyncio.sleep(0)
+        scorer.gate.set()
+        await asyncio.gather(first, probe, *rest)
+        order.extend(record.model.info.name for record in records)
+
+    run(test, wait_ms=0, max_texts=1)
+    # One batch computes, and one is in hand at the most.
+    assert order.index("other") <= 2
+
+
 def test_a_shadow_waits_for_the_live_texts_but_not_for_ever():
     live, scorer = stub_model("live")
     shadow, shadow_scorer = stub_model("shadow")

@@ -316,6 +316,85 @@ def test_a_score_that_is_no_number_is_an_error_and_counted(tiny):
         error = await refused(engine.score(texts("a", "b")))
         assert (error.type, error.index) == (ErrorType.UNSCORABLE, 0)
         assert (await refused(engine.probe(5))).type is ErrorType.UNAVAILABLE
+        [work] = observer.take().work.values()
+        assert (work.texts, work.failures) == (2, 2)
+        [labels] = {model.id for model in engine.models()}
+        assert observer.metrics.counters["failed_texts"].labels(*labels)._value.get() == 2
+
+    run(tiny, test)
+
+
+@pytest.mark.parametrize("fault", [ErrorType.UNSCORABLE, ErrorType.INTERNAL, ErrorType.UNAVAILABLE])
+def test_what_a_model_fails_at_counts_against_it(tiny, fault, monkeypatch):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        async def score(*_: Any) -> Any:
+            raise ApiError(fault, "the model does not survive it", index=1)
+
+        monkeypatch.setattr(engine._batcher, "score", score)
+        assert (await refused(engine.score(texts("a", "b")))).type is fault
+        failures = [work.failures for work in observer.take().work.values()]
+        # Of a replica that stops, or has lost its process, no model is to blame.
+        assert failures == ([] if fault is ErrorType.UNAVAILABLE else [2])
+
+    run(tiny, test)
+
+
+def test_a_shadow_that_fails_otherwise_gives_its_place_up(tiny, monkeypatch):
+    models = [
+        ServedModelSettings(name="main", path=str(tiny)),
+        ServedModelSettings(name="next", path=str(tiny), shadow=True),
+    ]
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        async def fail(*_: Any) -> Any:
+            raise TypeError("in a chat template")
+
+        monkeypatch.setattr(engine._batcher, "score_as_shadow", fail)
+        await engine.score(texts("a", "b"))
+        while observer._waiting_for_shadow:
+            await asyncio.sleep(0.01)
+        work = observer.take().work
+        assert work[engine.models()[1].id].failures == 2
+
+    run(tiny, test, models=models)
+
+
+@pytest.mark.parametrize(("family", "found"), [("own", False), ("explain", False), ("vllm", True), ("openai", True)])
+def test_a_name_that_nobody_knows_is_no_name_but_for_our_own_clients(tiny, family, found):
+    """Others must send some name, and a canary beside the model changes nothing for them."""
+    models = [ServedModelSettings(name=name, path=str(tiny), share=0.5) for name in ("main", "canary")]
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        REQUEST.set(RequestContext("request", family))
+        if found:
+            assert (await engine.score(texts("a"), model="gpt")).model.name in ("main", "canary")
+        else:
+            assert (await refused(engine.score(texts("a"), model="gpt"))).type is ErrorType.NOT_FOUND
+        assert (await engine.score(texts("a"), model="canary")).model.name == "canary"
+
+    run(tiny, test, models=models)
+
+
+def test_the_client_of_a_model_that_was_exchanged_meanwhile_is_told(tiny):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        assert (await refused(engine.score(texts("a"), model="before"))).type is ErrorType.NOT_FOUND
+
+    run(tiny, test)
+
+
+def test_models_that_are_gone_are_in_the_metrics_no_more(tiny, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny, folder)
+
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        await engine.score(texts("a"))
+        assert b'rlhf_ray_score{model="main"' in observer.exposition(True, 0, 0)
+        await engine.load([ServedModelSettings(name="other", path=str(folder))])
+        await engine.score(texts("a"))
+        shown = observer.exposition(True, 0, 0)
+        assert b'rlhf_ray_score{model="other"' in shown
+        assert b'rlhf_ray_score{model="main"' not in shown
+        assert b'rlhf_ray_disagreement_mean{model="main"' not in shown
 
     run(tiny, test)
 

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from rlhf_ray.config.serving import CallerSettings, CandidateSettings, LimitSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.serve.auth import Callers
+from rlhf_ray.reward.serve.context import RequestContext
 from rlhf_ray.reward.serve.front import Front, Fronted, is_local
 from rlhf_ray.reward.serve.observations import Observer
 from rlhf_ray.reward.serve.wire import error_response
@@ -271,5 +272,19 @@ def test_without_a_token_pages_of_other_sites_cannot_ask():
             answer = httpx.post(f"{url}/get_reward", json={}, headers={"Host": host})
             assert answer.status_code == status
             assert httpx.get(f"{url}/health", headers={"Host": host}).status_code == 200
+        # A browser says whose page asks; an address is no secret, and a page need not read the answer to do harm.
+        for origin, status in (("http://evil.example", 400), ("null", 400), ("http://localhost:8000", 200)):
+            headers = {"Host": "localhost:8000", "Origin": origin}
+            assert httpx.post(f"{url}/get_reward", json={}, headers=headers).status_code == status
     with serving(Service().app) as url:
         assert httpx.post(f"{url}/get_reward", json={}, headers={**AUTHORIZED, "Host": "scorer.lan"}).status_code == 200
+
+
+@pytest.mark.parametrize(("status", "fault"), [(499, "client_gone"), (503, "unavailable"), (200, None)])
+def test_what_serve_answers_by_itself_is_counted_too(status, fault):
+    observer = Observer(CandidateSettings(), False)
+    observer.finished(RequestContext("r", "own"), status, 0.1)
+    traffic = observer.take()
+    assert traffic.outcomes == {"answered" if fault is None else "failed": 1}
+    assert traffic.errors == ({} if fault is None else {fault: 1})
+    assert traffic.latencies.sum() == (fault is None)

@@ -294,7 +294,18 @@ def test_the_responses_to_a_prompt_stay_with_one_model():
     for response in ("a", "b"):
         post("/slime", {"prompt": "q", "response": response}, service)
         post("/get_reward", {"query": ["q" + response], "prompts": ["q"]}, service)
+        post("/score", {"queries": "q", "documents": response}, service)
+        post("/rerank", {"query": "q", "documents": [response]}, service)
+        post("/rerank", {"query": "q", "texts": [response]}, service)
     assert len({sticky for _, _, sticky in service.calls}) == 1
+    turn = {"role": "user", "content": "q"}
+    chats = StubService()
+    for response in ("a", "b"):
+        messages = [turn, {"role": "assistant", "content": response}]
+        for path in ("/classify", "/pooling", "/v1/embeddings"):
+            post(path, {"messages": messages, "model": "rm"}, chats)
+    [sticky] = {sticky for _, _, sticky in chats.calls}
+    assert sticky is not None
 
 
 def test_the_openai_package_reads_the_reward():

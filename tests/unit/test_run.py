@@ -1,6 +1,7 @@
 """The same command with --resume begins a run, takes it up again, or finds it finished."""
 
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -9,8 +10,9 @@ import pytest
 
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward_model import RewardModelConfig
-from rlhf_ray.config.settings import PPOConfig, RunConfig, SFTConfig
-from rlhf_ray.failures import Finished, Refused
+from rlhf_ray.config.settings import PolicySettings, PPOConfig, RunConfig, SFTConfig
+from rlhf_ray.failures import BadInput, Finished, Refused, Stopped
+from rlhf_ray.models.policy import read_policy
 from rlhf_ray.ppo.loop import run_ppo
 from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.train.run import run_reward_model
@@ -82,3 +84,29 @@ def test_a_refused_model_stays_refused(tmp_path: Path):
     card.save(folder)
     with pytest.raises(Refused, match=r"accuracy: 0\.5"):
         run_reward_model(config_of(RewardModelConfig, "tiny/reward_model.yaml", tmp_path), resume=True)
+
+
+def test_a_run_that_is_stopped_before_its_first_step_has_no_checkpoint(tmp_path: Path):
+    config = config_of(SFTConfig, "demo/sft.yaml", tmp_path)
+    run = Run(config, "sft", "title", 9, (), config.checkpoint, resume=False)
+
+    def stop() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        run.keep(0, State(), lambda folder: [])
+
+    with pytest.raises(Stopped), run:
+        stop()
+    assert run.folder.all_checkpoints() == []
+    with Run(config, "sft", "title", 9, (), config.checkpoint, resume=False) as again:
+        assert again.restore(State) is None
+
+
+def test_text_that_is_longer_than_the_model_takes_is_refused(tmp_path: Path, tiny: Path):
+    model = str(tiny / "policy")
+    most = read_policy(PolicySettings(model=model)).facts.context_tokens
+    longer = [f"paths.runs={tmp_path}", "run.name=x", f"policy.model={model}", f"text.max_tokens={most + 1}"]
+    longer.append("policy.learner.trainable_top_layers=null")
+    config = load_config(SFTConfig, REPOSITORY / "configs/demo/sft.yaml", longer)
+    with pytest.raises(BadInput) as refused:
+        run_sft(config)
+    assert (refused.value.where, refused.value.allowed) == ("text.max_tokens", f"at most {most}, the model's limit")

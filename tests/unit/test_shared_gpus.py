@@ -11,8 +11,12 @@ from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.buckets import Snapshot
 from rlhf_ray.ppo.roles import role_requests
+from rlhf_ray.preflight.findings import Findings, State
+from rlhf_ray.preflight.memory import Memory
+from rlhf_ray.preflight.needs import Need
+from rlhf_ray.preflight.room import check_gpu_memory, place
 from rlhf_ray.roles.generator import Generator, Turns
-from rlhf_ray.runtime.cluster import RoleRequest, Room
+from rlhf_ray.runtime.cluster import NodeShape, RoleRequest, Room
 from tests.conftest import REPOSITORY
 
 SHARED = (
@@ -48,6 +52,27 @@ def test_each_engine_is_in_the_bundle_of_one_rank():
     roles = ("generator", "policy", "reward", "reference", "critic")
     assert [room.first_bundle[role] for role in roles] == [0, 0, 2, 3, 4]
     assert [room.settings[role].gpus for role in roles] == [0.5, 0.5, 0, 0, 0]
+
+
+def test_preflight_puts_each_rank_where_its_engine_is():
+    requests = role_requests(config_of(*SHARED))
+    needs = [Need(request, None) for request in requests]
+    [placed] = place(needs, [NodeShape("a", cpus=8, gpus=2, object_store_bytes=0)], "PACK")
+    assert len(placed) == sum(request.settings.replicas for request in requests)
+    one, two = place(needs, [NodeShape(name, cpus=8, gpus=1, object_store_bytes=0) for name in "ab"], "PACK")
+    for node in (one, two):
+        on_gpus = {process.need.request.role for process in node if process.need.request.settings.gpus}
+        assert on_gpus == {"generator", "policy"}
+
+
+@pytest.mark.parametrize(("utilization", "found"), [(0.9, ["generator.gpu_memory_utilization"]), (0.2, [])])
+def test_what_a_rank_keeps_must_fit_beside_an_engine_that_is_awake(utilization: float, found: list[str]):
+    config = config_of(*SHARED, f"generator.gpu_memory_utilization={utilization}")
+    kept = {"weights": 20e9, "optimizer": 40e9, "activations": 15e9}
+    needs = [Need(request, Memory({}, kept) if request.role == "policy" else None) for request in role_requests(config)]
+    findings = Findings()
+    check_gpu_memory(findings, needs, [NodeShape("a", 8, 2, 0, gpu_memory_bytes=80 * 10**9)])
+    assert [finding.what for finding in findings.of(State.CHANGE)] == found
 
 
 def test_without_sharing_every_process_has_a_bundle_of_its_own():

@@ -1,20 +1,22 @@
 """A run whose machine is gone goes on from its copy."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from rlhf_ray.config.settings import SFTConfig
-from rlhf_ray.failures import BadInput
+from rlhf_ray.failures import BadInput, Finished
 from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.logs import read_log
 from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import MANIFEST
-from rlhf_ray.tracking.tracker import take_up_copy
+from rlhf_ray.tracking.tracker import check_folder, take_up_copy
 from tests.making import unread_config
 from tests.unit.test_run import State
 
@@ -119,18 +121,81 @@ def test_a_place_that_is_not_there_is_named_at_once(tmp_path: Path):
             take_up_copy(config_of(tmp_path / "runs", where), False)
 
 
-def test_a_copy_that_fails_is_told_and_the_next_one_made(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+def failed_copies(runs: Path) -> list[tuple[str, str]]:
+    rows = read_log(runs / "x" / "events.jsonl").rows
+    return [(row["what"], row["cause"]) for row in rows if row["kind"] == "copy_failed"]
+
+
+def test_a_copy_that_fails_is_told_and_the_next_one_sends_all_that_is_missing(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
     config = config_of(tmp_path / "runs", url)
-    send, sent = RunCopy.send, []
+    send, sent = RunCopy._send, []
 
-    def fail_once(self: RunCopy, *args: object) -> None:
+    def fail_once(self: RunCopy, *args: Any) -> None:
         sent.append(args)
-        if len(sent) == 1:
+        if len(sent) == 2:  # the checkpoint's own files went first
             raise ConnectionResetError("gone for a moment")
-        send(self, *args)  # type: ignore[arg-type]
+        send(self, *args)
 
-    monkeypatch.setattr(RunCopy, "send", fail_once)
-    go_on(config, 4)
-    [failed] = [row for row in read_log(tmp_path / "runs" / "x" / "events.jsonl").rows if row["kind"] == "copy_failed"]
-    assert (failed["step"], failed["cause"]) == (2, "ConnectionResetError: gone for a moment")
+    monkeypatch.setattr(RunCopy, "_send", fail_once)
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        (run.folder.path / "best").write_text("written once")
+        for step in (2, 4):
+            run.tracker.metrics.write({"step": step})
+            run.keep(step, State(step), save)
+            run._writer.settle()
+            assert run._copying is not None
+            run._copying.settle(60)
+    told = ("the checkpoint of step 2", "ConnectionResetError: gone for a moment")
+    assert failed_copies(tmp_path / "runs") == [told]
     assert RunCopy(config.checkpoint, "x").steps() == [4]
+    shutil.rmtree(tmp_path / "runs")
+    take_up_copy(config, True)
+    assert (tmp_path / "runs" / "x" / "best").read_text() == "written once"
+
+
+def test_a_place_that_does_not_answer_holds_up_no_step(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    config = config_of(tmp_path / "runs", url)
+    answers, send = threading.Event(), RunCopy.send
+
+    def late(self: RunCopy, *args: Any) -> None:
+        assert answers.wait(60)
+        send(self, *args)
+
+    monkeypatch.setattr(RunCopy, "send", late)
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        for step in (2, 4, 6):
+            run.tracker.metrics.write({"step": step})
+            run.keep(step, State(step), save)
+        run._writer.settle()
+        # Those that are still to be sent stay, whatever is kept otherwise.
+        assert [step for step, _ in run.folder.complete_checkpoints()] == [2, 4, 6]
+        answers.set()
+    assert RunCopy(config.checkpoint, "x").steps() == [2]
+    still = "the checkpoint of step 2 is still on its way"
+    assert failed_copies(tmp_path / "runs") == [(f"the checkpoint of step {step}", still) for step in (4, 6)]
+
+
+def test_what_a_finished_run_has_left_behind_is_copied(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        run.tracker.metrics.write({"step": 3})
+        (run.folder.path / "policy").mkdir()
+        (run.folder.path / "policy" / "weights").write_text("trained")
+        run.tracker.finish({"name": "x"})
+    files, root = fsspec.url_to_fs(f"{url}/x")
+    assert files.cat_file(f"{root}/policy/weights") == b"trained"
+    assert b'"name": "x"' in files.cat_file(f"{root}/summary.json")
+
+
+def test_a_finished_run_is_finished_wherever_it_is_taken_up(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        run.tracker.metrics.write({"step": 2})
+        run.keep(2, State(2), save)
+        run.tracker.finish({"name": "x"})
+    shutil.rmtree(tmp_path / "runs")
+    take_up_copy(config, True)
+    with pytest.raises(Finished):
+        check_folder(config, True)

@@ -18,6 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass
 from random import Random
 from types import TracebackType
@@ -368,10 +369,11 @@ class RewardClient:
         self._wait(self._client.health())
 
     def close(self) -> None:
-        """Close the connections. A second time does nothing."""
-        if self._loop.is_closed():
+        """Close the connections; what other threads still wait for ends with `Unreachable`. A second time does
+        nothing."""
+        if not self._thread.is_alive():
             return
-        self._wait(self._client.close())
+        self._wait(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -384,10 +386,22 @@ class RewardClient:
     ) -> None:
         self.close()
 
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
     def _wait(self, asked: Coroutine[Any, Any, Result]) -> Result:
+        if not self._thread.is_alive():
+            asked.close()
+            raise RuntimeError("the client was closed, or made before this process was forked; make one here")
         waiting = asyncio.run_coroutine_threadsafe(asked, self._loop)
         try:
             return waiting.result()
+        except CancelledError:
+            raise Unreachable("the client was closed by another thread") from None
         except BaseException:
             waiting.cancel()  # the caller was interrupted: nobody waits for the answer any more
             raise

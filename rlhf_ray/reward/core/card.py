@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,19 @@ from rlhf_ray.reward.core.ensemble import (
 )
 
 CARD_NAME = "reward_model.json"
-_FIXED_AFTER_SCORING = {"version", "evaluation", "released", "refusals", "temperature"}
+_FIXED_AFTER_SCORING = {"version", "evaluation", "released", "refusals", "temperature", "covers_tokenizer"}
 """Fields that say something about the scores and do not change them."""
+_WEIGHTS = ("config.json", "*.safetensors")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
 
 
 class _Part(BaseModel):
@@ -154,6 +166,7 @@ class RewardModelCard(BesideWeights, _Part):
         evaluation: held-out figures.
         released: verdict of the release gate; None where there was none.
         refusals: its reasons.
+        covers_tokenizer: whether the version is of the tokenizer's files too; that of earlier cards is not.
     """
 
     FILE_NAME = CARD_NAME
@@ -174,12 +187,15 @@ class RewardModelCard(BesideWeights, _Part):
     evaluation: dict[str, float | int | str | None] = {}
     released: bool | None = None
     refusals: tuple[str, ...] = ()
+    covers_tokenizer: bool = False
 
     def version_of(self, folder: Path) -> str:
         """The version that the weights in a folder have together with this card."""
         digest = hashlib.blake2b(digest_size=8)
         for member in self.layout.folders:
             digest.update(weights_version(folder / member).encode())
+        if self.covers_tokenizer:
+            digest.update(_hash_of(folder, _TOKENIZER).encode())
         fixed = self.model_dump(mode="json", exclude=_FIXED_AFTER_SCORING)
         digest.update(json.dumps(fixed, sort_keys=True).encode())
         return digest.hexdigest()
@@ -187,8 +203,17 @@ class RewardModelCard(BesideWeights, _Part):
 
 def weights_version(folder: Path) -> str:
     """A hash that names a directory's weights: every byte of them, and of the configuration."""
+    return _hash_of(folder, _WEIGHTS)
+
+
+def directory_version(folder: Path) -> str:
+    """A hash that names a directory without a card: of the weights, and of the tokenizer with its chat template."""
+    return _hash_of(folder, (*_WEIGHTS, *_TOKENIZER))
+
+
+def _hash_of(folder: Path, patterns: Sequence[str]) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "blake2b").digest())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import NO_CODE, SAFE_WEIGHTS, ModelFacts, load_tokenizer
 from rlhf_ray.reward.core.card import RewardModelCard
 
 _LENGTH_STEP = 8
+_HEADS = ("classifier.", "score.")
 
 
 def padded_width(num_tokens: int) -> int:
@@ -140,6 +143,15 @@ def head_of(network: Any) -> Any:
     return network.classifier if hasattr(network, "classifier") else network.score
 
 
+def written_head_hash(folder: Path) -> str:
+    """The `head_hash` of what a directory holds."""
+    head: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            head |= {name: file.get_tensor(name) for name in file.keys() if name.startswith(_HEADS)}  # noqa: SIM118
+    return head_hash(head)
+
+
 def head_hash(state: Mapping[str, torch.Tensor]) -> str:
     """A hash of the head's weights in float32, from a network's state or what was loaded of it.
 
@@ -148,7 +160,7 @@ def head_hash(state: Mapping[str, torch.Tensor]) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(state.items()):
-        if name.startswith(("classifier.", "score.")):
+        if name.startswith(_HEADS):
             own = name.partition(".")[2]
             digest.update(own.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.failures import BadInput
 from rlhf_ray.models.loading import check_tokenizer_fits, check_weight_files, load_tokenizer, read_model_facts
-from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, weights_version
+from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, directory_version
 from rlhf_ray.reward.core.encoding import RewardEncoding
 from rlhf_ray.reward.core.loading import check_reward_model, load_reward_tokenizer
 from rlhf_ray.rollout import Rollout
@@ -71,7 +71,7 @@ class RewardTexts(RewardEncoding):
         if self.card is not None:
             return self.card.version
         folder = Path(self.model)
-        return weights_version(folder) if folder.is_dir() else self.model
+        return directory_version(folder) if folder.is_dir() else self.model
 
     @property
     def layout(self) -> MemberLayout:

@@ -77,32 +77,6 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def exact_kl(probabilities: ArrayLike, n: int, scores: ArrayLike | None = None) -> float:
-    """KL(best-of-n ‖ policy) in nats for a policy with finitely many outcomes.
-
-    The best of n has a score of at most s with probability F(s)ⁿ, so a level of mass p is picked with
-    q = F(s)ⁿ − (F(s) − p)ⁿ, and within it by the policy's own odds: KL = Σ over levels of q log(q/p).
-
-    Args:
-        probabilities: `[O]` of the outcomes, summing to 1.
-        scores: `[O]`; outcomes with equal scores are picked at random among each other. None: outcomes in ascending
-            order of score, no two the same.
-    """
-    mass: NDArray[np.float64] = np.asarray(probabilities, dtype=np.float64)
-    if not math.isclose(mass.sum(), 1, abs_tol=1e-9) or (mass < 0).any():
-        raise ValueError("the probabilities are not a distribution")
-    if scores is not None:
-        levels = np.unique(np.asarray(scores), return_inverse=True)[1]
-        mass = np.bincount(levels, mass).astype(np.float64)
-    mass = mass[mass > 0]
-    below = np.concatenate([[0.0], np.cumsum(mass)[:-1]])
-    with np.errstate(divide="ignore"):
-        log_share = np.log(below / (below + mass))
-    # From here on in logarithms: at large n the low outcomes' probabilities underflow.
-    log_picked = n * np.log(np.minimum(below + mass, 1.0)) + np.log(-np.expm1(n * log_share))
-    return float(np.sum(np.exp(log_picked) * (log_picked - np.log(mass))))
-
-
 def expected_win_rate(n: int) -> float:
     """P(the best of n beats one fresh sample) = n/(n + 1), under the scorer that picked it, where scores never tie."""
     if n < 1:

@@ -282,11 +282,12 @@ def leaks_found(name: str, seen: str, leakage: Leakage | None, *, texts: bool = 
 
 
 def low_ceiling(name: str, ceiling: RaterCeiling) -> Iterator[Finding]:
-    """Raters of a set who agree too little."""
+    """Raters of a set whose votes decide too little."""
     if ceiling.accuracy is not None and ceiling.accuracy < LOW_CEILING:
         yield Finding(
             name,
-            f"Raters agree so little that no model can match more than {percent(ceiling.accuracy)} of single votes.",
+            f"The votes decide so little that no model can match more than {percent(ceiling.accuracy)} of single ones: "
+            "raters disagree, or call it a tie, which counts half for either.",
             "The labels limit the reward model, and noisy ones bring over-optimisation nearer.",
             "More raters a pair, clearer instructions, or pairs.min_gap to train on the clear ones; they say more than "
             "a larger model.",
@@ -529,11 +530,13 @@ def _length_findings(name: str, data: SetReport) -> Iterator[Finding]:
     if share <= LONGER_PREFERRED_SHARE and 1 - share <= LONGER_PREFERRED_SHARE:
         return
     which, often = ("longer", share) if share > 0.5 else ("shorter", 1 - share)
+    # The penalty is for length that is overpaid; it never rewards length.
+    otherwise = ", or keep length out of the score (aggregation.length_penalty: fitted)" if which == "longer" else ""
     yield Finding(
         f"{name} pairs",
         f"The {which} response is preferred in {percent(often)} of the pairs.",
         "A reward model can reach that by length alone, and a policy trained against it drifts in length.",
-        "Balance the pairs, or keep length out of the score (aggregation.length_penalty: fitted).",
+        f"Balance the pairs{otherwise}.",
         "medium",
     )
 

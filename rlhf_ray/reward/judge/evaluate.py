@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
-from rlhf_ray.failures import Refused
+from rlhf_ray.failures import BadInput, Refused
+from rlhf_ray.reward.core.card import RewardModelCard
 from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
@@ -67,6 +68,8 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         check_vllm(config.gate)
     texts = read_texts(config.model, "model", config.scorer)
     card = texts.card
+    if gate and config.gate.record and card is None:
+        raise BadInput("gate.record", f"true, and '{config.model}' has no card", "a model of train-rm, or false")
     used = read_pairs(config.pairs, "pairs.path", texts, config.scorer.on_too_long, "scorer")
     leakage = _leakage(config, used, texts)
     benchmarks = [
@@ -87,16 +90,23 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
         with Tracker(config, "reward_model", folder, title, 0, ()) as tracker:
             if policy is not None:
                 tracker.phase("sampling the policy")
-                samples = sample_policy(policy, config.cluster, config.run.seed, folder.logs)
+                samples = sample_policy(policy, config.cluster, config.run.seed, tracker)
             if samples is not None and (samples.num_skipped or samples.num_surplus):
                 skipped, surplus = samples.num_skipped, samples.num_surplus
                 tracker.events.write("samples_left_out", skipped_prompts=skipped, surplus_responses=surplus)
                 tracker.display.message(f"left out: {skipped} prompts, and {surplus} responses that others lack")
-            with role_group(scorer_request(config.scorer), config.cluster, folder.logs) as scorers:
+            with role_group(scorer_request(config.scorer), config.cluster, tracker) as scorers:
                 tracker.phase("loading the reward model")
                 build_scorers(scorers, config.model, config.scorer)
                 tracker.phase("scoring pairs")
-                scored, evaluation = judge_pairs(scorers, used, card, config.judgement, config.run.seed)
+                try:
+                    scored, evaluation = judge_pairs(
+                        scorers, used, config.model, card, config.judgement, config.run.seed
+                    )
+                except Refused as refusal:
+                    if gate:
+                        _record(config, card, Verdict(False, refusal.refusals))
+                    raise
                 results = []
                 for benchmark in benchmarks:
                     tracker.phase(f"scoring {benchmark.name}")
@@ -110,7 +120,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 tracker.phase("checking the reward model's integrity")
                 probes = probe_texts(used, config.gate.probes)
                 checks = check_integrity(
-                    config.model, card, probes, config.scorer, config.gate, config.cluster, folder.logs
+                    config.model, card, probes, config.scorer, config.gate, config.cluster, tracker
                 )
             findings = find(
                 evaluation,
@@ -122,9 +132,8 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 cut_pairs=used.left_out.cut,
             )
             verdict = Verdict.of(findings) if gate else None
-            if verdict is not None and card is not None and config.gate.record:
-                update = {"released": verdict.released, "refusals": verdict.refusals}
-                card.model_copy(update=update).save(Path(config.model))
+            if verdict is not None:
+                _record(config, card, verdict)
             write_report(
                 folder,
                 config.run.name,
@@ -146,6 +155,12 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
             tracker.finish(summary | {"released": released, "wall_s": tracker.wall_s})
     if verdict is not None and not verdict.released:
         raise Refused(config.model, verdict.refusals)
+
+
+def _record(config: RewardEvaluationConfig, card: RewardModelCard | None, verdict: Verdict) -> None:
+    """The verdict, into the model's card, if that is wanted."""
+    if card is not None and config.gate.record:
+        card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}).save(Path(config.model))
 
 
 def read_texts(model: str, key: str, scorer: ScorerSettings) -> RewardTexts:

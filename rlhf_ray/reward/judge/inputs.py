@@ -128,7 +128,7 @@ def read_pairs(
     sides: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     cut = too_long = small_gap = 0
     for pair in read.pairs:
-        if settings.min_gap is not None and (pair.gap is None or pair.gap < settings.min_gap):
+        if settings.min_gap is not None and (pair.gap is None or abs(pair.gap) < settings.min_gap):
             small_gap += 1
             continue
         (chosen, chosen_cut), (rejected, rejected_cut) = (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.reward import RewardSettings, ScorerSettings
 from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
 from rlhf_ray.config.settings import ClusterSettings
-from rlhf_ray.failures import BadInput, FailureKind, RoleFailure
+from rlhf_ray.failures import BadInput, FailureKind, Refused, RoleFailure
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.checks import Check, vllm_check
@@ -40,6 +40,7 @@ from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import role_group
 from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.tracker import Tracker
 
 
 def scorer_request(settings: ScorerSettings) -> RoleRequest:
@@ -77,13 +78,21 @@ def build_scorers(scorers: ActorGroup[RewardScorer], model: str, settings: Score
 def judge_pairs(
     scorers: ActorGroup[RewardScorer],
     used: UsedPairs,
+    model: str,
     card: RewardModelCard | None,
     settings: JudgementSettings,
     seed: int,
 ) -> tuple[ScoredPairs, PairEvaluation]:
-    """Score held-out pairs and judge the scores."""
+    """Score held-out pairs and judge the scores.
+
+    Raises:
+        Refused: not one pair has scores.
+    """
     layout = card.layout if card else MemberLayout()
     scored = score_pairs(scorers, used, card.aggregation if card else ScoreAggregation())
+    if not scored.kept:
+        causes = ", ".join(f"{cause} ({count:,} texts)" for cause, count in scored.failures.items())
+        raise Refused(model, (f"failures: Not one of {len(used.pairs):,} pairs has scores for both texts: {causes}.",))
     pairs = [used.pairs[index] for index in scored.kept]
     return scored, evaluate_pairs(pairs, scored.scores, layout.attributes, settings, seed)
 
@@ -102,14 +111,14 @@ def check_integrity(
     scorer: ScorerSettings,
     gate: GateSettings,
     cluster: ClusterSettings,
-    logs: Path,
+    tracker: Tracker,
 ) -> tuple[Check, ...]:
     """All integrity checks, each in a process of its own: vLLM starts while the others are made."""
     settings = reward_settings(model, scorer)
     tolerance = gate.max_engine_difference
     requests = integrity_requests(scorer, gate)
     with ExitStack() as stack:
-        groups = [stack.enter_context(role_group(request, cluster, logs)) for request in requests]
+        groups = [stack.enter_context(role_group(request, cluster, tracker)) for request in requests]
         inspector = groups[0]
         models: list[tuple[str, str, int]] = []
         starting: list[Answer[None]] = []

@@ -18,7 +18,8 @@ class RaterCeiling:
 
     Attributes:
         accuracy: the best that any model can reach against the vote of one rater, drawn at random.
-        agreement: probability that two different raters, drawn at random, give the same answer.
+        agreement: probability that two different raters, drawn at random, vote for the same response, where a tie is
+            half a vote for either.
         soft_pairs: pairs whose label is neither 0 nor 1.
         pairs: that the figures are over: all but those with a single vote.
     """

@@ -121,10 +121,6 @@ class TrainingTexts:
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise BadInput(key, f"'{path}' cannot be read ({error})", "the file that train-rm wrote") from None
 
-    def contains(self, texts: Iterable[str]) -> NDArray[np.bool_]:
-        """Which whole texts (prompt + response) were in training, `[n]`."""
-        return np.isin(_hash_texts(texts), self.texts)
-
     def leakage(self, hashes: PairHashes) -> Leakage:
         """How many of these pairs were in training."""
         return Leakage(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +47,7 @@ from rlhf_ray.roles.generator import Generator, ShardPlan, cut_into_shards
 from rlhf_ray.rollout import FINISH_LENGTH, Rollout
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import role_group
+from rlhf_ray.tracking.tracker import Tracker
 
 SCORED_FLAT = 0.01
 """A prompt is scored flat where its scores lie within this share of the standard deviation of all scores."""
@@ -229,7 +229,7 @@ def read_policy(settings: BestOfNSettings) -> PolicyToSample:
     return PolicyToSample(settings, model, settings.prompts.path, tokenizer, prompts, context_tokens)
 
 
-def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, logs: Path) -> PolicySamples:
+def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, tracker: Tracker) -> PolicySamples:
     """Sample from a policy with vLLM, on the cluster that this process is connected to.
 
     Every response has a seed of its own, keyed by prompt and sample, and a shard of prompts is made in one engine, so
@@ -237,7 +237,7 @@ def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, l
 
     Args:
         seed: the run's.
-        logs: folder of the engines' logs.
+        tracker: of the run.
 
     Raises:
         RoleFailure: an engine failed.
@@ -245,7 +245,7 @@ def sample_policy(policy: PolicyToSample, cluster: ClusterSettings, seed: int, l
     settings, prompts, tokenizer = policy.settings, policy.prompts, policy.tokenizer
     eos_token_id = int(tokenizer.eos_token_id)
     rollouts: list[Rollout] = []
-    with role_group(RoleRequest("generator", "best_of_n.generator", settings.generator), cluster, logs) as group:
+    with role_group(RoleRequest("generator", "best_of_n.generator", settings.generator), cluster, tracker) as group:
         group.build_all(
             partial(Generator, policy.model, settings.generator, policy.context_tokens, eos_token_id, WeightSettings())
         )

@@ -20,7 +20,7 @@ from ray.serve._private.tracing_utils import is_tracing_enabled
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings
+from rlhf_ray.config.serving import ServedModelSettings, ServiceSettings, check_shares
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.serve.audit import AuditLog, AuditRecord
@@ -44,6 +44,8 @@ BEAT_S = 1.0
 _MONITOR_TIMEOUT_S = 5.0
 _FIRST_ORDER_TIMEOUT_S = 120.0
 _PROBE_TIMEOUT_S = 20.0
+_MOST_AUDIT_RECORDS = 100_000
+"""That wait for the disk."""
 _AUDIT_PAUSE_S = 5.0
 """Before a log that could not be written is opened again."""
 
@@ -227,6 +229,9 @@ class AuditQueue:
 
     def put(self, records: Sequence[AuditRecord]) -> None:
         """Take scores; they are on the disk a moment later."""
+        if len(self._records) > _MOST_AUDIT_RECORDS:
+            self._lost(len(records))  # the disk does not answer, and memory is not for them
+            return
         self._records.extend(records)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write())
@@ -270,9 +275,21 @@ class Monitor:
         self._monitor = ServiceMonitor(own.candidates, own.drift, store)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Order models; Serve calls it at the start, and when they change."""
-        models = [ServedModelSettings.model_validate(model) for model in user_config["models"]]
-        self._monitor.configure(models, user_config)
+        """Order models; Serve calls it at the start, and when they change. Models that cannot share the traffic are not
+        ordered: those that were go on.
+
+        Raises:
+            ValueError: there were none.
+        """
+        try:
+            models = [ServedModelSettings.model_validate(model) for model in user_config["models"]]
+            check_shares(models)
+        except ValueError as error:
+            if not self._monitor.order.models:
+                raise
+            self._monitor.refuse(str(error))
+        else:
+            self._monitor.configure(models, user_config)
 
     async def order_models(self, models: Sequence[ServedModelSettings]) -> None:
         """Order other models than those of the configuration, or read the same directories again."""

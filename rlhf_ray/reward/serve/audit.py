@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rlhf_ray.config.serving import AuditSettings
 from rlhf_ray.failures import BadInput
 
-_FILE_NAME = re.compile(r"(?P<writer>[A-Za-z0-9._#-]+)-(?P<number>[0-9]{6,})\.jsonl")
+_FILE_NAME = re.compile(r"(?P<writer>[A-Za-z0-9_#-][A-Za-z0-9._#-]*)-(?P<number>[0-9]{6,})\.jsonl")
 _LINE = re.compile(rb'(?P<body>\{.*),"hash":"(?P<hash>[0-9a-f]{64})"\}\n')
 _INTACT = "the line that the log wrote"
 _SHORTEST_KEY = 16
@@ -264,7 +264,8 @@ class AuditLog:
     Args:
         folder: may hold the chains of other writers too.
         settings: what is kept, and how much.
-        writer: name of this chain, the same over restarts if it is to go on: letters, digits, `.`, `_`, `-`, `#`.
+        writer: name of this chain, the same over restarts if it is to go on: letters, digits, `.`, `_`, `-`, `#`, and
+            no `.` at its front.
 
     Raises:
         BadInput: the last file is not as the log left it, or another process writes this chain.

@@ -66,7 +66,6 @@ def replay(
     folder: Path,
     scorers: Mapping[str, RewardScorer],
     *,
-    request_id: str | None = None,
     texts: str | None = None,
     key: bytes = b"",
     heads: Sequence[Head] = (),
@@ -75,14 +74,13 @@ def replay(
 
     Args:
         scorers: by version, in the mode that the service scored in.
-        request_id: only the records of this request.
         texts: file of rows with `text` (and `templated`, where a chat template has written the special tokens), or
             `messages`; needed where the log keeps texts as hashes. A text that a request had cut to fewer tokens than
             the model takes is not found by its whole.
         key, heads: as of `verify`.
 
     Raises:
-        BadInput: the log is not intact or has no records, has no such request, or the file of texts cannot be read.
+        BadInput: the log is not intact or has no records, or the file of texts cannot be read.
     """
     known = {version: _by_hash(scorer.texts, texts, key) for version, scorer in scorers.items()} if texts else {}
     waiting: dict[str, list[tuple[str, LoggedScore, Sequence[int]]]] = defaultdict(list)
@@ -104,8 +102,6 @@ def replay(
         not_replayed.append(NotReplayed(place, record.request_id, record.caller, cause))
 
     for place, record in verified_records(folder, key, heads):
-        if request_id is not None and record.request_id != request_id:
-            continue
         token_ids = record.token_ids or known.get(record.version, {}).get(record.text_hash)
         if record.version not in scorers:
             leave_out(place, record, f"no model of version {record.version}")
@@ -123,8 +119,7 @@ def replay(
     for version in list(waiting):
         score(version)
     if not (equal or differences or not_replayed):
-        found = f"no record of request '{request_id}'" if request_id else "no record"
-        raise BadInput(str(folder), found, "a folder, and a request id, of which there are scores")
+        raise BadInput(str(folder), "no record", "a folder of which there are scores")
     return ReplayReport(equal, tuple(differences), tuple(not_replayed))
 
 

@@ -92,6 +92,7 @@ class _Job:
     submitted: float
     missing: int
     rows: list[tuple[ScoredTexts, int] | None]
+    first: bool = False
     started: float | None = None
 
 
@@ -240,7 +241,7 @@ class MicroBatcher:
         self, queues: dict[LoadedModel, _Waiting], model: LoadedModel, texts: Sequence[Encoded], first: bool
     ) -> asyncio.Future[BatchedScores]:
         future: asyncio.Future[BatchedScores] = asyncio.get_running_loop().create_future()
-        job = _Job(model, future, time.perf_counter(), len(texts), [None] * len(texts))
+        job = _Job(model, future, time.perf_counter(), len(texts), [None] * len(texts), first=first)
         items = [_Item(job, index, encoded) for index, encoded in enumerate(texts)]
         waiting = queues.setdefault(model, _Waiting())
         if first:
@@ -370,7 +371,7 @@ class MicroBatcher:
             if not waiting.items:
                 del queues[model]
         heads = [waiting.items[0] for waiting in queues.values()]
-        return min(heads, key=lambda item: item.job.submitted, default=None)
+        return min(heads, key=lambda item: (not item.job.first, item.job.submitted), default=None)
 
     def _is_full(self, waiting: _Waiting) -> bool:
         if len(waiting.items) >= self._settings.max_texts:

@@ -52,16 +52,13 @@ class WorkFigures:
     Attributes:
         candidate_texts, live_texts: that each was given.
         failure_rate, live_failure_rate: of those, without a score.
-        compute_s_per_token, live_compute_s_per_token: of each model.
-        latency_ratio: of the two, candidate / live.
+        latency_ratio: time a token, candidate / live.
     """
 
     candidate_texts: int
     live_texts: int
     failure_rate: float | None
     live_failure_rate: float | None
-    compute_s_per_token: float | None
-    live_compute_s_per_token: float | None
     latency_ratio: float | None
 
     @classmethod
@@ -71,8 +68,6 @@ class WorkFigures:
             live_texts=live.texts,
             failure_rate=candidate.failures / candidate.texts if candidate.texts else None,
             live_failure_rate=live.failures / live.texts if live.texts else None,
-            compute_s_per_token=pace.candidate_s / pace.tokens if pace else None,
-            live_compute_s_per_token=pace.main_s / pace.tokens if pace else None,
             latency_ratio=pace.candidate_s / pace.main_s if pace else None,
         )
 
@@ -83,24 +78,18 @@ class ScoreFigures:
 
     Attributes:
         score_shift: candidate's mean score − live mean score, in standard deviations of the live scores.
-        scale_ratio: standard deviation of the candidate's scores / of the live scores.
         kendall_tau: Kendall's τ-b of the scores.
-        pearson: correlation of the scores.
         sign_flip_rate, sign_flip_low, sign_flip_high, sign_flip_pairs: `SignFlips`.
         sign_flips_within_requests: whether those are pairs of one request; else all pairs.
-        sign_flip_rate_all_pairs: whatever their requests.
     """
 
     score_shift: float | None = None
-    scale_ratio: float | None = None
     kendall_tau: float | None = None
-    pearson: float | None = None
     sign_flip_rate: float | None = None
     sign_flip_low: float | None = None
     sign_flip_high: float | None = None
     sign_flip_pairs: int = 0
     sign_flips_within_requests: bool = False
-    sign_flip_rate_all_pairs: float | None = None
 
 
 @dataclass(frozen=True)
@@ -184,20 +173,17 @@ class ShadowComparison(_Works):
         everywhere = sign_flips(live, shadow)
         within = sign_flips_within(live, shadow, self._groups)
         flips = within if within is not None and within.pairs >= _MIN_REQUEST_PAIRS else everywhere
-        live_std, shadow_std = float(live.std()), float(shadow.std())
+        live_std = float(live.std())
         # A constant's standard deviation may be a rounding error instead of 0.
         live_varies, varied = np.ptp(live) > 0, np.ptp(live) > 0 and np.ptp(shadow) > 0
         return ScoreFigures(
             score_shift=float((shadow - live).mean()) / live_std if live_varies else None,
-            scale_ratio=shadow_std / live_std if live_varies else None,
             kendall_tau=float(kendalltau(live, shadow, method="asymptotic").statistic) if varied else None,
-            pearson=float(np.corrcoef(live, shadow)[0, 1]) if varied else None,
             sign_flip_rate=flips.rate if flips else None,
             sign_flip_low=flips.low if flips else None,
             sign_flip_high=flips.high if flips else None,
             sign_flip_pairs=flips.pairs if flips else 0,
             sign_flips_within_requests=flips is within and within is not None,
-            sign_flip_rate_all_pairs=everywhere.rate if everywhere else None,
         )
 
 

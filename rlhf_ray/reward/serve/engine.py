@@ -18,7 +18,7 @@ from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.core.texts import RewardTexts
-from rlhf_ray.reward.serve.batcher import MicroBatcher, gather_rows
+from rlhf_ray.reward.serve.batcher import BatchedScores, MicroBatcher, gather_rows
 from rlhf_ray.reward.serve.context import REQUEST, Caller
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput, Timings
 from rlhf_ray.reward.serve.model_table import PROBE, LoadedModel, ModelTable, read_table
@@ -34,6 +34,9 @@ _TEXTS_BETWEEN_PAUSES = 8
 """Tokenizing takes turns with other requests after so many texts."""
 _SHORT_CHARACTERS = 1 << 15
 """Longer requests are tokenized in a thread: megabytes take seconds, in which nobody else would be answered."""
+
+_MODEL_FAULTS = (ErrorType.UNSCORABLE, ErrorType.INTERNAL)
+_OWN_FAMILIES = ("own", "explain")
 
 Result = TypeVar("Result")
 
@@ -96,6 +99,7 @@ class RewardEngine:
                 await self._try(model)
             self.paces = await self._time(table)
             self._table = table
+            self._observer.keep_only([model.info.id for model in table.models])
             self._scored_at = {}
         finally:
             # Of the old table, or of one that could not be loaded whole.
@@ -145,10 +149,6 @@ class RewardEngine:
         """Let a function read texts as a model does, in the thread of long texts; see `Tokenizing`."""
         texts = self._find(model).long_texts
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, texts)
-
-    def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
-        """The text of tokens."""
-        return str(self._find(model).texts.tokenizer.decode(list(token_ids)))
 
     async def probe(self, timeout_s: float) -> None:
         """See that every model scores: it has just done so, or scores a sentence now, before all who wait.
@@ -204,7 +204,7 @@ class RewardEngine:
                     _check_cuts(inputs, chosen)
                     encoded = await self._encode(inputs, chosen)
                     tokenized = time.perf_counter()
-                    batched = await self._batcher.score(chosen, encoded)
+                    batched = await self._score(chosen, encoded)
             except TimeoutError:
                 raise ApiError(
                     ErrorType.DEADLINE,
@@ -214,27 +214,38 @@ class RewardEngine:
             finally:
                 self._requests -= 1
                 self._using[chosen.key] -= 1
-        scored = gather_rows(batched.rows)
-        answer = Answer(
-            _as_scores(scored, chosen), chosen.info, Timings(tokenized - began, batched.queue_s, batched.compute_s)
-        )
-        self._scored_at[chosen.key] = time.monotonic()
+        scored, timings = gather_rows(batched.rows), Timings(tokenized - began, batched.queue_s, batched.compute_s)
         if context.family == "explain":
             # The text itself comes first. The others have words left out, and none of them is traffic.
             self._observer.record(context, chosen, encoded[:1], scored)
         else:
-            self._observer.scored(context, chosen, encoded, scored, answer.timings)
+            # Before a text without a score refuses them all: what a model fails at is counted.
+            self._observer.scored(context, chosen, encoded, scored, timings)
+        answer = Answer(_as_scores(scored, chosen), chosen.info, timings)
+        self._scored_at[chosen.key] = time.monotonic()
+        if context.family != "explain":
             self._cast_shadows(context.request_id, chosen, inputs, scored)
         return answer
 
+    async def _score(self, model: LoadedModel, encoded: Sequence[Encoded]) -> BatchedScores:
+        try:
+            return await self._batcher.score(model, encoded)
+        except ApiError as error:
+            if error.type in _MODEL_FAULTS:
+                self._observer.failed(model, len(encoded))
+            raise
+
     def _find(self, name: str | None) -> LoadedModel:
-        if not self._table.models:
+        if not self._table.live:
             raise ApiError(ErrorType.UNAVAILABLE, "no model is loaded yet", retry_after_s=self._limits.retry_after_s)
-        return self._table.live[0] if name is None else self._table.choose(name, "")
+        return self._table.live[0] if name is None else self._choose(name, "")
 
     def _choose(self, name: str | None, sticky: str) -> LoadedModel:
+        """The model of a request. Clients of the other protocols must send some name, and may send any."""
         self._find(None)
-        return self._table.choose(name, sticky)
+        context = REQUEST.get(None)
+        is_foreign = context is not None and context.family not in _OWN_FAMILIES
+        return self._table.choose(name, sticky, any_name=is_foreign)
 
     def _admit(self, num_texts: int, caller: Caller) -> None:
         """Admission control of what was read; of requests as such, see `Front`.
@@ -311,8 +322,11 @@ class RewardEngine:
         try:
             batched = await self._batcher.score_as_shadow(shadow, await self._encode(inputs, shadow))
             self._observer.shadowed(request_id, live, shadow, scored, gather_rows(batched.rows))
-        except ApiError as error:
-            self._observer.shadow_failed(shadow, len(inputs), error)
+            self._scored_at[shadow.key] = time.monotonic()
+        except Exception as error:  # nobody waits for it, and it counts against the shadow whatever it is
+            if not isinstance(error, ApiError):
+                logger.exception("the shadow %s failed", shadow.info.name)
+            self._observer.shadow_failed(shadow, len(inputs))
         finally:
             self._using[shadow.key] -= 1
 

@@ -120,8 +120,8 @@ class Service(Protocol):
         """Score all inputs.
 
         Args:
-            model: a model by name or version; None, or a name the service does not know while it has only one live
-                model, lets the service choose.
+            model: a model by name or version; None lets the service choose, and so does a name that it does not know,
+                but for our own protocol.
             sticky: requests with the same key go to the same model while the shares stay as they are.
 
         Raises:
@@ -130,6 +130,3 @@ class Service(Protocol):
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The models, the one with the largest share first."""
-
-    def detokenize(self, token_ids: Sequence[int], model: str | None = None) -> str:
-        """The text of tokens."""

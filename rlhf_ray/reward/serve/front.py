@@ -114,10 +114,8 @@ class Front:
                 if caller is None:
                     raise ApiError(ErrorType.UNAUTHORIZED, "a token is needed: Authorization: Bearer TOKEN")
                 context.caller = caller
-            elif not is_local(headers.get(b"host", b"").decode("latin-1")):
-                raise ApiError(
-                    ErrorType.BAD_REQUEST, "Host: without a token only localhost and addresses of this machine"
-                )
+            else:
+                _check_browser(headers)
         if _length(headers) > self._limits.max_body_bytes:
             raise self._too_many_bytes()
 
@@ -174,6 +172,20 @@ class Front:
 
     def _too_many_bytes(self) -> ApiError:
         return ApiError(ErrorType.TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")
+
+
+def _check_browser(headers: dict[bytes, bytes]) -> None:
+    """Without a token: see that no page of another site made a browser send this.
+
+    Raises:
+        ApiError: one may have.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+    if not is_local(host):
+        raise ApiError(ErrorType.BAD_REQUEST, "Host: without a token only localhost and addresses of this machine")
+    # Browsers say which page asks, also where the page may not read the answer.
+    if origin and origin.partition("://")[2] != host:
+        raise ApiError(ErrorType.BAD_REQUEST, "Origin: without a token only the service's own page may ask")
 
 
 class Fronted:

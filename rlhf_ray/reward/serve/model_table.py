@@ -17,7 +17,7 @@ from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings
 from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.models.loading import resolve_dtype
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
-from rlhf_ray.reward.core.card import RewardModelCard, weights_version
+from rlhf_ray.reward.core.card import RewardModelCard, directory_version
 from rlhf_ray.reward.core.reference_scores import ReferenceScores
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.exchange import ModelInfo
@@ -56,7 +56,7 @@ class Weights:
         files, folder = _file_states(path), Path(path)
         card = RewardModelCard.load(path, key)
         if card is None:
-            return cls(path, weights_version(folder) if folder.is_dir() else path, files)
+            return cls(path, directory_version(folder) if folder.is_dir() else path, files)
         version = card.version_of(folder)
         if version != card.version:
             raise BadInput(
@@ -127,13 +127,13 @@ class ModelTable:
         """Those that score unseen."""
         return tuple(model for model in self.models if model.info.role == "shadow")
 
-    def choose(self, name: str | None, sticky: str) -> LoadedModel:
+    def choose(self, name: str | None, sticky: str, any_name: bool = False) -> LoadedModel:
         """The model of a request.
 
         Args:
-            name: model or version that it asks for. Clients that must send some name may send any while there is only
-                one live model.
+            name: model or version that it asks for.
             sticky: requests with the same key get the same model.
+            any_name: a name that is not known asks for none.
 
         Raises:
             ApiError: there is no such model.
@@ -142,7 +142,7 @@ class ModelTable:
             for model in self.models:
                 if name in (model.info.name, model.info.version):
                     return model
-            if len(self.live) > 1:
+            if not any_name:
                 names = ", ".join(model.info.name for model in self.models)
                 raise ApiError(ErrorType.NOT_FOUND, f"there is no such model; there are {names}")
         live = self.live

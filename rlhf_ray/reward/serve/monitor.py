@@ -80,6 +80,10 @@ class ServiceMonitor:
         if dict(configuration) != self._decided.configuration:
             self._order(models, dict(configuration))
 
+    def refuse(self, cause: str) -> None:
+        """Note that other models were to be ordered, and cannot be."""
+        self._note(f"the models that are served stay; those of the new configuration are refused: {cause}")
+
     def order_models(self, models: Sequence[ServedModelSettings]) -> None:
         """Order other models than those of the configuration, or the same once more."""
         self._order(models, self._decided.configuration)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rlhf_ray.config.serving import CandidateSettings
-from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
+from rlhf_ray.reward.client.service_errors import ErrorType
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.serve.audit import AuditRecord
@@ -23,6 +24,8 @@ from rlhf_ray.reward.serve.exchange import ModelId, Timings
 from rlhf_ray.reward.serve.model_table import LoadedModel, unit_hash
 from rlhf_ray.reward.serve.traffic import LATENCY_EDGES_S, ModelWork, ShadowSample, TextSample, Traffic
 
+_CLIENT_GONE = 499
+"""What Serve says where nobody waits for the answer any more."""
 _MOST_SAMPLES = 4096
 """Texts of one model that a beat carries; the rest is counted."""
 _MOST_SHADOW_TEXTS = 2048
@@ -145,19 +148,36 @@ class Observer:
         self._traffic.tokens += num_tokens
         work = self._work(labels)
         work.texts += num_texts
-        finite = scored.scores[np.isfinite(scored.scores)]
-        work.score_sum += float(finite.sum())
-        work.score_square_sum += float((finite**2).sum())
-        if failures := num_texts - len(finite):
+        good = np.flatnonzero(np.isfinite(scored.scores))
+        scores = scored.scores[good]
+        work.score_sum += float(scores.sum())
+        work.score_square_sum += float((scores**2).sum())
+        if failures := num_texts - len(good):
             work.failures += failures
             counters["failed_texts"].labels(*labels).inc(failures)
         self.record(context, model, encoded, scored)
-        self._recent[labels].extend(zip(scored.scores.tolist(), scored.disagreement.tolist(), strict=True))
-        if self._num_samples[labels] + num_texts > _MOST_SAMPLES:
-            self._traffic.left_out += num_texts
-            return
-        self._num_samples[labels] += num_texts
-        self._samples[labels].append((scored.scores, scored.num_tokens, [_key(ids) for ids, _ in encoded]))
+        self._recent[labels].extend(zip(scores.tolist(), scored.disagreement[good].tolist(), strict=True))
+        if self._num_samples[labels] + len(good) > _MOST_SAMPLES:
+            self._traffic.left_out += len(good)
+        elif len(good):
+            self._num_samples[labels] += len(good)
+            self._samples[labels].append((scores, scored.num_tokens[good], [_key(encoded[row][0]) for row in good]))
+
+    def failed(self, model: LoadedModel, num_texts: int) -> None:
+        """A model gave a request's texts no scores."""
+        self.metrics.counters["failed_texts"].labels(*model.info.id).inc(num_texts)
+        work = self._work(model.info.id)
+        work.texts += num_texts
+        work.failures += num_texts
+
+    def keep_only(self, models: Sequence[ModelId]) -> None:
+        """Let go of what the last texts of other models were."""
+        for gone in self._recent.keys() - set(models):
+            del self._recent[gone]
+            with suppress(KeyError):  # it was never asked for
+                self.metrics.disagreement.remove(*gone)
+                for quantile in _QUANTILES:
+                    self.metrics.score_quantiles.remove(*gone, str(quantile))
 
     def record(
         self, context: RequestContext, model: LoadedModel, encoded: Sequence[Encoded], scored: ScoredTexts
@@ -191,6 +211,9 @@ class Observer:
     def finished(self, context: RequestContext, status: int, elapsed_s: float) -> None:
         """A request was answered, one way or the other."""
         error = context.error
+        fault = None if error is None else error.value
+        if error is None and status >= 400:  # nobody here said so, but Serve: the client left, or there is no replica
+            fault = "client_gone" if status == _CLIENT_GONE else ErrorType.UNAVAILABLE.value
         self.metrics.counters["requests"].labels(context.family, str(status)).inc()
         if context.caller.name is not None:
             self.metrics.counters["caller_requests"].labels(context.caller.name).inc()
@@ -199,13 +222,13 @@ class Observer:
         self.metrics.seconds["request_seconds"].labels(context.family).observe(elapsed_s)
         if context.family in _NOT_TRAFFIC:
             return
-        outcome = "answered" if error is None else "refused" if error in _REFUSALS else "failed"
+        outcome = "answered" if fault is None else "refused" if error in _REFUSALS else "failed"
         self._traffic.outcomes[outcome] = self._traffic.outcomes.get(outcome, 0) + 1
-        if error is None:
+        if fault is None:
             self._traffic.latencies[np.searchsorted(LATENCY_EDGES_S, elapsed_s)] += 1
             return
-        self.metrics.counters["errors"].labels(error.value).inc()
-        self._traffic.errors[error.value] = self._traffic.errors.get(error.value, 0) + 1
+        self.metrics.counters["errors"].labels(fault).inc()
+        self._traffic.errors[fault] = self._traffic.errors.get(fault, 0) + 1
 
     def wants_shadow(self, shadow: LoadedModel, request_id: str, num_texts: int) -> bool:
         """Whether a shadow is to score a request's texts; a request is taken whole or not at all."""
@@ -229,7 +252,7 @@ class Observer:
         group = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big")
         self._shadows[(live.info.id, shadow.info.id)].append((seen.scores, unseen.scores, group))
 
-    def shadow_failed(self, shadow: LoadedModel, num_texts: int, error: ApiError) -> None:
+    def shadow_failed(self, shadow: LoadedModel, num_texts: int) -> None:
         """A shadow could not score texts that a live model had scored."""
         self._waiting_for_shadow -= num_texts
         work = self._work(shadow.info.id)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlhf_ray.config.reward_model import RewardTrainingSettings
 from rlhf_ray.config.settings import LearnerSettings
-from rlhf_ray.models.adapters import add_adapters
+from rlhf_ray.models.adapters import add_adapters, persistent_buffers
 from rlhf_ray.models.loading import (
     resolve_attention,
     resolve_dtype,
@@ -203,7 +203,8 @@ class RewardLearner:
         state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights}
         if self._engine.rank.rank != 0:
             return ""
-        self._engine.unwrapped.network.save_pretrained(folder, state_dict=state)
+        network = self._engine.unwrapped.network
+        network.save_pretrained(folder, state_dict=state | persistent_buffers(network))
         self._tokenizer.save_pretrained(folder)
         return head_hash(state)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.reward_model import RewardModelConfig
 from rlhf_ray.randomness import batch_rows, keyed_seed
 from rlhf_ray.reward.core.card import MemberLayout, Probe
+from rlhf_ray.reward.core.loading import written_head_hash
 from rlhf_ray.reward.judge.accuracy import pair_credit
 from rlhf_ray.reward.judge.calibration import negative_log_likelihood
 from rlhf_ray.reward.judge.inputs import TrainingInputs, UsedPairs
@@ -140,6 +141,9 @@ class RewardTraining:
         )
         if checkpoint is not None:
             self._group.call_all(RewardLearner.load_checkpoint, str(checkpoint))
+            if state.best is not None and not self._has_the_best():
+                # It went on after the checkpoint, and found one that was better there.
+                state.best, state.best_step, state.judgements_since_best = None, 0, 0
         pairs = encoded_pairs(self._inputs.training, self._inputs.attributes, config.ensemble, seed)
         while state.member_step < self._steps and not self._is_stale():
             self._step(pairs, seed)
@@ -202,6 +206,11 @@ class RewardTraining:
         self._tracker.events.write("member_ended_early", cause=cause, step=state.step)
         self._tracker.display.message(f"ending early: {cause}")
         return True
+
+    def _has_the_best(self) -> bool:
+        """Whether the weights in the member's folder are those that the checkpoint calls the best."""
+        folder = self._folder.reward_model / self._layout.folders[self._state.member]
+        return written_head_hash(folder) == self._state.head_hashes[self._state.member]
 
     def _write_member(self) -> None:
         state = self._state

@@ -82,7 +82,7 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
         title = f"reward model {config.run.name} · {config.model}"
         with Run(config, "reward_model", title, steps, COLUMNS, config.checkpoint, resume) as run:
             report = _look_at_the_data(inputs, run.folder, run.tracker)
-            with role_group(learner, config.cluster, run.folder.logs) as group:
+            with role_group(learner, config.cluster, run.tracker) as group:
                 trained = RewardTraining(config, inputs, layout, group, run).train()
             _finish(config, inputs, layout, trained, report, run.folder, run.tracker)
 
@@ -159,6 +159,7 @@ def _finish(
         ),
         head_hashes=trained.head_hashes,
         probes=trained.probes,
+        covers_tokenizer=True,
     )
     card = _write(card, folder)
     plot_loss(folder.metrics, folder.plot, f"{config.run.name} · {config.model}")
@@ -167,18 +168,20 @@ def _finish(
         "steps": trained.steps,
         "pairs": len(inputs.training.pairs),
     }
-    if config.scorer.on_too_long != config.training.on_too_long and config.training.on_too_long == "truncate":
-        config = config.model_copy(update={"scorer": config.scorer.model_copy(update={"on_too_long": "truncate"})})
     report: EvaluationReport | None = None
     judged: tuple[ScoredPairs, PairEvaluation] | None = None
-    with role_group(scorer_request(config.scorer), config.cluster, folder.logs) as scorers:
+    with role_group(scorer_request(config.scorer), config.cluster, tracker) as scorers:
         tracker.phase("loading the reward model again")
         build_scorers(scorers, model, config.scorer)
         fitted, sample = _fit_aggregation(card, config.aggregation, scorers, inputs.training)
         card = _write(card.model_copy(update={"aggregation": fitted}), folder)
         if inputs.held_out is not None:
             tracker.phase("judging the reward model")
-            judged = judge_pairs(scorers, inputs.held_out, card, config.judgement, config.run.seed)
+            try:
+                judged = judge_pairs(scorers, inputs.held_out, model, card, config.judgement, config.run.seed)
+            except Refused as refusal:
+                _write(card.model_copy(update={"released": False, "refusals": refusal.refusals}), folder)
+                raise
     # Training texts stand in for held-out ones; a model has learnt to tell them apart, so their scores lie wider.
     scores, lengths = fitted.scores(sample.heads, sample.num_tokens)[0], sample.num_tokens
     if judged is not None:
@@ -211,7 +214,7 @@ def _judge(
     if config.gate.enabled:
         tracker.phase("checking the reward model's integrity")
         texts = probe_texts(held_out, config.gate.probes)
-        checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, folder.logs)
+        checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, tracker)
     findings = find(
         evaluation,
         GateFigures.of(evaluation, len(held_out.pairs), data.leakage),

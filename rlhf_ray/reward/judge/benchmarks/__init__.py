@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
+from rlhf_ray.config.reward_model import BenchmarkName
 from rlhf_ray.reward.judge.benchmarks import judge_bench, reward_bench, reward_bench_2, rm_bench
 from rlhf_ray.reward.judge.benchmarks.cases import Benchmark, BenchmarkResult, item_text
 
-__all__ = ["BenchmarkName", "item_text", "load_benchmark", "score_benchmark"]
+__all__ = ["item_text", "load_benchmark", "score_benchmark"]
 
-BenchmarkName = Literal["reward-bench", "reward-bench-2", "rm-bench", "judge-bench"]
 _MODULES = {module.NAME: module for module in (reward_bench, reward_bench_2, rm_bench, judge_bench)}
 
 

@@ -16,6 +16,7 @@ from rlhf_ray.config.serving import BatchingSettings, LimitSettings
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.serve.exchange import Score, ScoreInput, Service
 from rlhf_ray.reward.serve.wire.bodies import Lenient, Several, checked, plain, read_body, scored, sigmoid
+from rlhf_ray.reward.serve.wire.rollouts import sticky_key
 
 try:
     _VERSION = version("rlhf-ray")
@@ -129,7 +130,8 @@ async def rerank(service: Service, value: Any) -> Response:
     body = checked(TEIRerankRequest, value)
     if not body.texts:
         raise ApiError(ErrorType.BAD_REQUEST, "texts: at least one")
-    answer = await service.score([_input(body.query + text, body) for text in body.texts])
+    texts = [_input(body.query + text, body) for text in body.texts]
+    answer = await service.score(texts, sticky=sticky_key(body.query))
     order = sorted(range(len(body.texts)), key=lambda index: -answer.scores[index].score)
     ranks = [TEIRank(index=index, score=_value(answer.scores[index], body)) for index in order]
     if body.return_text:

@@ -20,7 +20,7 @@ from rlhf_ray.reward.serve.context import speaks
 from rlhf_ray.reward.serve.exchange import Answer, ScoreInput, Service
 from rlhf_ray.reward.serve.wire import tei
 from rlhf_ray.reward.serve.wire.bodies import Lenient, Several, checked, read_body, read_json, scored, sigmoid
-from rlhf_ray.reward.serve.wire.rollouts import Message, conversation
+from rlhf_ray.reward.serve.wire.rollouts import Message, conversation, sticky_key
 
 TokenIds = Several[StrictInt]
 
@@ -191,7 +191,7 @@ def routes(service: Service) -> APIRouter:
             speaks("sglang")
             return await _sglang(service, checked(SGLangRequest, value))
         body = checked(PoolingRequest, value)
-        answer = await service.score(_inputs(body), model=body.model)
+        answer = await _pooled(service, body)
         data = [
             Classification(index=index, label="LABEL_0", probs=[value], num_classes=1)
             for index, value in enumerate(_values(answer, body.activated))
@@ -202,7 +202,7 @@ def routes(service: Service) -> APIRouter:
     async def pooling(request: Request) -> Response:
         """The score of each input as `data[].data[0]`."""
         body = await read_body(request, PoolingRequest)
-        answer = await service.score(_inputs(body), model=body.model)
+        answer = await _pooled(service, body)
         data = [
             Pooled(index=index, object="pooling", data=[value])
             for index, value in enumerate(_values(answer, body.activated))
@@ -213,7 +213,7 @@ def routes(service: Service) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """The raw score of each input as `data[].embedding[0]`; an embedding has no activation."""
         body = (await read_body(request, PoolingRequest)).model_copy(update={"use_activation": False})
-        answer = await service.score(_inputs(body), model=body.model)
+        answer = await _pooled(service, body)
         data = [
             Embedded(index=index, object="embedding", embedding=[value])
             for index, value in enumerate(_values(answer, False))
@@ -224,7 +224,8 @@ def routes(service: Service) -> APIRouter:
         """The score of each pair."""
         body = await read_body(request, ScoreRequest)
         pairs = _pairs(body)
-        answer = await service.score([_input(a + b, body) for a, b in pairs], model=body.model)
+        texts = [_input(a + b, body) for a, b in pairs]
+        answer = await service.score(texts, model=body.model, sticky=sticky_key(pairs[0][0]))
         data = [
             PairScore(index=index, object="score", score=value)
             for index, value in enumerate(_values(answer, body.activated))
@@ -241,7 +242,8 @@ def routes(service: Service) -> APIRouter:
         documents = [body.documents] if isinstance(body.documents, str) else body.documents
         if not documents:
             raise ApiError(ErrorType.BAD_REQUEST, "documents: at least one")
-        answer = await service.score([_input(body.query + each, body) for each in documents], model=body.model)
+        texts = [_input(body.query + each, body) for each in documents]
+        answer = await service.score(texts, model=body.model, sticky=sticky_key(body.query))
         values = _values(answer, body.activated)
         order = sorted(range(len(values)), key=lambda index: -values[index])
         results = [
@@ -263,6 +265,12 @@ def routes(service: Service) -> APIRouter:
     for path in ("/v1/rerank", "/v2/rerank"):
         router.post(path, summary="vLLM", response_model=RerankAnswer)(rerank)
     return router
+
+
+async def _pooled(service: Service, body: PoolingRequest) -> Answer:
+    """Scores of texts, whose prompts nobody tells, or of a conversation."""
+    sticky = sticky_key(body.messages[:-1]) if body.messages else None
+    return await service.score(_inputs(body), model=body.model, sticky=sticky)
 
 
 async def _sglang(service: Service, body: SGLangRequest) -> Response:
