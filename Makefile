@@ -29,13 +29,13 @@ $(READY): requirements/cpu.lock pyproject.toml
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
-demo: $(READY)  ## SmolLM2 gets better by human preferences, about a quarter of an hour on two cores
+demo: $(READY)  ## SmolLM2 learns from human preferences, about a quarter of an hour on two cores
 	@$(BIN)/rlhf-ray prepare smollm2-135m
 	@$(BIN)/rlhf-ray prepare minilm
 	@$(BIN)/rlhf-ray prepare hutto-movie
-	@test -e runs/demo-sft/summary.json || $(BIN)/rlhf-ray sft configs/demo/sft.yaml
-	@test -e runs/demo-reward-model/summary.json || $(BIN)/rlhf-ray train-rm configs/demo/reward_model.yaml
-	@$(BIN)/rlhf-ray ppo configs/demo/ppo.yaml
+	@$(BIN)/rlhf-ray sft configs/demo/sft.yaml --resume
+	@$(BIN)/rlhf-ray train-rm configs/demo/reward_model.yaml --resume
+	@$(BIN)/rlhf-ray ppo configs/demo/ppo.yaml --resume
 
 test: $(READY)  ## Unit tests in seconds, system tests with the real engines in minutes
 	@$(BIN)/python -m pytest tests/unit --numprocesses 2
@@ -79,7 +79,7 @@ bench-learning: $(READY)  ## Every preset of algorithms learns a task whose answ
 	@$(BIN)/rlhf-ray prepare tiny
 	@$(BIN)/python -m bench.learning
 
-bench-rm: $(READY) | .bench/trl  ## Pairs a second in reward-model training, against TRL
+bench-rm: $(READY) | .bench/trl  ## Pairs per second in reward-model training, against TRL
 	@$(BENCH_DATA)
 	@$(BIN)/python -m bench.reward_training --trl .bench/trl
 

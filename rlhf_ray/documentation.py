@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -40,7 +41,10 @@ def settings_page() -> str:
     for command, config in _COMMANDS.items():
         for key, section in _sections(config):
             places.setdefault(section, []).append((command, key))
-    headings = {section: found[0][1].rpartition(".")[2] for section, found in places.items()}
+    headings: dict[type[BaseModel], str] = {}
+    for section, [(command, key), *_] in places.items():
+        name = key.rpartition(".")[2]
+        headings[section] = f"{name} ({command})" if name in headings.values() else name
     lines = [
         "# Settings",
         "",
@@ -125,12 +129,17 @@ def _table(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) ->
         inner = _section_of(field)
         empty = type(None) in get_args(field.annotation)
         several = " or a list of such" if get_origin(field.annotation) is tuple else ""
-        allowed = f"[{headings[inner]}](#{headings[inner]}){several}" if inner else _allowed(schema[name])
+        allowed = f"[{headings[inner]}](#{_anchor(headings[inner])}){several}" if inner else _allowed(schema[name])
         rows.append(
             f"| `{name}` | {_cell(allowed + (' or empty' if empty else ''))} | {_default(field, inner)} "
             f"| {_cell(field.description or '')} |"
         )
     return rows
+
+
+def _anchor(heading: str) -> str:
+    """Where a page's renderers put it."""
+    return re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-")
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:

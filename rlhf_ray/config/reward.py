@@ -60,7 +60,7 @@ class RewardSettings(ScorerSettings):
         "only logged.",
     )
     model: str = Field(
-        description="Directory of a reward model (`rlhf-ray train-rm`), or of any "
+        description="Needed without `url` or `function`. Directory of a reward model (`rlhf-ray train-rm`), or of any "
         "`AutoModelForSequenceClassification` with one label. With `url`: name of the model in the service; empty "
         "lets the service choose."
     )

@@ -76,9 +76,9 @@ class RewardTrainingSettings(Settings):
 
 
 class EnsembleSettings(Settings):
-    """Several judges in place of one, whose disagreement tells how far a score can be trusted (Coste et al. 2023)."""
+    """An ensemble of reward models, whose disagreement tells how far a score can be trusted (Coste et al. 2023)."""
 
-    members: PositiveInt = Field(1, description="Judges; 1: no ensemble.")
+    members: PositiveInt = Field(1, description="Members; 1: no ensemble.")
     kind: Literal["heads", "independent"] = Field(
         "heads",
         description="`heads`: heads on one trunk, at the price of one model. `independent`: models trained one after "
@@ -182,7 +182,7 @@ class RewardModelConfig(RunConfig):
     training: RewardTrainingSettings = Field(
         default_factory=RewardTrainingSettings, description="The Bradley-Terry model."
     )
-    ensemble: EnsembleSettings = Field(default_factory=EnsembleSettings, description="Several judges in place of one.")
+    ensemble: EnsembleSettings = Field(default_factory=EnsembleSettings, description="An ensemble of reward models.")
     aggregation: AggregationSettings = Field(
         default_factory=AggregationSettings, description="How heads and members become one score."
     )
@@ -190,7 +190,7 @@ class RewardModelConfig(RunConfig):
     judgement: JudgementSettings = Field(default_factory=JudgementSettings, description="What the evaluation computes.")
     gate: GateSettings = Field(default_factory=GateSettings, description="What the result must satisfy.")
     checkpoint: CheckpointSettings = Field(
-        default_factory=lambda: CheckpointSettings(every_steps=200), description="What survives a stop."
+        default_factory=lambda: CheckpointSettings(every_steps=200), description="Checkpointing."
     )
 
     @model_validator(mode="after")

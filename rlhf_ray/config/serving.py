@@ -51,6 +51,9 @@ class ServedModelSettings(ModelSettings):
 class ServedScorerSettings(ScorerSettings):
     """How a replica of the service scores."""
 
+    replicas: PositiveInt = Field(
+        1, description="Always 1: `scaling.min_replicas` and `scaling.max_replicas` say how many replicas there are."
+    )
     cpus: PositiveFloat = Field(1.0, description="Logical CPUs that Ray reserves for each replica.")
     on_too_long: Literal["fail", "truncate"] = Field(
         "truncate",

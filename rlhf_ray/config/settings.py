@@ -76,7 +76,11 @@ class ClusterSettings(Settings):
         "Longer where an autoscaler has to bring nodes.",
     )
     start_timeout_s: PositiveFloat = Field(900.0, description="How long the roles may take to load their models.")
-    call_timeout_s: PositiveFloat = Field(3600.0, description="How long any single call of a role may take.")
+    call_timeout_s: PositiveFloat = Field(
+        3600.0,
+        description="How long the driver waits for the answers that it needs next, all of them together: all sampling "
+        "and scoring of a step, say.",
+    )
     silent_after_s: PositiveFloat = Field(
         45.0,
         description="A process that neither answers nor computes for so long, or whose call does not get on for so "
@@ -353,7 +357,7 @@ class WeightSettings(Settings):
 
     transport: Literal["object_store", "nccl"] = Field(
         "object_store",
-        description="`object_store` works everywhere; `nccl` is "
+        description="`object_store` works on CPUs and GPUs, for engines on one GPU; `nccl` is "
         "vLLM's own engine for learners and generators on separate GPUs.",
     )
     bucket_mib: PositiveInt = Field(64, description="Size of one bucket of weights.")

@@ -15,7 +15,7 @@ from rlhf_ray.reward.core.evaluator import EvaluatedSample
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.runtime.run import Run
-from rlhf_ray.tracking.run_folder import write_atomic
+from rlhf_ray.tracking.run_folder import BEST, write_atomic
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class HeldOut:
     def __init__(self, config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> None:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._judged: tuple[int, list[EvaluatedSample]] | None = None
-        self._record = run.folder.policy_best / "best.json"
+        self._record = run.folder.policy_best / BEST
 
     def judge_before(self) -> None:
         """The weights that the engines started with, unless the run has judged them already."""
@@ -53,19 +53,18 @@ class HeldOut:
         """What `judge_before` found."""
         return load_samples(self._run.folder.path / before_file(self._config, self._inputs))
 
+    def is_due(self, step: int) -> bool:
+        """Whether `evaluation.every_steps` steps have been done once more."""
+        every = self._config.evaluation.every_steps
+        return self._inputs.held_out is not None and every is not None and step % every == 0
+
     def judge_during(self, step: int, snapshot: Deferred[Snapshot]) -> dict[str, float | int | None]:
-        """Every `evaluation.every_steps`.
+        """In the middle of a run; gives metrics of the step.
 
         Args:
             step: steps done.
             snapshot: the weights after them.
-
-        Returns:
-            Metrics of the step, or nothing when it is not due.
         """
-        every = self._config.evaluation.every_steps
-        if self._inputs.held_out is None or every is None or step % every:
-            return {}
         return held_out_metrics(self._judge(step, snapshot, "judging the policy"))
 
     def judge_after(self, step: int, snapshot: Deferred[Snapshot]) -> list[EvaluatedSample]:

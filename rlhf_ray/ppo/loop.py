@@ -100,7 +100,7 @@ class PPO:
             kl_controller=self._kl.state_dict(),
             max_staleness=config.algorithm.max_staleness,
             learners=learner_shapes(config),
-            draws=draw_settings(config, inputs.prompts),
+            prompts=draw_settings(config, inputs.prompts),
         )
         self._held_out = HeldOut(config, inputs, roles, run)
         self._ledger = Ledger(run.folder.ledger)
@@ -131,8 +131,8 @@ class PPO:
             self._held_out.forget_best()
         else:
             found, checkpoint = restored
-            self._state = replace(found, learners=self._state.learners, draws=self._state.draws)
-            self._kl.load_state_dict(found.kl_controller)
+            self._state = replace(found, learners=self._state.learners, prompts=self._state.prompts)
+            self._kl.load_state_dict(found.kl_controller or self._kl.state_dict())
             collect(self._roles.load_checkpoint(str(checkpoint)), self._timeout_s)
             admission.read(found.rollouts, checkpoint)
         run.tracker.phase("first sync of the weights")
@@ -211,8 +211,10 @@ class PPO:
             causes=headers.failure_causes,
         )
         self._snapshot = newest.snapshot
-        with clock.phase("held_out"):
-            judged = self._held_out.judge_during(state.step, self._snapshot)
+        judged: dict[str, float | int | None] = {}
+        if self._held_out.is_due(state.step):
+            with clock.phase("held_out"):
+                judged = self._held_out.judge_during(state.step, self._snapshot)
         events = self._run.tracker.events
         row = step_row(
             state, headers, choice, policy_report, critic_report, parity, sampled_for, coefficient, clock, busy

@@ -16,6 +16,7 @@ from rlhf_ray.tracking.run_folder import RunFolder
 _LORA = "policy.lora"
 _STALENESS = "algorithm.max_staleness"
 _SHARDS = "sampling.prompts_per_shard"
+_PROMPTS = "prompts.path"
 
 
 @dataclass
@@ -31,7 +32,7 @@ class LoopState:
         rollouts: steps that were under way and whose weights are gone; their rows are in the checkpoint.
         syncs: the proofs (`Parity`) of the weights that the next steps are sampled with, oldest first.
         learners: see `learner_shapes`; empty in checkpoints of earlier versions.
-        draws: see `draw_settings`; checkpoints of earlier versions lack some, or all.
+        prompts: see `draw_settings`; checkpoints of earlier versions lack some, or all.
     """
 
     step: int = 0
@@ -42,7 +43,7 @@ class LoopState:
     rollouts: list[int] = field(default_factory=list)
     syncs: list[dict[str, Any]] = field(default_factory=list)
     learners: dict[str, int | str | None] = field(default_factory=dict)
-    draws: dict[str, int | str] = field(default_factory=dict)
+    prompts: dict[str, int | str] = field(default_factory=dict)
 
     def advance(self, samples: int, tokens: int) -> None:
         """One more step is done."""
@@ -70,7 +71,7 @@ def draw_settings(config: PPOConfig, prompts: PromptSet) -> dict[str, int | str]
     return {
         **{f"sampling.{name}": getattr(sampling, name) for name in names},
         "run.seed": config.run.seed,
-        "prompts.path": f"{len(prompts):,} prompts (digest {prompts.digest})",
+        _PROMPTS: f"{len(prompts):,} prompts (digest {prompts.digest})",
     }
 
 
@@ -91,10 +92,10 @@ def check_resumable(config: PPOConfig, prompts: PromptSet, folder: RunFolder) ->
     written: Mapping[str, object] = {
         _LORA: None,
         **found.learners,
-        **found.draws,
+        **found.prompts,
         _STALENESS: found.max_staleness,
     }
-    draws = {key: value for key, value in draw_settings(config, prompts).items() if key in found.draws}
+    draws = {key: value for key, value in draw_settings(config, prompts).items() if key in found.prompts}
     if not found.rollouts:
         draws.pop(_SHARDS, None)  # no rows of such shards are kept
     wanted: Mapping[str, object] = {
@@ -105,10 +106,13 @@ def check_resumable(config: PPOConfig, prompts: PromptSet, folder: RunFolder) ->
     for key, now in wanted.items():
         before = written.get(key, "no such learner")
         if before != now:
+            allowed = "the value that the run was begun with"
+            if key == _PROMPTS:
+                allowed = "the prompts, tokenizer, chat template and limits (sampling) that the run was begun with"
             raise BadInput(
                 key,
                 f"{_shown(now)}, but the checkpoint of step {step} was written with {_shown(before)}",
-                "the value that the run was begun with, or another run.name",
+                f"{allowed}, or another run.name",
             )
 
 

@@ -163,7 +163,8 @@ def check_kv_cache(findings: Findings, settings: GeneratorSettings, size: ModelS
 def check_disk(
     findings: Findings, needs: Sequence[Need], settings: CheckpointSettings, free: Mapping[str, int], there: int = 0
 ) -> None:
-    """See that the checkpoints have room: one more than are kept is there while it is written.
+    """See that the checkpoints have room: one more than are kept is there while it is written, and with
+    `checkpoint.copy_to` another one while it is copied.
 
     Args:
         free: bytes by node, where the runs' folder is.
@@ -172,9 +173,11 @@ def check_disk(
     checkpoint, exported = sum(need.checkpoint for need in needs), sum(need.exported for need in needs)
     if not checkpoint or not free:
         return
-    more, [address, least] = max(settings.keep + 1 - there, 0), min(free.items(), key=lambda each: each[1])
+    # With copies, the one that is on its way stays too.
+    most = settings.keep + (1 if settings.copy_to is None else 2)
+    more, [address, least] = max(most - there, 0), min(free.items(), key=lambda each: each[1])
     needed = checkpoint * more + exported
-    count = f"{more} more checkpoints" if there else f"{settings.keep} + 1 checkpoints"
+    count = f"{more} more checkpoints" if there else f"{settings.keep} + {most - settings.keep} checkpoints"
     found = (
         f"{size_text(needed)} for {count} of {size_text(checkpoint)} and {size_text(exported)} of models; "
         f"{size_text(least)} are free on {address}"

@@ -68,6 +68,7 @@ class CheckpointWriter:
         try:
             if path.exists():
                 shutil.rmtree(path)
+            self._make_room()
             refuse_full_disk(self._folder)
             begin(path)
             answers = save(str(path.absolute()))
@@ -104,6 +105,12 @@ class CheckpointWriter:
         except RoleFailure as failure:
             self._events.write("checkpoint_failed", role=failure.role, node=failure.node, cause=failure.cause)
 
+    def _make_room(self) -> None:
+        """Where the disk is short of it, wait for the checkpoint that is kept only to be copied."""
+        if self._copying is not None and self._copying.reading is not None and not has_room(self._folder):
+            self._copying.settle(self._timeout_s)
+            self._folder.prune(self._settings.keep)
+
     def _complete(
         self, step: int, path: Path, state: str, answers: Sequence[Answer[Any]], writing: Future[None]
     ) -> None:
@@ -118,8 +125,7 @@ class CheckpointWriter:
         collect(answers, self._timeout_s)
         try:
             _write(path, state)
-            if self._copying is None or not self._copying.is_under_way:
-                self._folder.prune(self._settings.keep)
+            self._folder.prune(self._settings.keep, but=self._copying.reading if self._copying else None)
         except OSError as error:
             raise _not_written(step, error) from None
         self._events.write("checkpoint_saved", step=step, path=str(path))
@@ -134,14 +140,19 @@ def refuse_full_disk(folder: RunFolder) -> None:
         RoleFailure: with the room there is and the room it takes. Nothing has been written.
     """
     latest = folder.latest_checkpoint()
-    needed = checkpoint_bytes(latest[1]) if latest is not None else 0
-    free = shutil.disk_usage(folder.path).free
-    if latest is not None and free < needed:
+    if latest is not None and not has_room(folder):
+        needed, free = checkpoint_bytes(latest[1]), shutil.disk_usage(folder.path).free
         cause = (
             f"the disk of {folder.path} has {free:,} bytes left, and a checkpoint takes {needed:,}; nothing was "
             f"written, that of step {latest[0]} stays: make room or lower checkpoint.keep, and continue with --resume"
         )
         raise RoleFailure(FailureKind.FATAL, "driver", gethostname(), cause, guard="disk")
+
+
+def has_room(folder: RunFolder) -> bool:
+    """Whether another checkpoint, as large as the newest, fits the disk."""
+    latest = folder.latest_checkpoint()
+    return latest is None or checkpoint_bytes(latest[1]) <= shutil.disk_usage(folder.path).free
 
 
 def write_state(checkpoint: Path, state: Any) -> None:

@@ -79,7 +79,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None and self._copying is not None and self.folder.summary.exists():
+            if self._copying is not None and self.folder.summary.exists():  # also of a reward model that was refused
                 self._writer.drop(_LAST_CHECKPOINT_S)
                 self._copying.finish(self._timeout_s)
         finally:

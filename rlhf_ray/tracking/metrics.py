@@ -163,8 +163,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "policy/approx_kl",
         "nats per token",
-        "Distance of the updated policy from the one that sampled, within this step. 0 in the first minibatch; "
-        "above about 0.05 the updates are too large: lower the learning rate.",
+        "Distance of the updated policy from the one below it in the ratio (`algorithm.old_logprobs`), within this "
+        "step. 0 in the first minibatch; above about 0.05 the updates are too large: lower the learning rate.",
     ),
     Metric(
         "policy/ratio_max",
@@ -228,8 +228,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "value/loss",
         "",
-        "Clipped squared error of the critic, mean over the updates. Should fall during the first tens of steps; a"
-        " critic that never learns shows in `value/explained_variance`.",
+        "Half the squared error of the critic (clipped with `algorithm.value_clip`), mean over the updates. Should "
+        "fall during the first tens of steps; a critic that never learns shows in `value/explained_variance`.",
     ),
     Metric(
         "value/explained_variance",

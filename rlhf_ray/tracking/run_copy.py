@@ -6,6 +6,7 @@ what the sinks keep. The manifest of a checkpoint goes last, as on the disk: wit
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ import fsspec
 from rlhf_ray.config.settings import CheckpointSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.tracking.manifest import begin
-from rlhf_ray.tracking.run_folder import MANIFEST, RunFolder, step_of
+from rlhf_ray.tracking.run_folder import BEST, MANIFEST, SUMMARY, RunFolder, step_of
 
 KEY = "checkpoint.copy_to"
 
@@ -60,12 +61,13 @@ class RunCopy:
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(probe, b"may be deleted")
             self._files.rm_file(probe)
-            steps = self.steps()
+            steps, is_finished = self.steps(), self._files.exists(f"{self._root}/{SUMMARY}")
         except Exception as error:  # each file system has errors of its own
             cause = f"'{self.url}' cannot be written ({type(error).__name__}: {error})"
             raise BadInput(KEY, cause, "a place that this user may write, and a network to it") from None
-        if steps and not resume:
-            raise BadInput(KEY, f"'{self.url}' holds a run, up to step {steps[-1]}", "--resume, or another run.name")
+        if (steps or is_finished) and not resume:
+            what = "a finished run" if is_finished else f"a run, up to step {steps[-1]}"
+            raise BadInput(KEY, f"'{self.url}' holds {what}", "--resume, or another run.name")
 
     def steps(self) -> list[int]:
         """Of its checkpoints, oldest first."""
@@ -89,31 +91,38 @@ class RunCopy:
         self._send_changed(folder)
 
     def fetch(self, folder: RunFolder) -> int | None:
-        """Bring the newest checkpoint and the run's other files here, where the folder has none as new.
+        """Bring the newest checkpoint and the run's other files here, where the folder has none as new; of a finished
+        run its results, whether it ever had a checkpoint or not.
 
         Returns:
-            Its step, or None where nothing was brought.
+            The checkpoint's step, 0 where there is none; or None where nothing was brought.
 
         Raises:
             BadInput: it cannot be read.
         """
         try:
-            steps, latest = self.steps(), folder.latest_checkpoint()
-            if not steps or (latest is not None and latest[0] >= steps[-1]):
-                return None
-            checkpoint = folder.checkpoint_path(steps[-1])
-            if checkpoint.exists():
-                shutil.rmtree(checkpoint)
-            begin(checkpoint)
             names = [name.removeprefix(f"{self._root}/") for name in self._files.find(self._root)]
-            own = f"checkpoints/{checkpoint.name}/"
-            self._fetch(folder, [name for name in names if not name.startswith("checkpoints/")])
-            self._fetch(folder, [name for name in names if name.startswith(own) and not name.endswith(f"/{MANIFEST}")])
-            self._fetch(folder, [f"{own}{MANIFEST}"])
+            steps, latest = self.steps(), folder.latest_checkpoint()
+            is_finished = SUMMARY in names
+            step = steps[-1] if steps else 0
+            if not (step or is_finished) or (latest is not None and latest[0] >= step and not is_finished):
+                return None
+            # What says that all is there comes last: the manifest of a checkpoint, the summary of a run.
+            last = [SUMMARY] if is_finished else []
+            self._fetch(folder, [name for name in names if not name.startswith("checkpoints/") and name not in last])
+            if step:
+                checkpoint = folder.checkpoint_path(step)
+                if checkpoint.exists():
+                    shutil.rmtree(checkpoint)
+                begin(checkpoint)
+                own = [name for name in names if name.startswith(f"checkpoints/{checkpoint.name}/")]
+                self._fetch(folder, [name for name in own if not name.endswith(f"/{MANIFEST}")])
+                self._fetch(folder, [name for name in own if name.endswith(f"/{MANIFEST}")])
+            self._fetch(folder, last)
         except Exception as error:  # as above
             cause = f"'{self.url}' cannot be brought here ({type(error).__name__}: {error})"
             raise BadInput(KEY, cause, "a copy that this user may read, and room for it") from None
-        return steps[-1]
+        return step
 
     def _send_changed(self, folder: RunFolder, but: Path | None = None) -> None:
         """Send files of the run beside its checkpoints that were not sent as they are now.
@@ -121,18 +130,22 @@ class RunCopy:
         Args:
             but: this one stays.
         """
-        left_out = (folder.checkpoints, folder.logs, folder.tensorboard, folder.wandb)
-        changed: dict[Path, tuple[int, int]] = {}
-        for path in folder.path.rglob("*"):
-            if path == but or path.name.startswith(".") or any(path.is_relative_to(each) for each in left_out):
-                continue
-            if path.is_file():
-                status = path.stat()
-                now = status.st_size, status.st_mtime_ns
-                if self._sent.get(path) != now:
-                    changed[path] = now
-        self._send(folder, changed)
-        self._sent |= changed
+        there = {path: state for path, state in _files_of(folder).items() if path != but}
+        changed = {path for path, state in there.items() if self._sent.get(path) != state}
+        # Whatever a mark speaks for is sent before it, and what it spoke for before is not what is there then.
+        marks = [path for path in there if path.name == BEST and any(path.parent in each.parents for each in changed)]
+        for mark in [path for path in self._sent if path.name == BEST and (path in marks or path not in there)]:
+            self._remove(folder, mark)
+        self._send(folder, changed.difference(marks))
+        self._sent |= {path: there[path] for path in changed.difference(marks)}
+        for mark in marks:
+            if _state_of(mark) == there[mark]:
+                self._send(folder, [mark])
+                self._sent[mark] = there[mark]
+
+    def _remove(self, folder: RunFolder, path: Path) -> None:
+        self._files.rm_file(f"{self._root}/{path.relative_to(folder.path).as_posix()}")
+        del self._sent[path]
 
     def _send(self, folder: RunFolder, paths: Iterable[Path]) -> None:
         pairs = [(path, f"{self._root}/{path.relative_to(folder.path).as_posix()}") for path in paths]
@@ -147,3 +160,25 @@ class RunCopy:
             here.parent.mkdir(parents=True, exist_ok=True)
         if pairs:
             self._files.get([there for there, _ in pairs], [str(here) for _, here in pairs])
+
+
+def _files_of(folder: RunFolder) -> dict[Path, tuple[int, int]]:
+    """Size and time of the run's files beside its checkpoints. Any of them may go while it is looked at."""
+    left_out = {path.name for path in (folder.checkpoints, folder.logs, folder.tensorboard, folder.wandb)}
+    found: dict[Path, tuple[int, int]] = {}
+    for place, folders, names in os.walk(folder.path):
+        if Path(place) == folder.path:
+            folders[:] = [name for name in folders if name not in left_out]
+        for name in names:
+            state = _state_of(Path(place, name))
+            if state is not None and not name.startswith("."):
+                found[Path(place, name)] = state
+    return found
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_size, status.st_mtime_ns

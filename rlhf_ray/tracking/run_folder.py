@@ -17,6 +17,10 @@ from rlhf_ray.failures import BadInput, Finished
 
 MANIFEST = "manifest.json"
 """Written last into a checkpoint: a folder without it is half a checkpoint and never resumed from."""
+SUMMARY = "summary.json"
+"""Written last into a run's folder: a run that has it is finished."""
+BEST = "best.json"
+"""Beside the best policy's weights: says which they are, and is there only while they are whole."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -46,6 +50,16 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+class _Child:
+    """A file or folder of a run, by its name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, folder: RunFolder, owner: type[RunFolder]) -> Path:
+        return folder.path / self.name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """`<paths.runs>/<run.name>`.
@@ -55,6 +69,49 @@ class RunFolder:
     """
 
     path: Path
+
+    config_yaml = _Child("config.yaml")
+    """The resolved configuration."""
+    lock = _Child(".lock")
+    """Locked by the process that writes into the folder (`run_lock`)."""
+    metrics = _Child("metrics.jsonl")
+    """One object a step."""
+    ledger = _Child("ledger.jsonl")
+    """Which samples each step trained."""
+    events = _Child("events.jsonl")
+    """Starts, stops, deaths, restarts, checkpoints."""
+    checkpoints = _Child("checkpoints")
+    """Folder of the checkpoints."""
+    policy = _Child("policy")
+    """The trained policy, a Hugging Face directory."""
+    policy_best = _Child("policy_best")
+    """The best policy on held-out prompts (`evaluation.keep_best`), a Hugging Face directory."""
+    policy_adapters = _Child("policy_adapters")
+    """The trained policy's adapters, where it has some, as peft reads them."""
+    reward_model = _Child("reward_model")
+    """The trained reward model, a Hugging Face directory."""
+    evaluation = _Child("evaluation.json")
+    """The judgement of a reward model, to compute with."""
+    evaluation_page = _Child("evaluation.html")
+    """The judgement of a reward model, to look at."""
+    logs = _Child("logs")
+    """What the engines and libraries print."""
+    summary = _Child(SUMMARY)
+    """Written last; its presence says that the run is finished."""
+    report_page = _Child("report.html")
+    """The story of the run."""
+    plot = _Child("training.png")
+    """The run's curves."""
+    trace = _Child("trace.json")
+    """A timeline of the first steps."""
+    samples_page = _Child("samples.html")
+    """Samples before and after, to look at."""
+    samples = _Child("samples.jsonl")
+    """Samples before and after, to compute with."""
+    tensorboard = _Child("tensorboard")
+    """TensorBoard's files."""
+    wandb = _Child("wandb")
+    """Weights & Biases' files."""
 
     @classmethod
     def create(cls, path: str | Path, config_yaml: str, resume: bool) -> RunFolder:
@@ -98,111 +155,6 @@ class RunFolder:
         if not resume and self.metrics.exists() and self.metrics.stat().st_size:
             raise BadInput(where, "holds an unfinished run", "add --resume, or choose another run.name")
 
-    @property
-    def config_yaml(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the process that writes into the folder (`run_lock`)."""
-        return self.path / ".lock"
-
-    @property
-    def metrics(self) -> Path:
-        """One object a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        """Which samples each step trained."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def events(self) -> Path:
-        """Starts, stops, deaths, restarts, checkpoints."""
-        return self.path / "events.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def policy(self) -> Path:
-        """The trained policy, a Hugging Face directory."""
-        return self.path / "policy"
-
-    @property
-    def policy_best(self) -> Path:
-        """The best policy on held-out prompts (`evaluation.keep_best`), a Hugging Face directory."""
-        return self.path / "policy_best"
-
-    @property
-    def policy_adapters(self) -> Path:
-        """The trained policy's adapters, where it has some, as peft reads them."""
-        return self.path / "policy_adapters"
-
-    @property
-    def reward_model(self) -> Path:
-        """The trained reward model, a Hugging Face directory."""
-        return self.path / "reward_model"
-
-    @property
-    def evaluation(self) -> Path:
-        """The judgement of a reward model, to compute with."""
-        return self.path / "evaluation.json"
-
-    @property
-    def evaluation_page(self) -> Path:
-        """The judgement of a reward model, to look at."""
-        return self.path / "evaluation.html"
-
-    @property
-    def logs(self) -> Path:
-        """What the engines and libraries print."""
-        return self.path / "logs"
-
-    @property
-    def summary(self) -> Path:
-        """Written last; its presence says that the run is finished."""
-        return self.path / "summary.json"
-
-    @property
-    def report_page(self) -> Path:
-        """The story of the run."""
-        return self.path / "report.html"
-
-    @property
-    def plot(self) -> Path:
-        """The run's curves."""
-        return self.path / "training.png"
-
-    @property
-    def trace(self) -> Path:
-        """A timeline of the first steps."""
-        return self.path / "trace.json"
-
-    @property
-    def samples_page(self) -> Path:
-        """Samples before and after, to look at."""
-        return self.path / "samples.html"
-
-    @property
-    def samples(self) -> Path:
-        """Samples before and after, to compute with."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's files."""
-        return self.path / "tensorboard"
-
-    @property
-    def wandb(self) -> Path:
-        """Weights & Biases' files."""
-        return self.path / "wandb"
-
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of a step belongs: `checkpoints/step-000010`."""
         return self.checkpoints / f"step-{step:06d}"
@@ -216,17 +168,20 @@ class RunFolder:
         """Step and folder of every checkpoint with a manifest, oldest first."""
         return [(step, path) for step, path in self.all_checkpoints() if (path / MANIFEST).exists()]
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, but: Path | None = None) -> None:
         """Delete all but the `keep` newest complete checkpoints, and half ones older than the newest.
 
         A half one that is newer than all complete ones may be on its way and stays.
+
+        Args:
+            but: this one stays, too.
         """
         latest = self.latest_checkpoint()
         if latest is None:
             return
         kept = [path for _, path in self.complete_checkpoints()[-keep:]]
         for step, path in self.all_checkpoints():
-            if step <= latest[0] and path not in kept:
+            if step <= latest[0] and path not in (*kept, but):
                 # First the mark: a deletion that is interrupted must not leave half a checkpoint that looks whole.
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)

@@ -194,6 +194,7 @@ def take_up_copy(config: CopiedConfig, resume: bool) -> None:
 
     Raises:
         BadInput: it is the copy of another run, or cannot be written or read.
+        Finished: it is the copy of a run that has nothing left to do, and is here now.
     """
     copy = RunCopy.of(config.checkpoint, config.run.name)
     if copy is None:
@@ -205,6 +206,7 @@ def take_up_copy(config: CopiedConfig, resume: bool) -> None:
             step = copy.fetch(folder)
             if step is not None:
                 EventLog(folder.events).write("copy_fetched", step=step, url=config.checkpoint.copy_to)
+        folder.refuse_another_run(resume)
 
 
 @contextmanager

@@ -93,7 +93,7 @@ UNIFORM = ("critic=null", "algorithm.advantage=grpo", "algorithm.drop_uniform_gr
 def kept(folder: RunFolder, *rollouts: int) -> None:
     begun = config_of(*UNIFORM)
     draws = draw_settings(begun, PROMPTS)
-    state = LoopState(step=4, learners=learner_shapes(begun), draws=draws, rollouts=list(rollouts))
+    state = LoopState(step=4, learners=learner_shapes(begun), prompts=draws, rollouts=list(rollouts))
     write_state(folder.checkpoint_path(4), state)
 
 
@@ -142,7 +142,7 @@ def test_what_does_not_shape_a_checkpoint_may_change(folder: RunFolder):
 def test_a_checkpoint_of_before_there_was_a_record_is_tried(folder: RunFolder):
     state = folder.checkpoint_path(4) / "state.json"
     written = json.loads(state.read_text())
-    del written["learners"], written["draws"]
+    del written["learners"], written["prompts"]
     state.write_text(json.dumps(written))
     write_manifest(folder.checkpoint_path(4))
     check_resumable(config_of("policy.learner.trainable_top_layers=1"), PROMPTS, folder)

@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -289,18 +291,39 @@ def test_closing_ends_what_other_threads_wait_for(service: FailingService, url: 
     client.close()
 
 
-def test_a_client_of_before_a_fork_says_so(url: str):
+def test_calls_that_come_while_it_closes_end_too(service: FailingService, url: str):
+    client = RewardClient(url, timeout_s=60.0)
+    asking = threading.Event()
+
+    def ask_on() -> str:
+        while True:
+            try:
+                client.reward(TEXTS[:1])
+                asking.set()
+            except (RuntimeError, errors.Unreachable) as error:
+                return str(error)
+
+    with ThreadPoolExecutor(8) as others:
+        waiting = [others.submit(ask_on) for _ in range(8)]
+        assert asking.wait(20)
+        client.close()
+        assert all("closed" in each.result(timeout=20) for each in waiting)
+
+
+def test_a_client_of_before_a_fork_says_so(service: FailingService, url: str):
     """Its thread is not in the child, where every call would wait for ever."""
     with RewardClient(url, timeout_s=60.0) as client:
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
-                client.health()
-            except RuntimeError as error:
-                os.write(writing, str(error).encode())
-            client.close()
-            os._exit(0)
+                signal.alarm(20)  # ends it, should it wait for ever
+                with pytest.raises(RuntimeError) as refused:
+                    client.health()
+                os.write(writing, str(refused.value).encode())
+                client.close()
+            finally:
+                os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as said:
             assert b"made before this process was forked" in said.read()

@@ -99,5 +99,5 @@ def test_weights_that_their_card_does_not_name_are_not_served(tiny, tmp_path):
     train_reward_model(tiny / "reward_model", folder, sentiment_pairs(0, 8), 0, steps=0)
     Weights.read(str(folder), "models.main.path")
     edit_weights(folder, lambda weights: {**weights, "score.weight": weights["score.weight"] * 2})
-    with pytest.raises(BadInput, match=r"models\.main\.path: the weights .* as their card says"):
+    with pytest.raises(BadInput, match=r"models\.main\.path: the files .* as their card says"):
         Weights.read(str(folder), "models.main.path")

@@ -16,7 +16,7 @@ from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.logs import read_log
 from rlhf_ray.tracking.run_copy import RunCopy
 from rlhf_ray.tracking.run_folder import MANIFEST
-from rlhf_ray.tracking.tracker import check_folder, take_up_copy
+from rlhf_ray.tracking.tracker import take_up_copy
 from tests.making import unread_config
 from tests.unit.test_run import State
 
@@ -155,7 +155,9 @@ def test_a_copy_that_fails_is_told_and_the_next_one_sends_all_that_is_missing(
     assert (tmp_path / "runs" / "x" / "best").read_text() == "written once"
 
 
-def test_a_place_that_does_not_answer_holds_up_no_step(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_slow_place_holds_up_no_step_and_has_the_newest_in_the_end(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+):
     config = config_of(tmp_path / "runs", url)
     answers, send = threading.Event(), RunCopy.send
 
@@ -165,16 +167,66 @@ def test_a_place_that_does_not_answer_holds_up_no_step(tmp_path: Path, url: str,
 
     monkeypatch.setattr(RunCopy, "send", late)
     with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
-        for step in (2, 4, 6):
+        for step in (2, 4, 6, 8):
             run.tracker.metrics.write({"step": step})
             run.keep(step, State(step), save)
         run._writer.settle()
-        # Those that are still to be sent stay, whatever is kept otherwise.
-        assert [step for step, _ in run.folder.complete_checkpoints()] == [2, 4, 6]
+        # The one that is on its way stays, and no more than are kept beside it.
+        assert [step for step, _ in run.folder.complete_checkpoints()] == [2, 6, 8]
         answers.set()
-    assert RunCopy(config.checkpoint, "x").steps() == [2]
-    still = "the checkpoint of step 2 is still on its way"
-    assert failed_copies(tmp_path / "runs") == [(f"the checkpoint of step {step}", still) for step in (4, 6)]
+    assert RunCopy(config.checkpoint, "x").steps() == [2, 8]
+    told = [
+        (f"the checkpoint of step {step}", f"the checkpoint of step {step + 2} took its place before it could be sent")
+        for step in (4, 6)
+    ]
+    assert failed_copies(tmp_path / "runs") == told
+
+
+def test_what_is_not_there_in_time_is_told_and_waited_for_no_longer(tmp_path: Path, url: str):
+    config = config_of(tmp_path / "runs", url)
+    answers = threading.Event()
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        assert run._copying is not None
+        run._copying._begin("the results", None, lambda: answers.wait(60))
+        run._copying.settle(0.1)
+        run._copying.settle(60)
+        answers.set()
+    assert failed_copies(tmp_path / "runs") == [("the results", "it was not there after 0 s")]
+
+
+def test_the_best_policy_is_never_taken_for_another(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    """Weights that are half written when they are sent have no record beside them, here or there."""
+    config = config_of(tmp_path / "runs", url)
+    files, root = fsspec.url_to_fs(f"{url}/x")
+
+    def there() -> list[str]:
+        return sorted(name.removeprefix(f"{root}/policy_best/") for name in files.find(f"{root}/policy_best"))
+
+    with Run(config, "sft", "x", 100, (), config.checkpoint, False) as run:
+        best = run.folder.policy_best
+        best.mkdir()
+        (best / "weights").write_text("first")
+        (best / "best.json").write_text("{}")
+        copy = RunCopy(config.checkpoint, "x")
+        copy.send_results(run.folder)
+        assert there() == ["best.json", "weights"]
+        (best / "best.json").unlink()
+        (best / "weights").write_text("half of the second")
+        copy.send_results(run.folder)
+        assert there() == ["weights"]
+        (best / "weights").write_text("the second, whole")
+        (best / "best.json").write_text('{"step": 2}')
+        sent: list[list[str]] = []
+        send = RunCopy._send
+
+        def note(self: RunCopy, folder: Any, paths: Any) -> None:
+            sent.append([path.name for path in paths])
+            send(self, folder, paths)
+
+        monkeypatch.setattr(RunCopy, "_send", note)
+        copy.send_results(run.folder)
+        assert there() == ["best.json", "weights"]
+        assert [names for names in sent if "weights" in names or "best.json" in names] == [["weights"], ["best.json"]]
 
 
 def test_what_a_finished_run_has_left_behind_is_copied(tmp_path: Path, url: str):
@@ -187,6 +239,13 @@ def test_what_a_finished_run_has_left_behind_is_copied(tmp_path: Path, url: str)
     files, root = fsspec.url_to_fs(f"{url}/x")
     assert files.cat_file(f"{root}/policy/weights") == b"trained"
     assert b'"name": "x"' in files.cat_file(f"{root}/summary.json")
+    with pytest.raises(BadInput, match="holds a finished run"):
+        take_up_copy(config_of(tmp_path / "others", url), False)
+    # It never had a checkpoint, and is found all the same.
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(Finished):
+        take_up_copy(config, True)
+    assert (tmp_path / "runs" / "x" / "policy" / "weights").read_text() == "trained"
 
 
 def test_a_finished_run_is_finished_wherever_it_is_taken_up(tmp_path: Path, url: str):
@@ -196,6 +255,6 @@ def test_a_finished_run_is_finished_wherever_it_is_taken_up(tmp_path: Path, url:
         run.keep(2, State(2), save)
         run.tracker.finish({"name": "x"})
     shutil.rmtree(tmp_path / "runs")
-    take_up_copy(config, True)
     with pytest.raises(Finished):
-        check_folder(config, True)
+        take_up_copy(config, True)
+    assert (tmp_path / "runs" / "x" / "checkpoints" / "step-000002" / MANIFEST).exists()

@@ -343,6 +343,7 @@ class RewardClient:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-client", daemon=True)
         self._thread.start()
+        self._is_open, self._asking = True, threading.Lock()
 
     def reward(
         self, items: Sequence[RewardItem], model: str | None = None, *, on_too_long: OnTooLong = "default"
@@ -373,7 +374,11 @@ class RewardClient:
         nothing."""
         if not self._thread.is_alive():
             return
-        self._wait(self._end())
+        with self._asking:
+            was_open, self._is_open = self._is_open, False
+        if not was_open:
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -394,10 +399,11 @@ class RewardClient:
         await self._client.close()
 
     def _wait(self, asked: Coroutine[Any, Any, Result]) -> Result:
-        if not self._thread.is_alive():
-            asked.close()
-            raise RuntimeError("the client was closed, or made before this process was forked; make one here")
-        waiting = asyncio.run_coroutine_threadsafe(asked, self._loop)
+        with self._asking:
+            if not (self._is_open and self._thread.is_alive()):
+                asked.close()
+                raise RuntimeError("the client was closed, or made before this process was forked; make one here")
+            waiting = asyncio.run_coroutine_threadsafe(asked, self._loop)
         try:
             return waiting.result()
         except CancelledError:

@@ -61,7 +61,7 @@ def check_reward_model(facts: ModelFacts, card: RewardModelCard | None, model: s
         raise BadInput(
             key,
             f"'{model}' is a {', '.join(facts.architectures) or 'model without a named architecture'}; its "
-            "scoring head would be made up at random",
+            "scoring head would be randomly initialised",
             "an AutoModelForSequenceClassification directory (see `rlhf-ray train-rm`)",
         )
     labels = card.layout.num_labels if card else 1

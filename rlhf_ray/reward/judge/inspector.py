@@ -201,8 +201,8 @@ class RewardInspector:
         )
 
     def _version(self) -> Check:
-        """Neither the weights nor what the card fixes have changed since they were written."""
-        meaning = "weights or settings changed after training: what was judged is not what is used"
+        """Neither the files nor what the card fixes have changed since they were written."""
+        meaning = "weights, tokenizer or settings changed after training: what was judged is not what is used"
         if self._card is None:
             return Check("version", None, _NO_CARD, meaning)
         found = self._card.version_of(Path(self._settings.model))

@@ -231,7 +231,7 @@ class RewardEngine:
         try:
             return await self._batcher.score(model, encoded)
         except ApiError as error:
-            if error.type in _MODEL_FAULTS:
+            if error.type in _MODEL_FAULTS and REQUEST.get().family != "explain":
                 self._observer.failed(model, len(encoded))
             raise
 

@@ -51,7 +51,7 @@ class Weights:
             key: of the model in the configuration.
 
         Raises:
-            BadInput: the weights are not those that the card names.
+            BadInput: the files are not those that the card names.
         """
         files, folder = _file_states(path), Path(path)
         card = RewardModelCard.load(path, key)
@@ -60,7 +60,7 @@ class Weights:
         version = card.version_of(folder)
         if version != card.version:
             raise BadInput(
-                key, f"the weights in '{path}' are version {version}", f"version {card.version}, as their card says"
+                key, f"the files in '{path}' are version {version}", f"version {card.version}, as their card says"
             )
         return cls(path, version, files)
 

@@ -67,10 +67,10 @@ def run_reward_model(config: RewardModelConfig, resume: bool = False) -> None:
     """
     try:
         check_folder(config, resume)
+        take_up_copy(config, resume)
     except Finished as finished:
         _refuse_again(RunFolder(Path(finished.folder)))
         raise
-    take_up_copy(config, resume)
     if config.gate.enabled and config.held_out is not None:
         check_vllm(config.gate)
     inputs = read_training_inputs(config)
@@ -126,7 +126,7 @@ def _look_at_the_data(inputs: TrainingInputs, folder: RunFolder, tracker: Tracke
         if read.num_skipped > len(read.bad_rows.messages):
             tracker.display.message(f"left out: {read.num_skipped} rows of {name} in all")
     for finding in data_report.data_findings(report):
-        tracker.display.message(f"look: {finding.line} → {finding.lever}")
+        tracker.display.message(f"warning: {finding.line} → {finding.lever}")
     return report
 
 
