@@ -70,7 +70,7 @@ def matrix(site: Site, alone: Outcome, report: Report) -> None:
                 outcome = site.run(name, faults=[fault])
                 equal = outcome.equals(alone) and happened([fault])
                 results.append(Result(f"{role}, {how}, {when}: equal to the run left alone", int(equal), target=">= 1"))
-                seconds = recovery_s(outcome, fault)
+                seconds = recovery_s(outcome, fault) if happened([fault]) else None
                 if seconds is not None:
                     results.append(Result(f"{role}, {how}, {when}: back after", round(seconds, 1), "s"))
                     times["learner" if role in ("policy", "critic") else "stateless"].append(seconds)

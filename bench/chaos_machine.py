@@ -29,7 +29,7 @@ def disk_full(site: Site, alone: Outcome) -> list[Result]:
     size = sum(path.stat().st_size for path in checkpoints[-1].rglob("*") if path.is_file())
     with mounted(site.runs / "disk", f"size={int(1.5 * size) + (1 << 20)}") as disk:
         full = site.run("disk/run")
-        named = "No space left" in full.error or "disk" in full.error.lower()
+        named = "No space left" in full.error or "make room" in full.error
         left = [path.parent.name for path in disk.glob("run/tiny-ppo/checkpoints/*/manifest.json")]
         print(f"disk full: status {full.status}, {full.error}; checkpoints {left}", flush=True)
         subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)

@@ -43,7 +43,10 @@ def configuration(
     algorithm = dict(preset["algorithm"])
     if "length" in algorithm:
         algorithm["length"] = {**algorithm["length"], "overlong_buffer": TOKENS // 4}
-    group = min(preset["sampling"]["samples_per_prompt"], 8)
+    sampling = dict(preset["sampling"])
+    group = min(sampling.pop("samples_per_prompt"), 8)
+    spare = sampling.pop("spare_prompts", 0) // sampling.pop("prompts_per_step", 1)
+    assert not sampling, f"what of a preset's sampling is not taken over: {sampling}"
     learner = {"dtype": "float32", "learning_rate": 1e-3, "micro_batch_tokens": 2048}
     return {
         "run": {"name": name, "seed": seed},
@@ -58,6 +61,7 @@ def configuration(
         "sampling": {
             "prompts_per_step": SAMPLES // group,
             "samples_per_prompt": group,
+            "spare_prompts": SAMPLES // group * spare,
             "prompts_per_shard": SAMPLES // group // 2,
             "max_prompt_tokens": 64,
             "max_response_tokens": TOKENS,

@@ -211,7 +211,11 @@ def scoring_results(data: Path) -> list[Result]:
         invariant = "invariant" in name
         results.append(Result(f"{name}: moved by its batch", moved, target="<= 0" if invariant else None))
     spread = float(scores["CPU, float32"].std())
-    for name, bound in (("GPU, float32", 1e-3), ("GPU, bfloat16", 0.1)):
+    for name, bound in (
+        ("GPU, float32", 1e-3),
+        ("GPU, bfloat16", 0.1),
+        ("GPU, bfloat16, batch-invariant", 0.1),
+    ):
         error = float(np.abs(scores[name] - scores["CPU, float32"]).max()) / spread
         results.append(Result(f"{name}: largest distance from the CPU's, of their spread", error, target=f"<= {bound}"))
     return results

@@ -82,11 +82,11 @@ class Pair:
         proven = replace(snapshot, proof=Proof(self.probe, self.learner.probe(self.probe)))
         return self.generator._load(proven) or self.generator._prove(proven, before)
 
-    def caught(self, name: str, fault: str, on_the_way: bool, random: np.random.Generator) -> bool:
-        """Whether a sync with this fault of this tensor is noticed."""
+    def caught(self, name: str, fault: str, on_the_way: bool, random: np.random.Generator) -> bool | None:
+        """Whether a sync with this fault of this tensor is noticed; None where the tensor is the same with it."""
         wrong = FAULTS[fault](self.new[name], self.old[name], random)
         if torch.equal(wrong, self.new[name]):
-            return True  # nothing is wrong with it
+            return None
         sent = WeightBucket.of({**self.new, name: wrong}.items())
         if on_the_way:
             sent = replace(sent, digests=WeightBucket.of(self.new.items()).digests)
@@ -99,10 +99,18 @@ def measure(label: str, pair: Pair, count: int) -> list[Result]:
     for place in ("on the way", "at the source"):
         for fault in FAULTS:
             random = keyed_generator(0, "fault", place == "on the way", sorted(FAULTS).index(fault))
-            names = random.choice(pair.names, size=count)
-            caught = sum(pair.caught(str(name), fault, place == "on the way", random) for name in names)
+            tried: list[bool] = []
+            # A tensor that the step has not changed, to the bit, is not stale: another one is drawn.
+            for name in random.choice(pair.names, size=20 * count):
+                caught = pair.caught(str(name), fault, place == "on the way", random)
+                if caught is not None:
+                    tried.append(caught)
+                if len(tried) == count:
+                    break
             target = ">= 1" if place == "on the way" else None
-            results.append(Result(f"{label}: one tensor {fault} {place}, caught", caught / count, target=target))
+            share = sum(tried) / len(tried)
+            results.append(Result(f"{label}: one tensor {fault} {place}, caught", share, target=target))
+            results.append(Result(f"{label}: one tensor {fault} {place}, tried", len(tried), target=f">= {count}"))
     fault = pair.sync(Snapshot(1, frozenset(pair.names), [WeightBucket.of(pair.new.items())]), pair.before)
     assert pair.generator._probed is not None
     sound = pair.generator._probed.parity

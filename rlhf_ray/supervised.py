@@ -102,7 +102,7 @@ def run_sft(config: SFTConfig, resume: bool = False) -> None:
         if policy.lora is not None:
             group.call_all(PolicyLearner.export_adapters, str(run.folder.policy_adapters.absolute()))
         plot_loss(run.folder.metrics, run.folder.plot, f"{config.run.name} · {policy.model}")
-        loss = tracker.metrics.read().rows[-1]["loss"]
+        loss = tracker.metrics.read()[-1]["loss"]
         tracker.finish({"name": config.run.name, "steps": steps, "loss": loss, "wall_s": tracker.wall_s})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -44,10 +44,26 @@ def kl_estimate(logprobs: torch.Tensor, reference_logprobs: torch.Tensor, estima
     raise ValueError(f"unknown KL estimator {estimator!r}; one of k1, k2, k3")
 
 
-class KLController(Protocol):
-    """Sets the weight of the KL penalty; its state belongs into the checkpoint."""
+class KLController:
+    """Sets the weight of the KL penalty; its state belongs into the checkpoint.
 
-    coefficient: float
+    `fixed` stays with the settings, also after a resume with other ones. `adaptive` is proportional control in log
+    space (Ziegler et al. 2019, section 2.2): `e = clip(kl / target − 1, −0.2, 0.2)`, then `β ← β (1 + e · num_samples /
+    horizon)`. A step larger than the horizon counts as one horizon; with five times as many samples β would otherwise
+    turn negative.
+
+    Args:
+        settings: of the run.
+
+    Attributes:
+        coefficient: β of the next step.
+    """
+
+    MAX_ERROR = 0.2
+
+    def __init__(self, settings: KLSettings) -> None:
+        self._settings = settings
+        self.coefficient = settings.coefficient
 
     def update(self, kl: float, num_samples: int) -> None:
         """Take note of one step.
@@ -56,62 +72,16 @@ class KLController(Protocol):
             kl: mean over the step's sequences of the summed per-token KL, nats.
             num_samples: sequences of the step.
         """
-
-    def state_dict(self) -> dict[str, float]: ...
-
-    def load_state_dict(self, state: dict[str, float]) -> None: ...
-
-
-class FixedKLController:
-    """The coefficient stays what the settings say, also after a resume with changed settings."""
-
-    def __init__(self, coefficient: float) -> None:
-        self.coefficient = coefficient
-
-    def update(self, kl: float, num_samples: int) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, float]:
-        return {"coefficient": self.coefficient}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        pass
-
-
-class AdaptiveKLController:
-    """Proportional control in log space (Ziegler et al. 2019, section 2.2).
-
-    `e = clip(kl / target − 1, −0.2, 0.2)`, then `β ← β (1 + e · num_samples / horizon)`. A step larger than the horizon
-    counts as one horizon; with five times as many samples β would otherwise turn negative.
-
-    Args:
-        coefficient: first β.
-        target: nats a sequence.
-        horizon: samples over which an error is corrected.
-    """
-
-    MAX_ERROR = 0.2
-
-    def __init__(self, coefficient: float, target: float, horizon: int) -> None:
-        self.coefficient = coefficient
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, kl: float, num_samples: int) -> None:
+        if self._settings.controller == "fixed":
+            return
         if not math.isfinite(kl):
             raise ValueError(f"the KL divergence of a step must be finite, not {kl}")
-        error = min(max(kl / self.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
-        self.coefficient *= 1 + error * min(num_samples / self.horizon, 1.0)
+        error = min(max(kl / self._settings.target - 1, -self.MAX_ERROR), self.MAX_ERROR)
+        self.coefficient *= 1 + error * min(num_samples / self._settings.horizon, 1.0)
 
     def state_dict(self) -> dict[str, float]:
         return {"coefficient": self.coefficient}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.coefficient = state["coefficient"]
-
-
-def kl_controller(settings: KLSettings) -> KLController:
-    """The controller of a run."""
-    if settings.controller == "fixed":
-        return FixedKLController(settings.coefficient)
-    return AdaptiveKLController(settings.coefficient, settings.target, settings.horizon)
+        if self._settings.controller == "adaptive":
+            self.coefficient = state["coefficient"]

@@ -127,8 +127,8 @@ class AlgorithmSettings(Settings):
     max_staleness: NonNegativeInt = Field(
         0,
         description="Steps that sampling may run ahead of training. Step s is sampled with the weights of version "
-        "max(0, s − n) exactly, so for every n two runs with the same seed are bit-for-bit equal (runs with different n "
-        "are not). 0: sampling and training take turns.",
+        "max(0, s − n) exactly, so for every n two runs with the same seed are bit-for-bit equal (runs with different "
+        "n are not). 0: sampling and training take turns.",
     )
     in_flight_updates: bool = Field(
         False,

@@ -10,54 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf_ray.config.base import ActorSettings
-from rlhf_ray.config.settings import EvaluationSettings, PPOConfig, SamplingSettings
-from rlhf_ray.data.prompts import PromptSet
-from rlhf_ray.failures import FailureKind, RoleFailure
-from rlhf_ray.models.buckets import Snapshot
+from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.ppo.inputs import Inputs
-from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.ppo.step import generate, plan_shards, refer, score
-from rlhf_ray.reward.core.evaluator import EvaluatedSample, Evaluator
-from rlhf_ray.runtime.answers import Deferred
+from rlhf_ray.reward.core.evaluator import EvaluatedSample
 from rlhf_ray.tracking.report import SamplePair
 from rlhf_ray.tracking.run_folder import write_atomic
-
-
-def evaluate(
-    roles: Roles,
-    held_out: PromptSet,
-    settings: EvaluationSettings,
-    sampling: SamplingSettings,
-    seed: int,
-    snapshot: Snapshot | Deferred[Snapshot],
-    with_kl: bool,
-) -> list[EvaluatedSample]:
-    """Sample, score and judge every held-out prompt.
-
-    Args:
-        snapshot: the weights to sample with.
-        with_kl: ask the reference too, for the distance from it.
-
-    Returns:
-        One entry a sample, in the order of the prompts.
-    """
-    if roles.evaluator is None:
-        raise RoleFailure(FailureKind.FATAL, "evaluator", "?", "the run was started without held-out prompts")
-    [evaluator] = roles.evaluator
-    drawn = [(prompt.index, prompt) for prompt in held_out]
-    plans = plan_shards(drawn, sampling, seed, "held-out", samples_per_prompt=settings.samples_per_prompt)
-    shards = generate(roles, plans, drawn, snapshot)
-    scored = score(roles, shards)
-    references = refer(roles, shards) if with_kl else None
-    read = [
-        evaluator.ask(Evaluator.read, shard.rollout.data, scored[index].data, shard.prompts)
-        if references is None
-        else evaluator.ask(
-            Evaluator.read, shard.rollout.data, scored[index].data, shard.prompts, references[index].data
-        )
-        for index, shard in enumerate(shards)
-    ]
-    return [sample for samples in roles.evaluator.wait(read) for sample in samples]
 
 
 def held_out_summary(

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.models.buckets import UNTRAINED, Snapshot
-from rlhf_ray.ppo.evaluation import before_file, evaluate, held_out_metrics, load_samples, save_samples
+from rlhf_ray.ppo.evaluation import before_file, held_out_metrics, load_samples, save_samples
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
-from rlhf_ray.reward.core.evaluator import EvaluatedSample
+from rlhf_ray.ppo.step import generate, plan_shards, refer, score
+from rlhf_ray.reward.core.evaluator import EvaluatedSample, Evaluator
 from rlhf_ray.roles.policy_learner import PolicyLearner
 from rlhf_ray.runtime.answers import Deferred
 from rlhf_ray.runtime.run import Run
@@ -105,8 +106,28 @@ class HeldOut:
         self._run.tracker.events.write("best_policy", step=step, metric=metric, value=found)
 
     def _evaluate(self, snapshot: Snapshot | Deferred[Snapshot], with_kl: bool) -> list[EvaluatedSample]:
-        config = self._config
-        assert self._inputs.held_out is not None, "called with held-out prompts only"
-        return evaluate(
-            self._roles, self._inputs.held_out, config.evaluation, config.sampling, config.run.seed, snapshot, with_kl
-        )
+        """Sample, score and judge every held-out prompt.
+
+        Args:
+            snapshot: the weights to sample with.
+            with_kl: ask the reference too, for the distance from it.
+
+        Returns:
+            One entry a sample, in the order of the prompts.
+        """
+        config, roles, held_out = self._config, self._roles, self._inputs.held_out
+        assert held_out is not None, "called with held-out prompts only"
+        assert roles.evaluator is not None, "there is one wherever there are held-out prompts"
+        [evaluator] = roles.evaluator
+        drawn = [(prompt.index, prompt) for prompt in held_out]
+        count = config.evaluation.samples_per_prompt
+        plans = plan_shards(drawn, config.sampling, config.run.seed, "held-out", samples_per_prompt=count)
+        shards = generate(roles, plans, drawn, snapshot)
+        scored = score(roles, shards)
+        references = refer(roles, shards) if with_kl else None
+        columns = [None] * len(shards) if references is None else [each.data for each in references]
+        read = [
+            evaluator.ask(Evaluator.read, shard.rollout.data, rewards.data, shard.prompts, column)
+            for shard, rewards, column in zip(shards, scored, columns, strict=True)
+        ]
+        return [sample for samples in roles.evaluator.wait(read) for sample in samples]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.algorithms.kl import kl_controller
+from rlhf_ray.algorithms.kl import KLController
 from rlhf_ray.algorithms.parity import Parity
 from rlhf_ray.config.settings import PPOConfig
 from rlhf_ray.failures import RoleFailure
@@ -95,7 +95,7 @@ class PPO:
     def __init__(self, config: PPOConfig, inputs: Inputs, roles: Roles, run: Run) -> None:
         self._config, self._inputs, self._roles, self._run = config, inputs, roles, run
         self._timeout_s = config.cluster.call_timeout_s
-        self._kl = kl_controller(config.algorithm.kl)
+        self._kl = KLController(config.algorithm.kl)
         self._state = LoopState(
             kl_controller=self._kl.state_dict(),
             max_staleness=config.algorithm.max_staleness,

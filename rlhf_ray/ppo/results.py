@@ -31,7 +31,7 @@ def write_results(
 ) -> None:
     """The policy as a Hugging Face directory, the judgement, the plot and the page; the summary last."""
     folder, tracker = run.folder, run.tracker
-    rows = tracker.metrics.read().rows
+    rows = tracker.metrics.read()
     summary: dict[str, object] = {
         "name": config.run.name,
         "steps": rows[-1]["step"],

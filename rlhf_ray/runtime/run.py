@@ -112,7 +112,7 @@ class Run:
         """
         self._writer.drop()
         self._resume = True
-        self._sound, rows = self.sound_checkpoint(), self.tracker.metrics.read().rows
+        self._sound, rows = self.sound_checkpoint(), self.tracker.metrics.read()
         done, back_to = int(rows[-1]["step"] or 0) if rows else 0, self._sound[0] if self._sound else 0
         self.tracker.events.write(
             "rolled_back", role=failure.role, cause=failure.cause, from_step=done, to_step=back_to

@@ -93,7 +93,7 @@ def check_ledger(path: Path, samples_per_step: int, steps: int) -> LedgerCheck:
         samples_per_step: that are drawn, the same at every step.
         steps: done by the run.
     """
-    rows = [(int(row["step"] or 0), row) for row in read_log(path).rows]
+    rows = [(int(row["step"] or 0), row) for row in read_log(path)]
     uses = {name: [ids_in(row.get(name) or ()) for _, row in rows] for name in USES}  # type: ignore[arg-type]
     by_row = [np.concatenate(parts) for parts in zip(*uses.values(), strict=True)]
     used, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *by_row]), return_counts=True)

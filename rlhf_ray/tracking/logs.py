@@ -1,7 +1,7 @@
 """`metrics.jsonl` and `events.jsonl`: one JSON object a line, on disk as it happens.
 
 Each line is appended by one write to a file opened for that write, so that what was logged survives whatever
-happens next. A crash can leave half a line at the end: readers count it and go on, writers remove it before
+happens next. A crash can leave half a line at the end: readers pass it over, writers remove it before
 they append, or the next line would be lost with it.
 
 JSON has no NaN and no infinity. Such a number is written as `null`, and an event says which metric it was.
@@ -14,7 +14,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
@@ -26,19 +25,6 @@ Scalar = float | int | str | bool | None
 Row = dict[str, Scalar]
 
 
-@dataclass(frozen=True)
-class LogRows:
-    """What a log holds.
-
-    Attributes:
-        rows: its objects, oldest first.
-        num_torn: lines that a crash cut off (0 or 1, the last).
-    """
-
-    rows: list[Row]
-    num_torn: int
-
-
 class EventLog:
     """Starts, stops, deaths, restarts, checkpoints, each with role, node and cause.
 
@@ -47,9 +33,9 @@ class EventLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         drop_torn_line(path)
-        self._counts = Counter(str(row["kind"]) for row in read_log(path).rows)
+        self._counts = Counter(str(row["kind"]) for row in read_log(path))
 
     def count(self, kind: str) -> int:
         """How often something has happened since the run's first start."""
@@ -75,12 +61,8 @@ class EventLog:
                 event often tells of a failure and must not fail itself.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        append_row(self._path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
+        append_row(self.path, {**details, "time": now, "kind": kind, "role": role, "node": node, "cause": cause})
         self._counts[kind] += 1
-
-    def read(self) -> LogRows:
-        """All events so far."""
-        return read_log(self._path)
 
 
 class MetricsLog:
@@ -102,27 +84,27 @@ class MetricsLog:
         for name in broken:
             self._events.write("metric_not_finite", cause=f"{name} is {row[name]}", metric=name, step=row.get("step"))
 
-    def read(self) -> LogRows:
+    def read(self) -> list[Row]:
         """All rows so far."""
         return read_log(self._path)
 
 
-def read_log(path: Path) -> LogRows:
+def read_log(path: Path) -> list[Row]:
     """Read a log, also while it is written or after a crash. A missing file is an empty log.
 
     Raises:
         BadInput: a line other than a torn last one is not a JSON object.
     """
     if not path.exists():
-        return LogRows([], 0)
-    *lines, last = path.read_bytes().split(b"\n")
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         row = _parse(line)
         if row is None:
             raise BadInput(f"{path}:{number}", "is not a JSON object", "one JSON object a line")
         rows.append(row)
-    return LogRows(rows, num_torn=1 if last else 0)
+    return rows
 
 
 def truncate_after(path: Path, step: int) -> int:
@@ -134,7 +116,7 @@ def truncate_after(path: Path, step: int) -> int:
     Returns:
         How many rows were dropped.
     """
-    rows = read_log(path).rows
+    rows = read_log(path)
     kept = [row for row in rows if int(row["step"] or 0) <= step]
     if len(kept) < len(rows):
         write_atomic(path, "".join(_line(row) for row in kept))

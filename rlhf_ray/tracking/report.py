@@ -80,7 +80,7 @@ def plot_ppo(metrics_path: Path, png_path: Path, title: str) -> None:
         png_path: the picture to write.
         title: above it.
     """
-    rows = read_log(metrics_path).rows
+    rows = read_log(metrics_path)
     steps = _values(rows, "step")
     mean, std = _values(rows, "reward/mean"), _values(rows, "reward/std")
     phases = [phase_times(row) for row in rows]  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def plot_loss(metrics_path: Path, png_path: Path, title: str) -> None:
         png_path: the picture to write.
         title: above it.
     """
-    rows = read_log(metrics_path).rows
+    rows = read_log(metrics_path)
     steps = _values(rows, "step")
     with _figure(png_path, 1, 2, title) as (loss, second):
         loss.set_title("Loss")

@@ -146,10 +146,10 @@ def read_story(folder: RunFolder) -> Story:
     Raises:
         BadInput: the folder holds no run, or a log is damaged.
     """
-    events: Sequence[_Event] = read_log(folder.events).rows
+    events: Sequence[_Event] = read_log(folder.events)
     if not events:
         raise BadInput(str(folder.path), "has no events.jsonl with a run in it", "the folder of a run")
-    rows = read_log(folder.metrics).rows
+    rows = read_log(folder.metrics)
     steps = max((int(row["step"] or 0) for row in rows), default=0)
     happenings, counts = _tell(events)
     ledger = _ledger(folder, steps)
@@ -267,7 +267,7 @@ def _ledger(folder: RunFolder, steps: int) -> LedgerCheck | None:
     if not folder.ledger.exists() or not folder.config_yaml.exists():
         return None
     sampling = yaml.safe_load(folder.config_yaml.read_text(encoding="utf-8"))["sampling"]
-    written = [int(row["step"] or 0) for row in read_log(folder.ledger).rows]
+    written = [int(row["step"] or 0) for row in read_log(folder.ledger)]
     drawn = sampling["prompts_per_step"] + sampling.get("spare_prompts", 0)
     return check_ledger(folder.ledger, drawn * sampling["samples_per_prompt"], max([steps, *written]))
 

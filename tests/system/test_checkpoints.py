@@ -71,7 +71,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(writers: ActorGroup[Writer], 
     assert find_fault(two) is None
     # The state is the one of the step, whatever it has become meanwhile; and the end of a run waits for the last one.
     assert [(path / "state.json").read_text() for path in (two, four)] == ['{"step": 2}\n', '{"step": 4}\n']
-    saved = [row["step"] for row in read_log(run.folder.events).rows if row["kind"] == "checkpoint_saved"]
+    saved = [row["step"] for row in read_log(run.folder.events) if row["kind"] == "checkpoint_saved"]
     assert saved == [2, 4]
 
 
@@ -103,5 +103,5 @@ def test_one_that_fails_after_something_else_did_is_an_event(writers: ActorGroup
 
     with pytest.raises(KeyError, match="the cause"), run:
         fail()
-    [event] = [row for row in read_log(run.folder.events).rows if row["kind"] == "checkpoint_failed"]
+    [event] = [row for row in read_log(run.folder.events) if row["kind"] == "checkpoint_failed"]
     assert (event["role"], event["cause"]) == ("writer-0", "cannot write")

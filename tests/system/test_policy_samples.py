@@ -21,7 +21,8 @@ from rlhf_ray.reward.judge.policy_samples import (
     sample_policy,
     score_samples,
 )
-from tests.making import SCORE_ROUNDING
+from rlhf_ray.tracking.tracker import Tracker, open_folder
+from tests.making import SCORE_ROUNDING, unread_config
 
 CLUSTER = ClusterSettings(placement_timeout_s=60, start_timeout_s=280, call_timeout_s=120)
 NUM_PROMPTS, NUM_SAMPLES = 5, 4
@@ -41,10 +42,16 @@ def settings_for(tiny: Path, replicas: int, policy: str = "policy") -> BestOfNSe
     )
 
 
+def samples_of(tiny: Path, replicas: int, runs: Path) -> PolicySamples:
+    config = unread_config(runs, every_steps=1)
+    with open_folder(config) as folder, Tracker(config, "reward_model", folder, "samples", 0, ()) as tracker:
+        return sample_policy(read_policy(settings_for(tiny, replicas)), CLUSTER, 3, tracker)
+
+
 @pytest.fixture(scope="module")
 def samples(local_ray: Path, tiny: Path) -> PolicySamples:
     """Of two engines."""
-    return sample_policy(read_policy(settings_for(tiny, replicas=2)), CLUSTER, 3, local_ray / "two")
+    return samples_of(tiny, 2, local_ray / "two")
 
 
 def test_every_prompt_has_its_responses(samples: PolicySamples, tiny: Path, policy_tokenizer: Any):
@@ -59,7 +66,7 @@ def test_every_prompt_has_its_responses(samples: PolicySamples, tiny: Path, poli
 
 
 def test_the_number_of_engines_changes_nothing(samples: PolicySamples, local_ray: Path, tiny: Path):
-    one = sample_policy(read_policy(settings_for(tiny, replicas=1)), CLUSTER, 3, local_ray / "one")
+    one = samples_of(tiny, 1, local_ray / "one")
     assert one.responses == samples.responses
     assert one.truncated_share == samples.truncated_share
 

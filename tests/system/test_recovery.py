@@ -19,7 +19,7 @@ from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import collect
 from rlhf_ray.runtime.limits import Limits
 from rlhf_ray.runtime.supervisor import Supervisor
-from rlhf_ray.tracking.logs import EventLog
+from rlhf_ray.tracking.logs import EventLog, read_log
 from rlhf_ray.waiting import waiting
 from tests.making import random_rollout
 from tests.system.commands import wait_until
@@ -104,7 +104,7 @@ def pid_of(group: ActorGroup[Worker]) -> int:
 
 
 def events_of(log: EventLog, kind: str) -> list[dict[str, Any]]:
-    return [event for event in log.read().rows if event["kind"] == kind]
+    return [event for event in read_log(log.path) if event["kind"] == kind]
 
 
 def test_a_reference_that_somebody_holds_is_fulfilled_by_the_second_attempt(worker: ActorGroup[Worker], tmp_path: Path):
@@ -170,7 +170,7 @@ def test_who_waits_for_others_is_left_alone(worker: ActorGroup[Worker], tmp_path
     before = pid_of(worker)
     with supervised(worker, log):
         assert worker.wait([worker.of(0).ask(Worker.wait_for_others, 2.5 * SILENT_S)]) == [before]
-    assert log.read().rows == []
+    assert read_log(log.path) == []
 
 
 def test_a_rank_that_is_lost_is_not_started_again_and_its_group_can_be_ended(local_ray: Path, tmp_path: Path):

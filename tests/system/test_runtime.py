@@ -65,7 +65,7 @@ class Player:
 
     def lengths(self, rollouts: Iterable[Rollout]) -> list[int]:
         assert iter(rollouts) is not iter(rollouts), "each iteration fetches anew, and one is held at a time"
-        return [len(rollout.tokens) for rollout in rollouts]
+        return [len(rollout.logprobs) for rollout in rollouts]
 
     def wait(self, seconds: float) -> str:
         threading.Event().wait(seconds)
@@ -165,7 +165,7 @@ def test_references_are_fetched_where_they_are_used(players: ActorGroup[Player])
         )
         assert players.wait([players.of(0).ask(Player.paired, pairs)])[0] == pytest.approx([2.0] * 3)
         in_turn = OneByOne(tuple(stored.data for stored in asked))
-        assert players.wait([players.of(1).ask(Player.lengths, in_turn)])[0] == [h.num_tokens for h in headers]
+        assert players.wait([players.of(1).ask(Player.lengths, in_turn)])[0] == [h.num_response_tokens for h in headers]
     finally:
         refuse_rollouts_in_this_process(False)
 

@@ -18,7 +18,7 @@ STEPS = 40
 def begin(data: Path, runs: Path, *more: str) -> Command:
     settings = {
         "run": {"name": "warm-up"},
-        "text": {"path": str(data / "tiny" / "sft_train.jsonl")},
+        "text": {"path": str(data / "tiny" / "sft_train.jsonl"), "max_tokens": 256},
         "policy": {
             "model": str(data / "tiny" / "policy_tied"),
             "learner": {"dtype": "float32", "learning_rate": 1e-3, "warmup_steps": 4, "lr_schedule": "linear"},

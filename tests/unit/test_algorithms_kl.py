@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_ray.algorithms.kl import AdaptiveKLController, KLEstimator, kl_controller, kl_estimate
+from rlhf_ray.algorithms.kl import KLController, KLEstimator, kl_estimate
 from rlhf_ray.config.algorithm import KLSettings
+
+
+def adaptive(horizon: int) -> KLController:
+    return KLController(KLSettings(controller="adaptive", coefficient=0.1, target=6.0, horizon=horizon))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_adaptive_controller_against_hand_computed_numbers() -> None:
-    controller = kl_controller(KLSettings(controller="adaptive", coefficient=0.1, target=6.0, horizon=1000))
+    controller = KLController(KLSettings(controller="adaptive", coefficient=0.1, target=6.0, horizon=1000))
     controller.update(6.6, 100)  # error 0.1
     assert controller.coefficient == pytest.approx(0.1 * 1.01)
     controller.update(60.0, 100)  # error 9, clipped to 0.2
@@ -91,21 +95,21 @@ def test_adaptive_controller_against_hand_computed_numbers() -> None:
 
 
 def test_adaptive_controller_never_changes_sign() -> None:
-    controller = AdaptiveKLController(0.1, target=6.0, horizon=1)
+    controller = adaptive(1)
     controller.update(0.0, 4096)
     assert controller.coefficient == pytest.approx(0.08)
 
 
 def test_adaptive_controller_refuses_a_kl_that_is_no_number() -> None:
     with pytest.raises(ValueError, match="nan"):
-        AdaptiveKLController(0.1, 6.0, 1000).update(math.nan, 10)
+        adaptive(1000).update(math.nan, 10)
 
 
 def test_a_resumed_adaptive_controller_goes_on_where_it_was() -> None:
-    left_alone, stopped = AdaptiveKLController(0.1, 6.0, 100), AdaptiveKLController(0.1, 6.0, 100)
+    left_alone, stopped = adaptive(100), adaptive(100)
     for controller in (left_alone, stopped):
         controller.update(9.0, 30)
-    resumed = AdaptiveKLController(0.1, 6.0, 100)
+    resumed = adaptive(100)
     resumed.load_state_dict(stopped.state_dict())
     for controller in (left_alone, resumed):
         controller.update(2.0, 30)
@@ -113,7 +117,7 @@ def test_a_resumed_adaptive_controller_goes_on_where_it_was() -> None:
 
 
 def test_fixed_controller_stays_with_its_settings() -> None:
-    controller = kl_controller(KLSettings(coefficient=0.05))
+    controller = KLController(KLSettings(coefficient=0.05))
     controller.update(100.0, 100)
     controller.load_state_dict({"coefficient": 0.3})
     assert controller.coefficient == 0.05

@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 
 from rlhf_ray.config.settings import PPOConfig
-from rlhf_ray.ppo import held_out
 from rlhf_ray.ppo.held_out import Best, HeldOut
 from rlhf_ray.ppo.inputs import Inputs
 from rlhf_ray.ppo.roles import Roles
@@ -64,8 +63,7 @@ class Judged:
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judged]:
     made: list[Judged] = []
 
-    def evaluate(*arguments: Any) -> Sequence[EvaluatedSample]:
-        step = arguments[5]
+    def evaluate(self: HeldOut, step: int, with_kl: bool) -> Sequence[EvaluatedSample]:
         made[-1].judged.append(step)
         return [sample(made[-1].rewards(step))]
 
@@ -73,7 +71,7 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Jud
         made.append(Judged(tmp_path, rewards, *overrides))
         return made[-1]
 
-    monkeypatch.setattr(held_out, "evaluate", evaluate)
+    monkeypatch.setattr(HeldOut, "_evaluate", evaluate)
     return make
 
 

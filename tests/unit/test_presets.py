@@ -37,7 +37,7 @@ def builds(monkeypatch):
         done.append(target)
         return {}
 
-    monkeypatch.setitem(PRESETS, "fake", Preset("for this test", 1, None, build))
+    monkeypatch.setitem(PRESETS, "fake", Preset(1, None, build))
     return done
 
 
@@ -84,7 +84,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
         (target / "half.txt").write_text("half")
         raise PresetError("no more")
 
-    monkeypatch.setitem(PRESETS, "fake", Preset("for this test", 1, None, build))
+    monkeypatch.setitem(PRESETS, "fake", Preset(1, None, build))
     with pytest.raises(PresetError):
         prepare("fake", tmp_path, print)
     assert list(tmp_path.iterdir()) == []
@@ -97,7 +97,7 @@ def test_a_rebuild_that_fails_keeps_what_was_there(tmp_path, builds, monkeypatch
     def build(archive, target, report):
         raise PresetError("no more")
 
-    monkeypatch.setitem(PRESETS, "fake", Preset("for this test", 2, None, build))
+    monkeypatch.setitem(PRESETS, "fake", Preset(2, None, build))
     with pytest.raises(PresetError):
         prepare("fake", tmp_path, print)
     assert contents(place) == before
@@ -160,7 +160,7 @@ def test_a_wrong_hash_stops_the_preset(wheel, tmp_path, monkeypatch):
     def build(archive, target, report):
         raise AssertionError("must not be built")
 
-    monkeypatch.setitem(PRESETS, "fake", Preset("for this test", 1, package_of(wheel), build))
+    monkeypatch.setitem(PRESETS, "fake", Preset(1, package_of(wheel), build))
     monkeypatch.setattr(presets, "fetch", lambda package, folder: verify(wheel, package) or wheel)
     wheel.write_bytes(wheel.read_bytes() + b"x")
     with pytest.raises(PresetError, match=f"{wheel.name} has SHA-256 .* was expected"):

@@ -44,7 +44,7 @@ def test_resume_begins_a_run_that_is_not_there_and_takes_up_one_that_is(tmp_path
         with Run(config, "sft", "title", 9, (), config.checkpoint, resume=True) as run:
             restored = run.restore(State)
             done = 0 if restored is None else restored[0].step
-            steps_done.append((done, [each["step"] for each in run.tracker.metrics.read().rows]))
+            steps_done.append((done, [each["step"] for each in run.tracker.metrics.read()]))
             for step in range(done + 1, done + steps + 1):
                 run.tracker.step(row(step))
             if steps == 2:

@@ -52,7 +52,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 def events_of(runs: Path, kind: str) -> list[Row]:
-    return [event for event in read_log(runs / "x" / "events.jsonl").rows if event["kind"] == kind]
+    return [event for event in read_log(runs / "x" / "events.jsonl") if event["kind"] == kind]
 
 
 def newest(runs: Path) -> Path:
@@ -89,7 +89,7 @@ def test_a_whole_checkpoint_is_resumed_from(runs: Path):
         restored = run.restore(State)
     assert restored == (State(20), newest(runs).absolute())
     assert events_of(runs, "checkpoint_broken") == []
-    assert [row["step"] for row in read_log(runs / "x" / "metrics.jsonl").rows] == list(range(1, 21))
+    assert [row["step"] for row in read_log(runs / "x" / "metrics.jsonl")] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(runs: Path, d
         [event] = events_of(runs, "checkpoint_broken")
         assert (event["step"], event["path"]) == (20, str(newest(runs)))
         assert str(event["cause"]).startswith(cause)
-        assert [row["step"] for row in run.tracker.metrics.read().rows] == list(range(1, 11))
+        assert [row["step"] for row in run.tracker.metrics.read()] == list(range(1, 11))
         # Its step comes again, and the damaged one is written anew.
         go_on(run, 11, 20)
     assert find_fault(newest(runs)) is None
@@ -180,7 +180,7 @@ def test_a_disk_that_cannot_take_the_event_either_does_not_hide_the_cause(runs: 
 
     def fail() -> None:
         with run:
-            monkeypatch.setattr(run.tracker.events, "_path", Path("/dev/full"))
+            monkeypatch.setattr(run.tracker.events, "path", Path("/dev/full"))
             raise KeyError("the cause")
 
     with pytest.raises(KeyError, match="the cause"):

@@ -72,7 +72,7 @@ def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(tmp_path: Path, url: str
     assert gone_on.pop("config.yaml") != alone.pop("config.yaml")
     assert gone_on == alone
     assert copy.steps() == [10, 12]
-    kinds = [row["kind"] for row in read_log(tmp_path / "runs" / "x" / "events.jsonl").rows]
+    kinds = [row["kind"] for row in read_log(tmp_path / "runs" / "x" / "events.jsonl")]
     # Of the first process as well.
     assert kinds.count("checkpoint_saved") >= 5
     assert "copy_fetched" in kinds
@@ -122,7 +122,7 @@ def test_a_place_that_is_not_there_is_named_at_once(tmp_path: Path):
 
 
 def failed_copies(runs: Path) -> list[tuple[str, str]]:
-    rows = read_log(runs / "x" / "events.jsonl").rows
+    rows = read_log(runs / "x" / "events.jsonl")
     return [(row["what"], row["cause"]) for row in rows if row["kind"] == "copy_failed"]
 
 

@@ -30,36 +30,23 @@ class Preset:
     """One thing that `rlhf-ray prepare` can write.
 
     Attributes:
-        summary: one line for `rlhf-ray prepare --help`.
         format_version: raised whenever the written files change; an older folder is built again.
         package: where the source comes from; None if it is made here.
         build: writes into an empty folder; gets the source archive, that folder and the reporter, and
             returns what `preset.json` should say besides. It may use the folder's parent for scratch files.
     """
 
-    summary: str
     format_version: int
     package: PinnedPackage | None
     build: Callable[[Path, Path, Report], dict[str, object]]
 
 
 PRESETS = {
-    "smollm2-135m": Preset(
-        "SmolLM2-135M-Instruct, a small real policy", smollm2.FORMAT_VERSION, smollm2.PACKAGE, smollm2.build
-    ),
-    "minilm": Preset(
-        "MiniLM-L6, a small backbone for reward models", minilm.FORMAT_VERSION, minilm.PACKAGE, minilm.build
-    ),
-    "hutto-movie": Preset(
-        "movie-review snippets with human ratings: prompts, text, pairs",
-        hutto.FORMAT_VERSION,
-        hutto.PACKAGE,
-        hutto.build,
-    ),
-    "chain-sum": Preset(
-        "sums of small numbers with their answers, from reasoning-gym", chain_sum.FORMAT_VERSION, None, chain_sum.build
-    ),
-    "tiny": Preset("made-up models and data for tests, in seconds", tiny.FORMAT_VERSION, None, tiny.build),
+    "smollm2-135m": Preset(smollm2.FORMAT_VERSION, smollm2.PACKAGE, smollm2.build),
+    "minilm": Preset(minilm.FORMAT_VERSION, minilm.PACKAGE, minilm.build),
+    "hutto-movie": Preset(hutto.FORMAT_VERSION, hutto.PACKAGE, hutto.build),
+    "chain-sum": Preset(chain_sum.FORMAT_VERSION, None, chain_sum.build),
+    "tiny": Preset(tiny.FORMAT_VERSION, None, tiny.build),
 }
 
 

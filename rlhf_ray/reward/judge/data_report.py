@@ -327,7 +327,7 @@ def _report_set(
         ties=int((direction == 0).sum()),
         soft_labels=int(((probability > 0) & (probability < 1) & (direction != 0)).sum()),
         rejected_preferred=int((direction < 0).sum()),
-        alike=find(hashes.places, (hashes.chosen == hashes.rejected) & (direction != 0)),
+        alike=find(hashes.places, hashes.same & (direction != 0)),
         duplicates=duplicates,
         contradictions=contradictions,
         characters=_lengths(characters, direction, groups),
@@ -342,9 +342,9 @@ def _report_set(
 def _repeats(hashes: PairHashes, direction: NDArray[np.float64]) -> tuple[Matches, Matches]:
     """Duplicates and contradictions, each example with the place that it repeats or contradicts."""
     # The preference as seen from the text with the smaller hash: the same for a pair and its turned copy.
-    sides = np.where(hashes.chosen == hashes.rejected, 0, np.where(hashes.chosen < hashes.rejected, 1, -1) * direction)
+    sides = np.where(hashes.same, 0, np.where(hashes.texts[:, 0] < hashes.texts[:, 1], 1, -1) * direction)
     groups: dict[int, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key, side, place in zip(hashes.pairs.tolist(), sides.tolist(), hashes.places, strict=True):
+    for key, side, place in zip(hashes.pairs[:, 0].tolist(), sides.tolist(), hashes.places, strict=True):
         groups[key][int(side)].append(place)
     duplicates: list[str] = []
     contradictions: list[str] = []

@@ -257,9 +257,9 @@ class RewardInspector:
         return probe_check(recorded, self._invariant_scorer.score_tokens([probe.token_ids for probe in probes]).heads)
 
     @torch.inference_mode()
-    def _logits(self, network: Any, token_ids: Sequence[Sequence[int]], **padding: Any) -> NDArray[np.float64]:
+    def _logits(self, network: Any, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float64]:
         """`[n, labels]` of one batch, padded as the saved tokenizer does."""
-        batch = self._tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt", **padding)
+        batch = self._tokenizer.pad({"input_ids": list(token_ids)}, return_tensors="pt")
         inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
         return network(**inputs).logits.double().cpu().numpy()
 

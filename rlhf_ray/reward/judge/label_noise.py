@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.special import beta
 
 from rlhf_ray.data.preferences import PreferencePair, Votes
@@ -28,28 +28,6 @@ class RaterCeiling:
     agreement: float | None
     soft_pairs: int
     pairs: int
-
-
-def noisy_probability(true_probability: ArrayLike, flip: float) -> NDArray[np.float64]:
-    """P(label 1) where labels drawn with `true_probability` are flipped at the rate `flip`: p (1 − f) + (1 − p) f."""
-    probability = np.asarray(true_probability, dtype=np.float64)
-    if not 0 <= flip <= 1:
-        raise ValueError(f"a flip rate of {flip} is outside [0, 1]")
-    return probability * (1 - flip) + (1 - probability) * flip
-
-
-def bayes_accuracy(true_probability: ArrayLike, flip: float = 0.0) -> float:
-    """Expected accuracy on flipped labels of the model that knows every true probability: mean max(p′, 1 − p′).
-
-    On labels that are not flipped the same model keeps `bayes_accuracy(true_probability)` at any rate below one half:
-    flips lower what can be measured, not which answer is right.
-
-    Args:
-        true_probability: `[P]` in [0, 1], of the first response being preferred.
-        flip: rate at which labels are turned round.
-    """
-    probability = noisy_probability(true_probability, flip)
-    return float(np.maximum(probability, 1 - probability).mean())
 
 
 def rater_ceiling(pairs: Sequence[PreferencePair]) -> RaterCeiling:

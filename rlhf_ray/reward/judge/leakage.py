@@ -57,24 +57,28 @@ class Leakage:
 
 @dataclass(frozen=True, eq=False)
 class PairHashes:
-    """Normalised texts of pairs as 64-bit hashes, each `[P]` uint64.
+    """Normalised texts of pairs as 64-bit hashes, uint64.
 
     Two texts of a million meet by chance with a probability of 3e-8.
 
     Attributes:
         places: of the pairs.
-        pairs: of the two whole texts, in whatever order.
-        chosen, rejected: of the whole texts, prompt + response.
-        chosen_responses, rejected_responses, prompts: of these alone; a prompt that is empty is 0.
+        pairs: `[P, 1]`, of the two whole texts, in whatever order.
+        texts: `[P, 2]`, of the chosen and the rejected whole text, prompt + response.
+        responses: `[P, 2]`, of these alone.
+        prompts: `[P, 1]`; 0 where it is empty.
     """
 
     places: tuple[str, ...]
     pairs: NDArray[np.uint64]
-    chosen: NDArray[np.uint64]
-    rejected: NDArray[np.uint64]
-    chosen_responses: NDArray[np.uint64]
-    rejected_responses: NDArray[np.uint64]
+    texts: NDArray[np.uint64]
+    responses: NDArray[np.uint64]
     prompts: NDArray[np.uint64]
+
+    @property
+    def same(self) -> NDArray[np.bool_]:
+        """`[P]`: both texts are the same."""
+        return self.texts[:, 0] == self.texts[:, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +94,11 @@ class TrainingTexts:
     def of(cls, *sets: PairHashes) -> TrainingTexts:
         """Of the training pairs, and of the validation pairs that the best model was chosen by, if any."""
 
-        def union(*names: str) -> NDArray[np.uint64]:
-            return np.unique(np.concatenate([getattr(hashes, name) for hashes in sets for name in names]))
+        def union(name: str) -> NDArray[np.uint64]:
+            found = np.unique(np.concatenate([getattr(hashes, name).ravel() for hashes in sets]))
+            return found[found != 0]
 
-        prompts = union("prompts")
-        return cls(
-            pairs=union("pairs"),
-            texts=union("chosen", "rejected"),
-            responses=union("chosen_responses", "rejected_responses"),
-            prompts=prompts[prompts != 0],
-        )
+        return cls(*map(union, cls.__annotations__))
 
     def save(self, folder: Path) -> None:
         """Write `training_texts.npz` into the model's folder."""
@@ -124,31 +123,26 @@ class TrainingTexts:
     def leakage(self, hashes: PairHashes) -> Leakage:
         """How many of these pairs were in training."""
         return Leakage(
-            pairs=find(hashes.places, np.isin(hashes.pairs, self.pairs)),
-            texts=find(hashes.places, np.isin(hashes.chosen, self.texts) | np.isin(hashes.rejected, self.texts)),
-            responses=find(
-                hashes.places,
-                np.isin(hashes.chosen_responses, self.responses) | np.isin(hashes.rejected_responses, self.responses),
-            ),
-            prompts=find(hashes.places, np.isin(hashes.prompts, self.prompts)),
+            **{
+                name: find(hashes.places, np.any(np.isin(getattr(hashes, name), known), axis=1))
+                for name, known in vars(self).items()
+            }
         )
 
 
 def hash_pairs(pairs: Sequence[PreferencePair]) -> PairHashes:
     """Pairs as hashes of their texts."""
-    chosen = _hash_texts(pair.prompt + pair.chosen for pair in pairs)
-    rejected = _hash_texts(pair.prompt + pair.rejected for pair in pairs)
     prompts = _hash_texts(pair.prompt for pair in pairs)
     prompts[np.array([not pair.prompt.strip() for pair in pairs], dtype=bool)] = 0
-    both = np.stack([np.minimum(chosen, rejected), np.maximum(chosen, rejected)], axis=1).astype("<u8")
+    texts = _hash_texts(pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected))
+    texts = texts.reshape(-1, 2)
+    both = np.sort(texts, axis=1).astype("<u8")
     return PairHashes(
         places=tuple(pair.place for pair in pairs),
-        pairs=np.array([_hash(row.tobytes()) for row in both], dtype=np.uint64),
-        chosen=chosen,
-        rejected=rejected,
-        chosen_responses=_hash_texts(pair.chosen for pair in pairs),
-        rejected_responses=_hash_texts(pair.rejected for pair in pairs),
-        prompts=prompts,
+        pairs=np.array([[_hash(row.tobytes())] for row in both], dtype=np.uint64).reshape(-1, 1),
+        texts=texts,
+        responses=_hash_texts(text for pair in pairs for text in (pair.chosen, pair.rejected)).reshape(-1, 2),
+        prompts=prompts[:, None],
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SHARE_FREE = 0.05
+_CACHE_BYTES = 1 << 28
 
 
 class PoolingEngine:
@@ -20,8 +21,6 @@ class PoolingEngine:
         tokenizer: directory of the tokenizer.
         max_tokens: longest text in tokens.
         use_activation: let vLLM put its sigmoid or softmax behind the head. A reward is read without.
-        dtype: compute type.
-        kv_cache_gib: without an explicit size, an engine on a CPU claims nearly all memory.
     """
 
     def __init__(
@@ -30,8 +29,6 @@ class PoolingEngine:
         tokenizer: str,
         max_tokens: int,
         use_activation: bool = False,
-        dtype: str = "float32",
-        kv_cache_gib: float = 0.25,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM, PoolingParams
@@ -41,12 +38,13 @@ class PoolingEngine:
             model=model,
             tokenizer=tokenizer,
             runner="pooling",
-            dtype=dtype,
+            dtype="float32",
             max_model_len=max_tokens,
             max_num_seqs=32,
             enforce_eager=True,
             distributed_executor_backend="uni",
-            kv_cache_memory_bytes=int(kv_cache_gib * (1 << 30)),
+            # Without an explicit size an engine on a CPU claims nearly all memory.
+            kv_cache_memory_bytes=_CACHE_BYTES,
             # Only looked at when it starts, on a GPU that it may share; it takes the weights and the above.
             gpu_memory_utilization=_SHARE_FREE,
             seed=0,

@@ -155,6 +155,9 @@ class ScoredBenchmark:
     Args:
         scores: `[num_items]`, in the order of `benchmark.items`; NaN where a text could not be scored.
 
+    Attributes:
+        measured: what `measure` found, by name.
+
     Raises:
         ValueError: another number of scores than of items.
     """
@@ -165,6 +168,7 @@ class ScoredBenchmark:
         self._benchmark = benchmark
         self._cases: dict[str, list[ScoredCase]] = {subset: [] for subset in benchmark.published}
         self._num_unscored = self._num_tied = 0
+        self.measured: dict[str, Section] = {}
         start = 0
         for case in benchmark.cases:
             scored = ScoredCase(case, np.asarray(scores[start : start + len(case.responses)], dtype=np.float64))
@@ -179,16 +183,23 @@ class ScoredBenchmark:
         """A measure of a subset's scored cases; a NaN becomes None."""
         cases = self._cases[subset]
         value = float(measure(cases)) if cases else math.nan
-        return Section(
+        found = Section(
             name or subset, None if math.isnan(value) else value, len(cases), self._benchmark.published[subset]
         )
+        self.measured[found.name] = found
+        return found
 
-    def result(self, overall: Section, sections: Sequence[Section], subsets: Sequence[Section]) -> BenchmarkResult:
+    def section(self, name: str, weights: Mapping[str, float]) -> Section:
+        """The weighted mean of what was measured under these names."""
+        return mean_of(name, [self.measured[part] for part in weights], list(weights.values()))
+
+    def result(self, overall: Section, sections: Sequence[Section]) -> BenchmarkResult:
+        """With all that was measured."""
         return BenchmarkResult(
             name=self._benchmark.name,
             overall=overall.value,
             sections=tuple(sections),
-            subsets=tuple(subsets),
+            subsets=tuple(self.measured.values()),
             incomplete=tuple(
                 name for name, cases in self._cases.items() if len(cases) != self._benchmark.published[name]
             ),

@@ -22,7 +22,6 @@ from rlhf_ray.reward.judge.benchmarks.cases import (
     ScoredCase,
     known_value,
     local_files,
-    mean_of,
     prompt_value,
     read_benchmark,
     string_value,
@@ -66,17 +65,14 @@ def score(benchmark: Benchmark, scores: np.ndarray) -> BenchmarkResult:
         scores: `[num_items]` float64, NaN where a text could not be scored.
     """
     scored = ScoredBenchmark(benchmark, scores)
-    subsets = {subset: scored.measure(subset, verdict_accuracy) for subset in SUBSETS}
-    members = {model: [name for name in SUBSETS if name.startswith(f"{model}/")] for model in MODELS}
-    for category in CATEGORIES.values():
-        members[category] = [name for name in SUBSETS if name.endswith(f"/{category}")]
+    for subset in SUBSETS:
+        scored.measure(subset, verdict_accuracy)
     sections = [
-        mean_of(section, [subsets[name] for name in names], [SUBSETS[name] for name in names])
-        for section, names in members.items()
+        scored.section(part, {subset: count for subset, count in SUBSETS.items() if part in subset.split("/")})
+        for part in (*MODELS, *CATEGORIES.values())
     ]
     # Weighted by their numbers of pairs, means of means are the mean over pairs.
-    overall = mean_of("overall", list(subsets.values()), list(SUBSETS.values()))
-    return scored.result(overall, sections, list(subsets.values()))
+    return scored.result(scored.section("overall", SUBSETS), sections)
 
 
 def verdict_accuracy(cases: Sequence[ScoredCase]) -> float:

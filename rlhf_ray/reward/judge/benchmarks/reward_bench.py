@@ -99,17 +99,17 @@ def score(benchmark: Benchmark, scores: np.ndarray) -> BenchmarkResult:
         scores: `[num_items]` float64, NaN where a text could not be scored.
     """
     scored = ScoredBenchmark(benchmark, scores)
-    subsets = {subset: scored.measure(subset, pair_accuracy) for subset in benchmark.published}
-    weights = _CORE | WEIGHTS
+    for subset in benchmark.published:
+        scored.measure(subset, pair_accuracy)
     sections = [
-        mean_of(name, [subsets[subset] for subset in members], [weights[subset] for subset in members])
+        scored.section(name, {subset: WEIGHTS.get(subset, count) for subset, count in members.items()})
         for name, members in SECTIONS.items()
     ]
-    section_weights = [1.0] * len(sections)
-    if any(subset in PRIOR_SETS for subset in benchmark.published):
-        sections.append(mean_of("Prior Sets", [subsets[subset] for subset in PRIOR_SETS]))
-        section_weights.append(PRIOR_WEIGHT)
-    return scored.result(mean_of("overall", sections, section_weights), sections, list(subsets.values()))
+    weights = [1.0] * len(sections)
+    if scored.measured.keys() >= PRIOR_SETS.keys():
+        sections.append(scored.section("Prior Sets", dict.fromkeys(PRIOR_SETS, 1.0)))
+        weights.append(PRIOR_WEIGHT)
+    return scored.result(mean_of("overall", sections, weights), sections)
 
 
 def _case(row: Row, file: Path) -> Case:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -38,33 +37,8 @@ SUBSETS = {"Factuality": 475, "Precise IF": 160, "Math": 183, "Safety": 450, "Fo
 TIES = "Ties"
 
 
-@dataclass(frozen=True)
-class TiesTerms:
-    """What the Ties score is made of. Spread: best minus worst right answer; gap: worst right minus best wrong one.
-
-    Attributes:
-        tied_accuracy: share of prompts with many right answers whose gap is positive.
-        ref_accuracy: the same of their reference prompts, which have one right answer.
-        preferred: share of the prompts that have both forms where the tied form's gap exceeds its spread.
-        preferred_hard: the same with the smaller gap of the two forms.
-        margin: mean of tanh(that smaller gap / spread - 1), from -1 to 1; 0 where both are zero.
-    """
-
-    tied_accuracy: float
-    ref_accuracy: float
-    preferred: float
-    preferred_hard: float
-    margin: float
-
-    @property
-    def score(self) -> float:
-        return (
-            0.30 * self.tied_accuracy
-            + 0.30 * self.ref_accuracy
-            + 0.20 * self.preferred
-            + 0.20 * self.preferred_hard
-            + 0.01 * self.margin
-        )
+TIES_WEIGHTS = {"tied_accuracy": 0.30, "ref_accuracy": 0.30, "preferred": 0.20, "preferred_hard": 0.20, "margin": 0.01}
+"""Of the terms of the Ties score; see `ties_terms`."""
 
 
 def load(path: str, key: str) -> Benchmark:
@@ -94,15 +68,12 @@ def score(benchmark: Benchmark, scores: np.ndarray) -> BenchmarkResult:
         scores: `[num_items]` float64, NaN where a text could not be scored.
     """
     scored = ScoredBenchmark(benchmark, scores)
-    subsets = [
-        scored.measure(subset, (lambda cases: ties_terms(cases).score) if subset == TIES else best_of_n_accuracy)
-        for subset in SUBSETS
-    ]
-    sections = [mean_of(subset.name, [subset]) for subset in subsets]
-    terms = [
-        scored.measure(TIES, partial(_ties_term, name=term.name), f"{TIES}/{term.name}") for term in fields(TiesTerms)
-    ]
-    return scored.result(mean_of("overall", sections), sections, [*subsets, *terms])
+    for subset in SUBSETS:
+        scored.measure(subset, ties_score if subset == TIES else best_of_n_accuracy)
+    sections = [scored.section(subset, {subset: 1.0}) for subset in SUBSETS]
+    for term in TIES_WEIGHTS:
+        scored.measure(TIES, partial(_ties_term, name=term), f"{TIES}/{term}")
+    return scored.result(mean_of("overall", sections), sections)
 
 
 def best_of_n_accuracy(cases: Sequence[ScoredCase]) -> float:
@@ -115,11 +86,26 @@ def best_of_n_accuracy(cases: Sequence[ScoredCase]) -> float:
 
 
 def _ties_term(cases: Sequence[ScoredCase], name: str) -> float:
-    return float(asdict(ties_terms(cases))[name])
+    return ties_terms(cases)[name]
 
 
-def ties_terms(cases: Sequence[ScoredCase]) -> TiesTerms:
-    """The terms of the Ties score, after `process_single_model` of the published code; NaN where there is no prompt."""
+def ties_score(cases: Sequence[ScoredCase]) -> float:
+    """The Ties score; NaN where a term is."""
+    terms = ties_terms(cases)
+    return sum(weight * terms[name] for name, weight in TIES_WEIGHTS.items())
+
+
+def ties_terms(cases: Sequence[ScoredCase]) -> dict[str, float]:
+    """The terms of the Ties score, after `process_single_model` of the published code; NaN where there is no prompt.
+
+    Spread: best minus worst right answer; gap: worst right minus best wrong one.
+
+    Returns:
+        `tied_accuracy`: share of prompts with many right answers whose gap is positive. `ref_accuracy`: the same of
+        their reference prompts, which have one right answer. `preferred`: share of the prompts that have both forms
+        where the tied form's gap exceeds its spread. `preferred_hard`: the same with the smaller gap of the two forms.
+        `margin`: mean of tanh(that smaller gap / spread − 1), from −1 to 1; 0 where both are zero.
+    """
     gaps: dict[str, dict[str, float]] = {"ref": {}, "tied": {}}
     spreads: dict[str, float] = {}
     for case in cases:
@@ -133,13 +119,13 @@ def ties_terms(cases: Sequence[ScoredCase]) -> TiesTerms:
     smaller_gap = np.minimum(tied_gap, [gaps["ref"][prompt] for prompt in both])
     with np.errstate(divide="ignore", invalid="ignore"):
         margins = np.nan_to_num(np.tanh(smaller_gap / spread - 1), nan=0.0)
-    return TiesTerms(
-        tied_accuracy=_mean([gap > 0 for gap in gaps["tied"].values()]),
-        ref_accuracy=_mean([gap > 0 for gap in gaps["ref"].values()]),
-        preferred=_mean(tied_gap > spread),
-        preferred_hard=_mean(smaller_gap > spread),
-        margin=_mean(margins),
-    )
+    return {
+        "tied_accuracy": _mean([gap > 0 for gap in gaps["tied"].values()]),
+        "ref_accuracy": _mean([gap > 0 for gap in gaps["ref"].values()]),
+        "preferred": _mean(tied_gap > spread),
+        "preferred_hard": _mean(smaller_gap > spread),
+        "margin": _mean(margins),
+    }
 
 
 def _mean(values: ArrayLike) -> float:

@@ -23,6 +23,7 @@ from rlhf_ray.reward.judge.benchmarks.cases import (
     Case,
     ScoredBenchmark,
     ScoredCase,
+    Section,
     known_value,
     local_files,
     mean_of,
@@ -71,30 +72,20 @@ def score(benchmark: Benchmark, scores: np.ndarray) -> BenchmarkResult:
     """
     scored = ScoredBenchmark(benchmark, scores)
     # Each difficulty has three of the nine comparisons, so their mean is that of all nine.
-    subsets = {subset: scored.measure(subset, lambda cases: float(win_matrix(cases).mean())) for subset in SUBSETS}
+    for subset in SUBSETS:
+        scored.measure(subset, lambda cases: float(win_matrix(cases).mean()))
     for subset in SUBSETS:
         for difficulty in DIFFICULTIES:
-            name = f"{subset}/{difficulty}"
-            subsets[name] = scored.measure(subset, partial(difficulty_accuracy, difficulty=difficulty), name)
-    domains = [
-        mean_of(domain, [subsets[subset] for subset in members], [SUBSETS[subset] for subset in members])
-        for domain, members in DOMAINS.items()
-    ]
-    difficulties = [
-        mean_of(
-            difficulty,
-            [
-                mean_of(
-                    domain,
-                    [subsets[f"{subset}/{difficulty}"] for subset in members],
-                    [SUBSETS[subset] for subset in members],
-                )
-                for domain, members in DOMAINS.items()
-            ],
-        )
-        for difficulty in DIFFICULTIES
-    ]
-    return scored.result(mean_of("overall", domains), [*domains, *difficulties], list(subsets.values()))
+            scored.measure(subset, partial(difficulty_accuracy, difficulty=difficulty), f"{subset}/{difficulty}")
+
+    def domains(of: str = "") -> list[Section]:
+        return [
+            scored.section(domain, {subset + of: SUBSETS[subset] for subset in members})
+            for domain, members in DOMAINS.items()
+        ]
+
+    difficulties = [mean_of(difficulty, domains(f"/{difficulty}")) for difficulty in DIFFICULTIES]
+    return scored.result(mean_of("overall", domains()), [*domains(), *difficulties])
 
 
 def win_matrix(cases: Sequence[ScoredCase]) -> np.ndarray:
