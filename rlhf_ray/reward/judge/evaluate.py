@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,20 @@ from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
 from rlhf_ray.failures import BadInput, Refused
 from rlhf_ray.reward.core.card import RewardModelCard
-from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.core.texts import RewardTexts
-from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.benchmarks import item_text, load_benchmark, score_benchmark
 from rlhf_ray.reward.judge.benchmarks.cases import Benchmark, BenchmarkResult
-from rlhf_ray.reward.judge.gate import GateFigures, Verdict
+from rlhf_ray.reward.judge.gate import Verdict
 from rlhf_ray.reward.judge.inputs import UsedPairs, read_pairs
 from rlhf_ray.reward.judge.judging import (
     build_scorers,
-    check_integrity,
     check_vllm,
+    conclude,
     integrity_requests,
     judge_pairs,
-    probe_texts,
     scorer_request,
-    write_report,
 )
 from rlhf_ray.reward.judge.leakage import Leakage, TrainingTexts, hash_pairs
 from rlhf_ray.reward.judge.policy_samples import (
@@ -100,9 +97,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 build_scorers(scorers, config.model, config.scorer)
                 tracker.phase("scoring pairs")
                 try:
-                    scored, evaluation = judge_pairs(
-                        scorers, used, config.model, card, config.judgement, config.run.seed
-                    )
+                    judged = judge_pairs(scorers, used, config.model, card, config)
                 except Refused as refusal:
                     if gate:
                         _record(config, card, Verdict(False, refusal.refusals))
@@ -115,42 +110,18 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 if samples is not None and config.best_of_n is not None:
                     tracker.phase("best of n")
                     best_of_n = _best_of_n(config, samples, scorers, texts)
-            checks: tuple[Check, ...] = ()
-            if gate:
-                tracker.phase("checking the reward model's integrity")
-                probes = probe_texts(used, config.gate.probes)
-                checks = check_integrity(
-                    config.model, card, probes, config.scorer, config.gate, config.cluster, tracker
-                )
-            findings = find(
-                evaluation,
-                GateFigures.of(evaluation, len(used.pairs), leakage),
-                gate=config.gate if gate else None,
-                checks=checks,
-                leakage=leakage,
-                best_of_n=best_of_n,
-                cut_pairs=used.left_out.cut,
-            )
-            verdict = Verdict.of(findings) if gate else None
-            if verdict is not None:
-                _record(config, card, verdict)
-            write_report(
-                folder,
-                config.run.name,
-                config.model,
-                card,
-                evaluation,
-                scored,
-                used,
+            report = conclude(
+                config,
+                judged,
+                tracker,
+                partial(_record, config, card),
+                gate=gate,
                 leakage=leakage,
                 benchmarks=tuple(results),
                 best_of_n=best_of_n,
-                checks=checks,
-                findings=findings,
-                verdict=verdict,
-                wall_s=tracker.wall_s,
             )
-            summary = {"name": config.run.name, "model": config.model, "reward_model": headline(evaluation)}
+            summary = {"name": config.run.name, "model": config.model, "reward_model": headline(judged.evaluation)}
+            verdict = report.verdict
             released = None if verdict is None else verdict.released
             tracker.finish(summary | {"released": released, "wall_s": tracker.wall_s})
     if verdict is not None and not verdict.released:

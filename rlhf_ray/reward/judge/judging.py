@@ -5,8 +5,9 @@ What `train-rm` does at its end is what `eval-rm` does with any directory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,18 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf_ray.config.reward import RewardSettings, ScorerSettings
-from rlhf_ray.config.reward_model import GateSettings, JudgementSettings
-from rlhf_ray.config.settings import ClusterSettings
+from rlhf_ray.config.reward_model import GateSettings, RewardEvaluationConfig, RewardModelConfig
 from rlhf_ray.failures import BadInput, FailureKind, Refused, RoleFailure
 from rlhf_ray.models.loading import read_model_facts
 from rlhf_ray.reward.core.card import MemberLayout, Probe, RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.checks import Check, vllm_check
 from rlhf_ray.reward.core.scorer import RewardScorer
+from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.benchmarks.cases import BenchmarkResult
 from rlhf_ray.reward.judge.data_report import DataReport
 from rlhf_ray.reward.judge.evaluation import PairEvaluation, evaluate_pairs
-from rlhf_ray.reward.judge.findings import Finding
-from rlhf_ray.reward.judge.gate import Verdict
+from rlhf_ray.reward.judge.gate import GateFigures, Verdict
 from rlhf_ray.reward.judge.inputs import UsedPairs
 from rlhf_ray.reward.judge.inspector import RewardInspector
 from rlhf_ray.reward.judge.leakage import Leakage
@@ -39,7 +39,7 @@ from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.answers import Answer
 from rlhf_ray.runtime.cluster import RoleRequest
 from rlhf_ray.runtime.learner_group import role_group
-from rlhf_ray.tracking.run_folder import RunFolder, write_atomic
+from rlhf_ray.tracking.run_folder import write_atomic
 from rlhf_ray.tracking.tracker import Tracker
 
 
@@ -75,14 +75,30 @@ def build_scorers(scorers: ActorGroup[RewardScorer], model: str, settings: Score
     scorers.build_all(partial(RewardScorer, reward_settings(model, settings)))
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A reward model and what its scores of held-out pairs say.
+
+    Attributes:
+        model: its directory.
+        card: its card, where it has one.
+        used: the held-out pairs.
+    """
+
+    model: str
+    card: RewardModelCard | None
+    used: UsedPairs
+    scored: ScoredPairs
+    evaluation: PairEvaluation
+
+
 def judge_pairs(
     scorers: ActorGroup[RewardScorer],
     used: UsedPairs,
     model: str,
     card: RewardModelCard | None,
-    settings: JudgementSettings,
-    seed: int,
-) -> tuple[ScoredPairs, PairEvaluation]:
+    config: RewardModelConfig | RewardEvaluationConfig,
+) -> Judged:
     """Score held-out pairs and judge the scores.
 
     Raises:
@@ -94,31 +110,27 @@ def judge_pairs(
         causes = ", ".join(f"{cause} ({count:,} texts)" for cause, count in scored.failures.items())
         raise Refused(model, (f"failures: Not one of {len(used.pairs):,} pairs has scores for both texts: {causes}.",))
     pairs = [used.pairs[index] for index in scored.kept]
-    return scored, evaluate_pairs(pairs, scored.scores, layout.attributes, settings, seed)
+    evaluation = evaluate_pairs(pairs, scored.scores, layout.attributes, config.judgement, config.run.seed)
+    return Judged(model, card, used, scored, evaluation)
 
 
-def probe_texts(used: UsedPairs, count: int) -> list[str]:
+def _probe_texts(used: UsedPairs, count: int) -> list[str]:
     """Whole texts, taken evenly from the pairs, chosen and rejected in turn."""
     texts = [pair.prompt + (pair.chosen if index % 2 else pair.rejected) for index, pair in enumerate(used.pairs)]
     unique = list(dict.fromkeys(texts))
     return unique[:: max(len(unique) // count, 1)][:count]
 
 
-def check_integrity(
-    model: str,
-    card: RewardModelCard | None,
-    texts: Sequence[str],
-    scorer: ScorerSettings,
-    gate: GateSettings,
-    cluster: ClusterSettings,
-    tracker: Tracker,
+def _check_integrity(
+    config: RewardModelConfig | RewardEvaluationConfig, judged: Judged, tracker: Tracker
 ) -> tuple[Check, ...]:
     """All integrity checks, each in a process of its own: vLLM starts while the others are made."""
-    settings = reward_settings(model, scorer)
+    model, card, gate = judged.model, judged.card, config.gate
+    texts, settings = _probe_texts(judged.used, gate.probes), reward_settings(model, config.scorer)
     tolerance = gate.max_engine_difference
-    requests = integrity_requests(scorer, gate)
+    requests = integrity_requests(config.scorer, gate)
     with ExitStack() as stack:
-        groups = [stack.enter_context(role_group(request, cluster, tracker)) for request in requests]
+        groups = [stack.enter_context(role_group(request, config.cluster, tracker)) for request in requests]
         inspector = groups[0]
         models: list[tuple[str, str, int]] = []
         starting: list[Answer[None]] = []
@@ -128,11 +140,11 @@ def check_integrity(
             models = [(str(Path(model) / folder) if folder != "." else model, model, longest) for folder in folders]
             starting = engine.build(partial(PoolingEngine, *models[0]))
         inspector.build_all(partial(RewardInspector, settings))
-        checks = tuple(inspector.call_all(RewardInspector.inspect, list(texts), tolerance)[0])
+        checks = tuple(inspector.call_all(RewardInspector.inspect, texts, tolerance)[0])
         unreadable = any(check.passed is False and check.name in ("head_saved", "loading") for check in checks)
         if not gate.vllm or unreadable:
             return checks
-        probes: Sequence[Probe] = inspector.call_all(RewardInspector.probes, list(texts))[0]
+        probes: Sequence[Probe] = inspector.call_all(RewardInspector.probes, texts)[0]
         return (*checks, _second_opinion(groups[1], starting, models, probes, tolerance))
 
 
@@ -160,37 +172,51 @@ def _second_opinion(
     return vllm_check(ours, np.concatenate(theirs, axis=1), tolerance)
 
 
-def write_report(
-    folder: RunFolder,
-    name: str,
-    model: str,
-    card: RewardModelCard | None,
-    evaluation: PairEvaluation,
-    scored: ScoredPairs,
-    used: UsedPairs,
+def conclude(
+    config: RewardModelConfig | RewardEvaluationConfig,
+    judged: Judged,
+    tracker: Tracker,
+    record: Callable[[Verdict], object],
     *,
+    gate: bool,
     leakage: Leakage | None,
-    checks: tuple[Check, ...],
-    findings: tuple[Finding, ...],
-    verdict: Verdict | None,
-    wall_s: float,
     data: DataReport | None = None,
     benchmarks: tuple[BenchmarkResult, ...] = (),
     best_of_n: BestOfNReport | None = None,
 ) -> EvaluationReport:
-    """All that was found, as `evaluation.json` and `evaluation.html`.
+    """From scores to `evaluation.json`, `evaluation.html` and, with `gate`, a verdict.
 
     Args:
-        name: of the run.
+        record: keeps the verdict before the report tells of it.
+        gate: also check the model's integrity and judge it.
         data: of the training data, where they were read.
     """
+    evaluation, used, card = judged.evaluation, judged.used, judged.card
+    checks: tuple[Check, ...] = ()
+    if gate:
+        tracker.phase("checking the reward model's integrity")
+        checks = _check_integrity(config, judged, tracker)
+    findings = find(
+        evaluation,
+        GateFigures.of(evaluation, len(used.pairs), leakage),
+        gate=config.gate if gate else None,
+        checks=checks,
+        leakage=leakage,
+        data=data,
+        best_of_n=best_of_n,
+        cut_pairs=used.left_out.cut,
+    )
+    verdict = Verdict.of(findings) if gate else None
+    if verdict is not None:
+        record(verdict)
+        tracker.events.write("judged", released=verdict.released, refusals=list(verdict.refusals))
     report = EvaluationReport(
-        name=name,
-        model=model,
+        name=config.run.name,
+        model=judged.model,
         version=card.version if card else "",
         pairs=evaluation,
-        failures=scored.failures,
-        failed_texts=scored.failed_texts,
+        failures=judged.scored.failures,
+        failed_texts=judged.scored.failed_texts,
         cut_pairs=used.left_out.cut,
         leakage=leakage,
         data=data,
@@ -199,8 +225,8 @@ def write_report(
         checks=checks,
         findings=findings,
         verdict=verdict,
-        wall_s=wall_s,
+        wall_s=tracker.wall_s,
     )
-    write_atomic(folder.evaluation, report_json(report))
-    write_page(folder.evaluation_page, report)
+    write_atomic(tracker.folder.evaluation, report_json(report))
+    write_page(tracker.folder.evaluation_page, report)
     return report

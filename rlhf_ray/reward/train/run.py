@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,30 +12,27 @@ import numpy as np
 from rlhf_ray.config.reward_model import AggregationSettings, RewardModelConfig
 from rlhf_ray.failures import Finished, Refused
 from rlhf_ray.reward.core.card import MemberLayout, RewardModelCard, ScoreAggregation
-from rlhf_ray.reward.core.checks import Check
 from rlhf_ray.reward.core.ensemble import fit_member_scale
 from rlhf_ray.reward.core.reference_scores import ReferenceScores
 from rlhf_ray.reward.core.scorer import RewardScorer, ScoredTexts
 from rlhf_ray.reward.judge import data_report
-from rlhf_ray.reward.judge.advice import find
 from rlhf_ray.reward.judge.bias import overpayment
 from rlhf_ray.reward.judge.evaluation import PairEvaluation
-from rlhf_ray.reward.judge.gate import GateFigures, Verdict
+from rlhf_ray.reward.judge.gate import Verdict
 from rlhf_ray.reward.judge.groups import Groups
 from rlhf_ray.reward.judge.inputs import TrainingInputs, UsedPairs, layout_of, read_training_inputs
 from rlhf_ray.reward.judge.judging import (
+    Judged,
     build_scorers,
-    check_integrity,
     check_vllm,
+    conclude,
     integrity_requests,
     judge_pairs,
-    probe_texts,
     scorer_request,
-    write_report,
 )
 from rlhf_ray.reward.judge.leakage import TrainingTexts, hash_pairs
-from rlhf_ray.reward.judge.report import EvaluationReport, headline
-from rlhf_ray.reward.judge.scoring import ScoredPairs, score_all
+from rlhf_ray.reward.judge.report import headline
+from rlhf_ray.reward.judge.scoring import score_all
 from rlhf_ray.reward.train.loop import RewardTraining, TrainedMembers, steps_per_member
 from rlhf_ray.runtime.actor_group import ActorGroup
 from rlhf_ray.runtime.cluster import RoleRequest
@@ -168,8 +166,8 @@ def _finish(
         "steps": trained.steps,
         "pairs": len(inputs.training.pairs),
     }
-    report: EvaluationReport | None = None
-    judged: tuple[ScoredPairs, PairEvaluation] | None = None
+    verdict: Verdict | None = None
+    judged: Judged | None = None
     with role_group(scorer_request(config.scorer), config.cluster, tracker) as scorers:
         tracker.phase("loading the reward model again")
         build_scorers(scorers, model, config.scorer)
@@ -178,72 +176,31 @@ def _finish(
         if inputs.held_out is not None:
             tracker.phase("judging the reward model")
             try:
-                judged = judge_pairs(scorers, inputs.held_out, model, card, config.judgement, config.run.seed)
+                judged = judge_pairs(scorers, inputs.held_out, model, card, config)
             except Refused as refusal:
-                _write(card.model_copy(update={"released": False, "refusals": refusal.refusals}), folder)
+                _record(Verdict(False, refusal.refusals), card, folder)
                 raise
     # Training texts stand in for held-out ones; a model has learnt to tell them apart, so their scores lie wider.
     scores, lengths = fitted.scores(sample.heads, sample.num_tokens)[0], sample.num_tokens
     if judged is not None:
-        scores, lengths = judged[0].text_scores, judged[0].text_lengths
+        scores, lengths = judged.scored.text_scores, judged.scored.text_lengths
     if np.isfinite(scores).any():
         ReferenceScores.of(scores, lengths, card.version).save(folder.reward_model)
-    if inputs.held_out is not None and judged is not None:
-        card, report = _judge(config, inputs.held_out, *judged, card, data, folder, tracker)
+    if judged is not None:
+        card = _write(with_figures(card, judged.evaluation), folder)
+        record = partial(_record, card=card, folder=folder)
+        gate, judged = config.gate.enabled, replace(judged, card=card)
+        verdict = conclude(config, judged, tracker, record, gate=gate, leakage=data.leakage, data=data).verdict
         summary["reward_model"] = card.evaluation
-        summary["released"] = card.released
+        summary["released"] = None if verdict is None else verdict.released
     tracker.finish(summary | {"version": card.version, "wall_s": tracker.wall_s})
-    if report is not None and report.verdict is not None and not report.verdict.released:
-        raise Refused(model, report.verdict.refusals)
+    if verdict is not None and not verdict.released:
+        raise Refused(model, verdict.refusals)
 
 
-def _judge(
-    config: RewardModelConfig,
-    held_out: UsedPairs,
-    scored: ScoredPairs,
-    evaluation: PairEvaluation,
-    card: RewardModelCard,
-    data: data_report.DataReport,
-    folder: RunFolder,
-    tracker: Tracker,
-) -> tuple[RewardModelCard, EvaluationReport]:
-    """The verdict, into the card, and the report."""
-    model = str(folder.reward_model)
-    card = _write(with_figures(card, evaluation), folder)
-    checks: tuple[Check, ...] = ()
-    if config.gate.enabled:
-        tracker.phase("checking the reward model's integrity")
-        texts = probe_texts(held_out, config.gate.probes)
-        checks = check_integrity(model, card, texts, config.scorer, config.gate, config.cluster, tracker)
-    findings = find(
-        evaluation,
-        GateFigures.of(evaluation, len(held_out.pairs), data.leakage),
-        gate=config.gate if config.gate.enabled else None,
-        checks=checks,
-        leakage=data.leakage,
-        data=data,
-        cut_pairs=held_out.left_out.cut,
-    )
-    verdict = Verdict.of(findings) if config.gate.enabled else None
-    if verdict is not None:
-        card = _write(card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}), folder)
-        tracker.events.write("judged", released=verdict.released, refusals=list(verdict.refusals))
-    report = write_report(
-        folder,
-        config.run.name,
-        model,
-        card,
-        evaluation,
-        scored,
-        held_out,
-        leakage=data.leakage,
-        data=data,
-        checks=checks,
-        findings=findings,
-        verdict=verdict,
-        wall_s=tracker.wall_s,
-    )
-    return card, report
+def _record(verdict: Verdict, card: RewardModelCard, folder: RunFolder) -> None:
+    """The verdict, into the card."""
+    _write(card.model_copy(update={"released": verdict.released, "refusals": verdict.refusals}), folder)
 
 
 def _write(card: RewardModelCard, folder: RunFolder) -> RewardModelCard:
