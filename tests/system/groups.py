@@ -1,4 +1,4 @@
-"""Actor groups for the length of a block, with the room they took given back."""
+"""Actor groups for the length of a block, with the room they took given back, and what a run would track of them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +10,16 @@ from rlhf_ray.config.settings import ClusterSettings
 from rlhf_ray.runtime.actor_group import ActorGroup, Launched
 from rlhf_ray.runtime.cluster import RoleRequest, reserve
 from rlhf_ray.runtime.limits import Limits
+from rlhf_ray.tracking.tracker import Tracker, open_folder
+from tests.making import unread_config
+
+
+@contextmanager
+def tracked(runs: Path) -> Iterator[Tracker]:
+    """The tracker of a run that reads nothing."""
+    config = unread_config(runs, every_steps=1)
+    with open_folder(config) as folder, Tracker(config, "sft", folder, "a run", 0, ()) as tracker:
+        yield tracker
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from rlhf_ray.reward.judge.policy_samples import (
     sample_policy,
     score_samples,
 )
-from rlhf_ray.tracking.tracker import Tracker, open_folder
-from tests.making import SCORE_ROUNDING, unread_config
+from tests.making import SCORE_ROUNDING
+from tests.system.groups import tracked
 
 CLUSTER = ClusterSettings(placement_timeout_s=60, start_timeout_s=280, call_timeout_s=120)
 NUM_PROMPTS, NUM_SAMPLES = 5, 4
@@ -43,8 +43,7 @@ def settings_for(tiny: Path, replicas: int, policy: str = "policy") -> BestOfNSe
 
 
 def samples_of(tiny: Path, replicas: int, runs: Path) -> PolicySamples:
-    config = unread_config(runs, every_steps=1)
-    with open_folder(config) as folder, Tracker(config, "reward_model", folder, "samples", 0, ()) as tracker:
+    with tracked(runs) as tracker:
         return sample_policy(read_policy(settings_for(tiny, replicas)), CLUSTER, 3, tracker)
 
 

@@ -1,4 +1,7 @@
-"""Several sources of rewards in one run: a model, and two functions of which one fails on some samples."""
+"""Several sources of rewards in one run: a model, and two functions of which one fails on some samples.
+
+Newer weights reach responses that are under way, and the distance from the reference ends the run early.
+"""
 
 import json
 from pathlib import Path
@@ -16,7 +19,7 @@ SOURCES = (
     f"{{function: '{FUNCTIONS}:brief', weight: 2.0, batch_size: 4}}, "
     f"{{function: '{FUNCTIONS}:picky', weight: 0.1, timeout_s: 60, max_failed_fraction: 1}}]"
 )
-STEPS, SAMPLES = 2, 16
+STEPS, SAMPLES, KL_LIMIT = 6, 16, 1e-5
 
 
 def labelled(source: Path, target: Path) -> str:
@@ -34,6 +37,9 @@ def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
             f"paths.data={data_root}",
             f"paths.runs={runs}",
             f"steps={STEPS}",
+            "algorithm.max_staleness=1",
+            "algorithm.in_flight_updates=true",
+            f"algorithm.kl.stop_above={KL_LIMIT}",
             SOURCES,
             f"prompts.path={labelled(data_root / 'tiny' / 'prompts.jsonl', runs / 'prompts.jsonl')}",
             f"evaluation.prompts.path={labelled(data_root / 'tiny' / 'prompts_test.jsonl', runs / 'test.jsonl')}",
@@ -47,7 +53,6 @@ def finished(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_each_source_is_told_by_its_name(finished: tuple[Command, Path]) -> None:
     rows = rows_of(finished[1] / "metrics.jsonl")
-    assert len(rows) == STEPS
     for row in rows:
         for name in ("helpful", "brief", "picky"):
             for metric in ("mean", "std", "time_s"):
@@ -78,6 +83,24 @@ def test_held_out_samples_have_the_weighted_sum_or_the_cause(finished: tuple[Com
     assert all(len(sample["response"]) % 2 == 0 for sample in samples if sample["reward"] is not None)
     summary = json.loads((finished[1] / "summary.json").read_text())
     assert summary["held_out"]["failures_after"] == len(failures)
+
+
+def test_a_policy_too_far_from_the_reference_ends_the_run_and_is_kept(finished: tuple[Command, Path]) -> None:
+    command, folder = finished
+    rows, events = (rows_of(folder / name) for name in ("metrics.jsonl", "events.jsonl"))
+    assert 1 < len(rows) < STEPS
+    assert [row["kl/reference"] > KL_LIMIT for row in rows] == [False] * (len(rows) - 1) + [True]
+    [ended] = [event for event in events if event["kind"] == "run_ended_early"]
+    assert (ended["step"], ended["guard"]) == (len(rows), "kl")
+    assert f"above algorithm.kl.stop_above {KL_LIMIT:g}" in command.stdout
+    assert json.loads((folder / "summary.json").read_text())["steps"] == len(rows)
+    assert (folder / "policy" / "model.safetensors").is_file()
+
+
+def test_updates_in_flight_keep_the_bound_and_every_sync_is_proven(finished: tuple[Command, Path]) -> None:
+    rows = rows_of(finished[1] / "metrics.jsonl")
+    assert all(0 <= row["staleness/mean"] <= row["staleness/max"] <= 1 for row in rows)
+    assert all(row["sync/max_abs_dlogp"] <= 1e-4 for row in rows)
 
 
 def test_no_function_outlives_the_run(finished: tuple[Command, Path]) -> None:

@@ -1,6 +1,7 @@
 """Roles as Ray actors: how they are asked, how they fail, and what the cluster says when there is no room."""
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -21,8 +23,10 @@ from rlhf_ray.rollout import Rollout, TokenColumn, refuse_rollouts_in_this_proce
 from rlhf_ray.runtime.actor_group import ActorGroup, meeting_point
 from rlhf_ray.runtime.answers import AllOf, Answer, Assembly, OneByOne, collect
 from rlhf_ray.runtime.cluster import RoleRequest, check_resources, cluster_nodes, reserve
+from rlhf_ray.runtime.learner_group import role_group
+from rlhf_ray.tracking.logs import read_log
 from tests.making import random_rollout
-from tests.system.groups import started
+from tests.system.groups import started, tracked
 
 SETTINGS = ActorSettings(replicas=2, cpus=0.25, threads=1, env={"FAVOURITE": "amber"})
 
@@ -134,6 +138,23 @@ def test_a_process_has_its_threads_its_environment_and_its_log(players: ActorGro
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     log = (local_ray / "player-0.log").read_text()
     assert "spoken by a child" in log
+
+
+def test_a_process_that_falls_silent_is_ended_and_its_call_told(local_ray: Path):
+    """In the commands that have one role after the other, too."""
+    request = RoleRequest("watched", "watched", SETTINGS)
+    cluster = ClusterSettings(placement_timeout_s=60, silent_after_s=10)
+    with tracked(local_ray / "runs") as tracker:
+        with role_group(request, cluster, tracker) as group:
+            group.build_all(*(partial(Player, number) for number in range(2)))
+            [(_, _), (_, pid)] = group.call_all(Player.whoami)
+            unanswered = group.of(1).ask(Player.wait, 200.0)
+            os.kill(pid, signal.SIGSTOP)
+            failure = failure_of(unanswered, 60)
+        told = [(event["kind"], event["role"]) for event in read_log(tracker.events.path) if "role" in event]
+    assert (failure.role, failure.kind) == ("watched-1", FailureKind.INFRASTRUCTURE)
+    assert ("role_silent", "watched-1") in told
+    assert not psutil.pid_exists(pid)
 
 
 def test_threads_are_the_settings(local_ray: Path):

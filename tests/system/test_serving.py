@@ -25,16 +25,21 @@ import psutil
 import pytest
 import requests
 import yaml
+from pydantic import SecretStr
+from transformers import AutoTokenizer
 
 from rlhf_ray.config.load import load_config
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import ServingConfig
 from rlhf_ray.data.presets import prepare
 from rlhf_ray.reward.client import RewardClient, Text
+from rlhf_ray.reward.core.protocol import Conversation
+from rlhf_ray.reward.core.remote_scorer import RemoteScorer
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.serve.audit import verified_records
 from rlhf_ray.reward.serve.deploy import write_serve_config
 from rlhf_ray.reward.serve.front import OPEN_PATHS
+from tests.making import rollout_of
 from tests.planting import copied, edit_weights
 from tests.system.chromium import Browser
 from tests.system.commands import Command, run, start, wait_until
@@ -158,6 +163,21 @@ def test_every_family_and_the_offline_scorer_agree_to_the_bit(service: Running):
     with RewardClient(service.url, TOKEN) as client:
         rewards = client.reward([Text(each) for each in TEXTS])
     assert [reward.score for reward in rewards.items] == list(expected.values())
+
+
+def test_a_run_scores_with_it_as_with_a_model_of_its_own(service: Running):
+    policy = str(service.models["first"].parent / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    prompts = {index: Conversation(text[:8]) for index, text in enumerate(TEXTS[:3])}
+    rollout = rollout_of(
+        [tokenizer(prompt.text).input_ids for prompt in prompts.values()],
+        [[*tokenizer(text[8:]).input_ids, tokenizer.eos_token_id] for text in TEXTS[:3]],
+        finished=True,
+    )
+    settings = RewardSettings(url=service.url, batch_size=2)
+    scored = RemoteScorer(settings, policy, SecretStr(TOKEN)).score(rollout, prompts)
+    assert not any(scored.failures)
+    assert scored.scores.tolist() == list(service.expected("first", TEXTS[:3]).values())
 
 
 def test_the_openai_package_and_our_own_route_agree_on_a_conversation(service: Running):
