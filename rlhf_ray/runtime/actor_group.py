@@ -249,10 +249,12 @@ class Launched:
                 **({"max_restarts": -1, "max_task_retries": -1} if restarts else {}),
             }
             arguments = name, str(logs.absolute() / f"{name}.log"), settings.threads, limits
+            # A learner's calls come one after the other, and it would hold a step's shards for longer.
+            overlapping = remake is not None or settings.concurrent_calls > 1
             hosts[name] = (
                 ray.remote(concurrency_groups={CONTROL: 1, BESIDE: 1})(RoleHost)
                 .options(**options)
-                .remote(*arguments, remake if restarts else None)
+                .remote(*arguments, remake if restarts else None, overlapping)
             )
         places: list[Answer[Place]] = [Answer(host.place.remote(), name, "?", "start") for name, host in hosts.items()]
         return cls(role, hosts, places, limits, restarts)

@@ -76,12 +76,20 @@ class RoleHost:
         threads: compute threads of this process.
         limits: how long a reference may take to arrive, and how often Ray may start this process again.
         remake: the role's constructor, where Ray may; the role then keeps nothing between calls.
+        overlapping: calls with the same references may overlap; those of the call that began last are then held.
     """
 
     def __init__(
-        self, name: str, log_path: str, threads: int, limits: Limits, remake: Callable[[], Any] | None = None
+        self,
+        name: str,
+        log_path: str,
+        threads: int,
+        limits: Limits,
+        remake: Callable[[], Any] | None = None,
+        overlapping: bool = False,
     ) -> None:
-        self._name, self._limits, self._remake = name, limits, remake
+        self._name, self._limits, self._remake, self._overlapping = name, limits, remake, overlapping
+        self._latest: tuple[Any, ...] = ()
         self._role: Any = None
         self._building = threading.Lock()
         self._clock = CallClock()
@@ -121,6 +129,9 @@ class RoleHost:
 
     def call(self, method: str, *args: Any) -> Any:
         """One method of the role; deferred arguments are fetched first."""
+        # Ray 2.56 forgets that an object is there if a process's last reference to it goes at the moment when another
+        # call brings one, and `ray.get` then waits for nothing.
+        self._latest = args if self._overlapping else ()
         if self._role is None and self._remake is not None:
             self._build_again(self._remake)
         arguments = self._fetched(args)
