@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, pairwise, repeat
@@ -25,6 +25,7 @@ import ray
 
 from bench.costs import CASES, Hardware, Part, step_of
 from bench.results import FOLDER, Report, Result
+from bench.scale_plot import draw_scale
 from bench.stub_inputs import stub_inputs
 from bench.stubs import Latencies, StubSettings, stub_classes
 from rlhf_ray.config.load import load_config
@@ -41,7 +42,9 @@ from rlhf_ray.runtime.run import Run
 from rlhf_ray.tracking.run_folder import write_atomic
 
 CONFIG = Path(__file__).parents[1] / "configs" / "multi-node" / "ppo-70b.yaml"
+IMAGE = Path("docs") / "images" / "scale.png"
 SPEED = 20.0
+STALENESS = (0, 1, 2, 4)
 HOUSES = 3
 LIMITS = Limits(start_s=120.0, call_s=600.0)
 _WAITING = 2000
@@ -184,7 +187,7 @@ def configuration(scale: int, folder: Path, name: str, overrides: Sequence[str])
         "sampling.prompts_per_step": 512,
     }
     scaled = [f"{key}={value * scale}" for key, value in counts.items()]
-    fixed = ["evaluation.prompts=null", "steps=5", "tracking.trace_steps=5", "tracking.progress=off"]
+    fixed = ["evaluation.prompts=null", "steps=7", "tracking.trace_steps=7", "tracking.progress=off"]
     return load_config(PPOConfig, CONFIG, [*scaled, *fixed, f"run.name={name}", f"paths.runs={folder}", *overrides])
 
 
@@ -224,7 +227,11 @@ def measure(
         loop = PPO(config, inputs, roles, run)
         loop.train()
         trace = json.loads(run.folder.trace.read_text(encoding="utf-8"))["traceEvents"]
-    steps = [tuple(b - a for a, b in zip(before, after, strict=True)) for before, after in pairwise(marks)]
+    # While the first steps are trained engines have more to sample than later, and nothing while the last ones are.
+    ahead = config.algorithm.max_staleness
+    counted = range(2 + ahead, config.steps - ahead + 1)
+    taken = [tuple(b - a for a, b in zip(before, after, strict=True)) for before, after in pairwise(marks)]
+    steps = [taken[step - 2] for step in counted]
     middle = len(steps) // 2
     own_s, python_s, step_s, tokens = (sorted(each)[middle] for each in zip(*steps, strict=True))
     return Measured(
@@ -233,16 +240,16 @@ def measure(
         python_s=python_s,
         step_s=step_s * SPEED,
         tokens=tokens,
-        busy=_busy(trace, roles, sum(step[2] for step in steps)),
+        busy=_busy(trace, roles, counted, sum(step[2] for step in steps)),
     )
 
 
-def _busy(trace: Sequence[dict[str, Any]], roles: Roles, wall_s: float) -> dict[str, float]:
-    """From the steps after the first; a generator's calls overlap, so what counts is whether there was any."""
+def _busy(trace: Sequence[dict[str, Any]], roles: Roles, counted: Container[int], wall_s: float) -> dict[str, float]:
+    """In some steps, which took `wall_s`; a generator's calls overlap, so what counts is whether there was any."""
     names = {event["pid"]: event["args"]["name"] for event in trace if event["ph"] == "M"}
     at_work: dict[str, list[tuple[float, float]]] = {}
     for event in trace:
-        if event["ph"] == "X" and event["args"]["step"] > 1:
+        if event["ph"] == "X" and event["args"]["step"] in counted:
             at_work.setdefault(names[event["pid"]], []).append((event["ts"], event["ts"] + event["dur"]))
     shares: dict[str, float] = {}
     for group in roles.groups():
@@ -283,19 +290,33 @@ def main() -> None:
             }
             if arguments.quick:
                 runs = {"64 roles": runs["64 roles"]}
-            found = {}
+            sizes = tuple(runs)
+            if not arguments.quick:
+                runs |= {_at(staleness): (1, 128.0, _steps_at(staleness)) for staleness in STALENESS}
+            found: dict[str, Measured] = {}
             for name, (scale, mean_tokens, overrides) in runs.items():
                 run_name = name.replace(" ", "-").replace(",", "")
                 arguments_of = (houses, scale, folder, run_name, mean_tokens, [*arguments.overrides, *overrides])
-                if arguments.profile is not None and name == list(runs)[-1]:
+                if arguments.profile is not None and name == sizes[-1]:
                     found[name] = _profiled(arguments.profile, arguments_of)
                 else:
                     found[name] = measure(*arguments_of)
                 report.add(_results(name, found[name]), name)
         finally:
             ray.shutdown()
+    if not arguments.quick:
+        draw_scale({each: found[_at(each)] for each in STALENESS}, {name: found[name] for name in sizes}, IMAGE)
     rows = {name: vars(each) for name, each in found.items()}
     write_atomic(FOLDER / "scale_runs.json", json.dumps(rows, indent=2) + "\n")
+
+
+def _at(staleness: int) -> str:
+    return f"64 roles, staleness {staleness}"
+
+
+def _steps_at(staleness: int) -> tuple[str, ...]:
+    steps = 6 + 2 * staleness
+    return f"algorithm.max_staleness={staleness}", f"steps={steps}", f"tracking.trace_steps={steps}"
 
 
 def _profiled(path: Path, arguments: Sequence[Any]) -> Measured:
