@@ -44,6 +44,7 @@ def configuration(
     if "length" in algorithm:
         algorithm["length"] = {**algorithm["length"], "overlong_buffer": TOKENS // 4}
     sampling = dict(preset["sampling"])
+    sampling.pop("max_response_tokens", None)  # the tiny policy's responses are TOKENS long
     group = min(sampling.pop("samples_per_prompt"), 8)
     spare = sampling.pop("spare_prompts", 0) // sampling.pop("prompts_per_step", 1)
     assert not sampling, f"what of a preset's sampling is not taken over: {sampling}"
