@@ -100,7 +100,7 @@ def measure(label: str, pair: Pair, count: int) -> list[Result]:
         for fault in FAULTS:
             random = keyed_generator(0, "fault", place == "on the way", sorted(FAULTS).index(fault))
             tried: list[bool] = []
-            # A tensor that the step has not changed, to the bit, is not stale: another one is drawn.
+            # A tensor that the step left bit-for-bit unchanged cannot be stale, so another one is drawn.
             for name in random.choice(pair.names, size=20 * count):
                 caught = pair.caught(str(name), fault, place == "on the way", random)
                 if caught is not None:

@@ -62,7 +62,7 @@ _TWO_ENGINES = {"generator.replicas": 2, "generator.threads": 1, "sampling.promp
 _TWO_REFERENCES = {"reference.replicas": 2, "reference.threads": 1}
 LAYOUTS = {
     "two-ranks": Layout(
-        "one thread per process: layers need no barriers, but there is a second copy of the weights and an all-reduce",
+        "one thread per process: no barriers within a layer, but a second copy of the weights and an all-reduce",
         _TWO_ENGINES | _TWO_REFERENCES | {"policy.learner.replicas": 2, "policy.learner.threads": 1},
     ),
     "two-threads": Layout(
