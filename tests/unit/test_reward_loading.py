@@ -77,6 +77,29 @@ def test_encoder_texts_keep_their_special_tokens(encoder_tokenizer: Any):
     assert ids == [2, *whole[-5:]]
 
 
+@pytest.mark.parametrize("kind", ["policy_tokenizer", "encoder_tokenizer"])
+def test_a_text_far_too_long_has_the_tokens_of_the_whole(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+):
+    """Most of it is not even tokenised."""
+    tokenizer, random = request.getfixturevalue(kind), np.random.default_rng(0)
+    words = ["good", "a", "film,", "I", "think.", "émouvant", "好。", "!!", "\n\n", "   ", "x" * 3000, "12345"]
+    for length in (8, 40):
+        encoding = RewardEncoding.for_backbone(tokenizer, length)
+        for keep in ("end", "start"):
+            for templated in (False, True):
+                text = " ".join(random.choice(words, 2000).tolist())
+                asked = {"templated": templated, "max_tokens": length - 1, "keep": keep}
+                found = encoding.encode(text, **asked)
+                assert len(encoding.decisive(text, length - 1, keep)) < len(text) / 2
+                with monkeypatch.context() as patch:
+                    patch.setattr(RewardEncoding, "_without_middle", lambda self, text, *_: text)
+                    assert encoding.encode(text, **asked) == found
+                assert found[1]
+    run = "a" * 20_000  # where the pieces of one long word begin depends on where it does
+    assert encoding.decisive(run, 40) == run
+
+
 def test_a_batch_is_padded_behind_the_text_to_a_multiple_of_eight():
     batch = pad_texts([[5, 6, 7], list(range(9))], pad_token_id=0)
     assert batch["input_ids"].shape == (2, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,14 @@ from typing import Any, Literal
 
 from rlhf_ray.data.chat import Message, end_at_eos, render
 from rlhf_ray.reward.core.card import RewardModelCard
+
+_CHARACTERS_A_TOKEN = 16
+_EDGE_CHARACTERS, _EDGE_TOKENS = 256, 16
+"""At either side of a cut, tokens are not those of the whole text."""
+_LONGEST_WORD = 1 << 17
+"""Of longer ones the tokens at the cut end may be others than in the whole text."""
+_WORD_ENDS = re.compile(r"(?<=\w)\s|[^\w\s](?=\w)")
+"""Tokens do not reach across these."""
 
 Encoded = tuple[list[int], bool]
 """Token ids as the model is given them, and whether the text was cut."""
@@ -64,10 +73,30 @@ class RewardEncoding:
             keep: which end of a text that is too long is scored; training keeps the end.
         """
         limit = self.max_length if max_tokens is None else min(max_tokens, self.max_length)
+        text = self._without_middle(text, limit, keep)
         if keep == "end" and limit == self.max_length:
             return self._whole(text, templated)
         whole, _ = replace(self, max_length=sys.maxsize)._whole(text, templated)
         return _cut(whole, limit, keep), len(whole) > limit
+
+    def decisive(self, text: str, limit: int, keep: Literal["end", "start"] = "end") -> str:
+        """The end of a text that is kept, with more tokens than are scored, whatever is beyond it; the whole of a text
+        that is not much longer."""
+        size = _CHARACTERS_A_TOKEN * limit
+        while len(text) > size + _EDGE_CHARACTERS:
+            part = _after_a_word(text[-size:]) if keep == "end" else _up_to_a_word(text[:size])
+            if len(self.tokenizer(part, add_special_tokens=False, verbose=False).input_ids) > limit + _EDGE_TOKENS:
+                return part
+            size *= 4
+        return text
+
+    def _without_middle(self, text: str, limit: int, keep: Literal["end", "start"]) -> str:
+        """What a text that will be cut is cut from: a tokenizer takes 200 bytes of memory for each character, and
+        megabytes of text are sent to services. The first and the last tokens stay what they are."""
+        part = self.decisive(text, limit, keep)
+        if part is text:
+            return text
+        return text[:_EDGE_CHARACTERS] + part if keep == "end" else part + text[-_EDGE_CHARACTERS:]
 
     def encode_messages(
         self,
@@ -125,6 +154,18 @@ class RewardEncoding:
         # A text that begins with the beginning-of-sequence token still does when its front is cut.
         start = token_ids[:1] if token_ids[0] == self.tokenizer.bos_token_id else []
         return [*start, *token_ids[len(token_ids) - self.max_length + len(start) :]], True
+
+
+def _after_a_word(text: str) -> str:
+    """From the first end of a word; nothing where there is none and the word may be longer."""
+    found = _WORD_ENDS.search(text)
+    return text[found.start() :] if found else text if len(text) > _LONGEST_WORD else ""
+
+
+def _up_to_a_word(text: str) -> str:
+    """As `_after_a_word`, at the other end."""
+    ends = [found.end() for found in _WORD_ENDS.finditer(text, max(len(text) - _LONGEST_WORD, 0))]
+    return text[: ends[-1]] if ends else text if len(text) > _LONGEST_WORD else ""
 
 
 def _cut(token_ids: list[int], limit: int, keep: Literal["end", "start"]) -> list[int]:

@@ -75,7 +75,7 @@ class Explanation:
     model: ModelInfo
 
 
-def word_spans(text: str, token_ids: Sequence[int], tokenizer: Any, start: int = 0) -> list[Span]:
+def word_spans(text: str, token_ids: Sequence[int], tokenizer: Any, start: int = 0, front: int = 0) -> list[Span]:
     """The words of a text as the model sees it.
 
     A word ends where white space follows, or where the tokenizer ends one; apostrophes do not part a word.
@@ -84,8 +84,9 @@ def word_spans(text: str, token_ids: Sequence[int], tokenizer: Any, start: int =
         token_ids: of the text as scored, perhaps cut at the front; special tokens belong to no word.
         tokenizer: a fast one, which knows the characters of each token.
         start: the first character whose words are wanted.
+        front: characters in front of all tokens.
     """
-    whole = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    whole = tokenizer(text[front:], return_offsets_mapping=True, verbose=False)
     words = whole.word_ids()
     # Not all that the tokenizer calls special: an unknown word is a word.
     special = {
@@ -101,7 +102,7 @@ def word_spans(text: str, token_ids: Sequence[int], tokenizer: Any, start: int =
     previous_word: int | None = None
     # The front was cut, so the tokens that are left are the last ones.
     for position, place in zip(kept, seen[len(seen) - len(kept) :], strict=True):
-        begin, end = whole.offset_mapping[place]
+        begin, end = (front + offset for offset in whole.offset_mapping[place])
         word = words[place]
         if end <= start:
             continue
@@ -179,7 +180,8 @@ async def explain(
         token_ids, _ = texts.encode(text)
         affordable = min(MAX_TOKENS, limits.max_tokens) // max(1, len(token_ids)) - 1
         most = max(1, min(max_spans, limits.max_texts - 1, affordable))
-        return token_ids, merge_spans(word_spans(text, token_ids, texts.tokenizer, len(prompt)), most)
+        front = len(text) - len(texts.decisive(text, texts.max_length))
+        return token_ids, merge_spans(word_spans(text, token_ids, texts.tokenizer, len(prompt), front), most)
 
     token_ids, spans = await tokenizing(read, model)
     inputs = [ScoreInput(token_ids=ids) for ids in (tuple(token_ids), *occlusions(token_ids, spans))]
