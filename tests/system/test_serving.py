@@ -377,11 +377,11 @@ def test_a_shadow_that_orders_responses_otherwise_is_taken_back(service: Running
         rows = service.get("/v1/service")["models"]
         return next((row for row in rows if row["name"] == "next" and row["role"] == "rolled_back"), None)
 
-    row = wait_until(taken_back, 30, "the shadow taken back")
+    row = wait_until(taken_back, 30, "the shadow rolled back")
     assert "sign" in row["reason"]
     wait_until(lambda: len(service.get("/v1/models")["data"]) == 2, 30, "the order followed")
     report = service.again("--report", name="report")
-    assert "taken back" in report.stdout
+    assert "rolled back" in report.stdout
     assert "rolled back" in report.stdout
     service.again()
 

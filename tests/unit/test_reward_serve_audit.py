@@ -301,6 +301,22 @@ def test_after_a_disk_error_the_log_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert verify(tmp_path / "log").num_records == 7
 
 
+def test_what_waits_for_the_disk_is_bounded_by_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waiting = records(2)
+    monkeypatch.setattr(application, "_MOST_AUDIT_TOKENS", 2 * sum(len(each.token_ids) for each in waiting))
+    lost: list[int] = []
+
+    async def main() -> None:
+        queue = AuditQueue(lambda: AuditLog(tmp_path / "log", AuditSettings(), "replica"), lost.append)
+        for _ in range(5):  # nothing is written before the loop goes on
+            queue.put(waiting)
+        await queue.close()
+        assert queue.head.records == 6
+
+    asyncio.run(main())
+    assert lost == [2, 2]
+
+
 KEY = b"a key of thirty-two random bytes"
 
 

@@ -146,6 +146,28 @@ def test_a_slow_small_batch_says_little_of_how_long_a_queue_takes():
     run(test, max_tokens=4)
 
 
+def test_batches_that_end_in_one_turn_of_the_loop_took_their_time():
+    """As after a pause of the event loop: the second seems to have taken none."""
+    model, scorer = stub_model()
+
+    async def slow(model: LoadedModel, encoded: Sequence[Encoded]) -> ScoredBatch:
+        return ScoredBatch((await forward(model, encoded)).scored, 0.5)
+
+    async def main() -> None:
+        batcher = MicroBatcher(BatchingSettings(wait_ms=0, max_texts=1), slow, lambda record: None)
+        scorer.gate.set()
+        await asyncio.gather(*(batcher.score(model, texts(value)) for value in range(8)))
+        scorer.gate.clear()
+        waiting = asyncio.ensure_future(batcher.score(model, texts(1, 2)))
+        await asyncio.sleep(0)
+        assert batcher.expected_wait_s() >= 1.0
+        scorer.gate.set()
+        await waiting
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_the_next_batch_is_in_hand_before_the_present_one_is_done_and_no_other():
     model, scorer = stub_model()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import shutil
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
@@ -243,7 +244,9 @@ def test_the_queue_has_a_deadline(tiny):
 def test_a_long_text_is_tokenized_beside_the_event_loop(tiny):
     async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
         short = (await engine.score(texts("word " * 20))).scores[0].score
-        waiting = asyncio.ensure_future(engine.score(texts("word " * 400_000)))
+        # Of a text of words little is tokenised, of a single long word all of it.
+        assert (await engine.score(texts("word " * 400_000))).scores[0].score == short
+        waiting = asyncio.ensure_future(engine.score(texts("word" * 400_000)))
         pauses, last = [], time.perf_counter()
         while not waiting.done():
             await asyncio.sleep(0.002)
@@ -251,7 +254,30 @@ def test_a_long_text_is_tokenized_beside_the_event_loop(tiny):
             last = time.perf_counter()
         assert len(pauses) > 20
         assert max(pauses) < sum(pauses) / 3
-        assert waiting.result().scores[0].score == short
+        assert waiting.result().scores[0].truncated
+
+    run(tiny, test)
+
+
+def test_a_text_that_waits_for_the_tokenizer_has_a_deadline_too(tiny):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        free = threading.Event()
+        busy = engine._tokenizing.submit(free.wait)
+        try:
+            assert (await refused(engine.tokenizing(len))).type is ErrorType.DEADLINE
+        finally:
+            free.set()
+        assert busy.result()
+
+    run(tiny, test, deadline_s=0.2)
+
+
+def test_probes_that_wait_for_one_another_keep_their_time(tiny):
+    async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
+        process.open.clear()
+        probes = [asyncio.ensure_future(refused(engine.probe(0.4))) for _ in range(8)]
+        errors = await asyncio.wait_for(asyncio.gather(*probes), 8 * 0.4 / 2)
+        assert {error.type for error in errors} == {ErrorType.UNAVAILABLE}
 
     run(tiny, test)
 
@@ -318,6 +344,7 @@ def test_a_score_that_is_no_number_is_an_error_and_counted(tiny):
         assert (await refused(engine.probe(5))).type is ErrorType.UNAVAILABLE
         [work] = observer.take().work.values()
         assert (work.texts, work.failures) == (2, 2)
+        assert b"rlhf_ray_failed_texts_total" in observer.exposition(True, 0, 0), "nothing to take quantiles of"
         [labels] = {model.id for model in engine.models()}
         assert observer.metrics.counters["failed_texts"].labels(*labels)._value.get() == 2
 
@@ -339,7 +366,16 @@ def test_what_a_model_fails_at_counts_against_it(tiny, fault, monkeypatch):
     run(tiny, test)
 
 
-def test_a_shadow_that_fails_otherwise_gives_its_place_up(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "failures"),
+    [
+        (TypeError("in a chat template"), 2),
+        (ApiError(ErrorType.UNSCORABLE, "the model does not survive it"), 2),
+        (ApiError(ErrorType.UNAVAILABLE, "its process is gone"), 0),
+    ],
+    ids=["any", "its own", "not its own"],
+)
+def test_a_shadow_that_fails_gives_its_place_up(tiny, monkeypatch, fault, failures):
     models = [
         ServedModelSettings(name="main", path=str(tiny)),
         ServedModelSettings(name="next", path=str(tiny), shadow=True),
@@ -347,14 +383,15 @@ def test_a_shadow_that_fails_otherwise_gives_its_place_up(tiny, monkeypatch):
 
     async def test(engine: RewardEngine, process: StubProcess, observer: Observer) -> None:
         async def fail(*_: Any) -> Any:
-            raise TypeError("in a chat template")
+            raise fault
 
         monkeypatch.setattr(engine._batcher, "score_as_shadow", fail)
         await engine.score(texts("a", "b"))
         while observer._waiting_for_shadow:
             await asyncio.sleep(0.01)
-        work = observer.take().work
-        assert work[engine.models()[1].id].failures == 2
+        shadow, work = engine.models()[1].id, observer.take().work
+        assert (work[shadow].failures if shadow in work else 0) == failures
+        assert observer.metrics.counters["shadow_skipped_texts"].labels(*shadow)._value.get() == 2 - failures
 
     run(tiny, test, models=models)
 

@@ -280,7 +280,9 @@ def test_without_a_token_pages_of_other_sites_cannot_ask():
         assert httpx.post(f"{url}/get_reward", json={}, headers={**AUTHORIZED, "Host": "scorer.lan"}).status_code == 200
 
 
-@pytest.mark.parametrize(("status", "fault"), [(499, "client_gone"), (503, "unavailable"), (200, None)])
+@pytest.mark.parametrize(
+    ("status", "fault"), [(499, "client_gone"), (500, "internal"), (503, "unavailable"), (200, None)]
+)
 def test_what_serve_answers_by_itself_is_counted_too(status, fault):
     observer = Observer(CandidateSettings(), False)
     observer.finished(RequestContext("r", "own"), status, 0.1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import Counter
 from collections.abc import Coroutine
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,7 +20,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from rlhf_ray.config.serving import (
     BatchingSettings,
@@ -30,7 +31,7 @@ from rlhf_ray.config.serving import (
     ServedScorerSettings,
 )
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
-from rlhf_ray.reward.core.card import weights_version
+from rlhf_ray.reward.core.card import directory_version
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.serve.batcher import MicroBatcher
 from rlhf_ray.reward.serve.context import REQUEST, RequestContext
@@ -55,15 +56,15 @@ class _Method:
         self._host, self._name = host, name
 
     async def remote(self, *arguments: Any) -> Any:
-        if not self._host.alive:
-            raise ActorDiedError
+        if self._host.death is not None:
+            raise self._host.death
         try:
             result = getattr(self._host.inside, self._name)(*arguments)
         except Exception as error:
             raise RayTaskError(self._name, str(error), error).as_instanceof_cause() from None  # type: ignore[no-untyped-call]
         await asyncio.sleep(0)
-        if not self._host.alive:
-            raise ActorDiedError
+        if self._host.death is not None:
+            raise self._host.death
         return result
 
 
@@ -71,7 +72,8 @@ class _Host:
     """A scoring process in this one."""
 
     def __init__(self) -> None:
-        self.alive, self.inside = True, ScorerHost(SCORER)
+        self.inside = ScorerHost(SCORER)
+        self.death: Exception | None = None
 
     def __getattr__(self, name: str) -> _Method:
         return _Method(self, name)
@@ -84,8 +86,9 @@ class _Process(ScorerProcess):
     def _pause_s(self) -> float:
         return 0.0
 
-    def kill(self) -> None:
-        self._running.host.alive = False
+    def kill(self, out_of_memory: bool) -> None:
+        """Ray's own memory monitor reports a death in a word of its own."""
+        self._running.host.death = OutOfMemoryError("out of memory") if out_of_memory else ActorDiedError()
 
 
 class Store:
@@ -120,6 +123,7 @@ class Replica:
 
 class Histories(RuleBasedStateMachine):
     source: Path
+    happened: Counter[str]
 
     @initialize()
     def begin(self) -> None:
@@ -145,7 +149,7 @@ class Histories(RuleBasedStateMachine):
         """Remember what the weights in a folder score: the head is linear."""
         if self.base is None:
             self.base = RewardScorer(reward_settings(SCORER, str(self.source))).score_texts(TEXTS).scores
-        self.scores[weights_version(self.folder / folder)] = factor * self.base
+        self.scores[directory_version(self.folder / folder)] = factor * self.base
 
     def entry(self, name: str, folder: str, **values: Any) -> ServedModelSettings:
         return ServedModelSettings(name=name, path=str(self.folder / folder), **values)
@@ -188,9 +192,9 @@ class Histories(RuleBasedStateMachine):
         self.monitor = ServiceMonitor(CandidateSettings(min_texts=30), DriftSettings(), self.store)
         self.configure()
 
-    @rule(number=st.integers(0, 1))
-    def kill_process(self, number: int) -> None:
-        self.replicas[number % len(self.replicas)].process.kill()
+    @rule(number=st.integers(0, 1), out_of_memory=st.booleans())
+    def kill_process(self, number: int, out_of_memory: bool) -> None:
+        self.replicas[number % len(self.replicas)].process.kill(out_of_memory)
 
     @rule(number=st.integers(0, 1))
     def replace_replica(self, number: int) -> None:
@@ -208,8 +212,13 @@ class Histories(RuleBasedStateMachine):
 
         self.run(beats())
 
-    @rule(number=st.integers(0, 1), asked=st.sampled_from([None, "main", "canary", "shadow"]))
-    def score(self, number: int, asked: str | None) -> None:
+    @rule(
+        number=st.integers(0, 1),
+        asked=st.sampled_from([None, "main", "canary", "shadow"]),
+        dies_after=st.sampled_from([None, None, 0, 3, 30]),
+    )
+    def score(self, number: int, asked: str | None, dies_after: int | None) -> None:
+        """Forty requests; the process may die under them, after so many turns of the event loop."""
         replica = self.replicas[number % len(self.replicas)]
 
         async def requests() -> list[Any]:
@@ -217,22 +226,48 @@ class Histories(RuleBasedStateMachine):
                 REQUEST.set(RequestContext(f"{len(self.scores)}-{place}", "own"))
                 return await replica.engine.score([ScoreInput(text=TEXTS[place])], model=asked, sticky=str(place))
 
-            return await asyncio.gather(*(one(place) for place in range(len(TEXTS))), return_exceptions=True)
+            under_way = [asyncio.ensure_future(one(place)) for place in range(len(TEXTS))]
+            if dies_after is not None:
+                for _ in range(dies_after):
+                    await asyncio.sleep(0)
+                replica.process.kill(False)
+                self.happened["death under requests"] += not all(each.done() for each in under_way)
+            return await asyncio.gather(*under_way, return_exceptions=True)
 
         for place, answer in enumerate(self.run(requests())):
             if isinstance(answer, ApiError):
-                # A name that the replica has not (yet), or a model that was lost with its process.
-                assert answer.type in (ErrorType.NOT_FOUND, ErrorType.UNAVAILABLE), answer.message
+                # A name that the replica has not (yet), a model that was lost with its process, or a text under which
+                # two processes died, the second time alone.
+                allowed = {ErrorType.NOT_FOUND, ErrorType.UNAVAILABLE}
+                assert answer.type in (allowed if dies_after is None else allowed | {ErrorType.UNSCORABLE}), answer
+                self.happened[answer.type] += 1
                 continue
             assert not isinstance(answer, BaseException), answer
             assert answer.scores[0].score == pytest.approx(self.scores[answer.model.version][place], abs=1e-5)
+            self.happened[f"answered by {answer.model.name}"] += 1
+
+    @rule(folder=st.sampled_from(FOLDERS), factor=st.sampled_from([-2.0, -1.0]), shadow=st.booleans())
+    def candidate_that_is_bad(self, folder: str, factor: float, shadow: bool) -> None:
+        """It gets traffic until the monitor has made up its mind."""
+        main = self.entries[0]
+        if main.path == str(self.folder / folder):
+            return
+        self.write_weights(folder, factor)
+        self.order(Path(main.path).name, None if shadow else folder, folder if shadow else None, True)
+        for _ in range(4):
+            self.time_passes(0.05)
+            self.score(0, None, None)
+            self.score(1, "shadow" if shadow else None, None)
+        self.time_passes(0.0)
 
     @invariant()
     def what_was_rolled_back_stays_out(self) -> None:
         if not hasattr(self, "monitor"):
             return
         ordered = {model.name for model in self.monitor.order.models}
-        self.out |= {entry.name: entry for entry in self.entries if entry.name not in ordered}
+        rolled_back = {entry.name: entry for entry in self.entries if entry.name not in ordered}
+        self.happened.update(f"{name} rolled back" for name in rolled_back.keys() - self.out.keys())
+        self.out |= rolled_back
         assert not self.out.keys() & ordered
         assert "main" in ordered
         for replica in self.replicas:
@@ -257,7 +292,14 @@ class Histories(RuleBasedStateMachine):
 
 
 def test_every_answer_names_the_version_that_computed_it_whatever_happened_before(tiny: Path):
-    kind = type("TinyHistories", (Histories,), {"source": tiny / "reward_model"})
+    happened: Counter[str] = Counter()
+    kind = type("TinyHistories", (Histories,), {"source": tiny / "reward_model", "happened": happened})
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        kind, settings=settings(max_examples=15, stateful_step_count=20, deadline=None, derandomize=True)
+        kind, settings=settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True)
     )
+    # Nothing is proven by histories in which nothing happens.
+    assert happened["answered by main"] > 2000, happened
+    for kind_of_event in ("answered by canary", "answered by shadow"):
+        assert happened[kind_of_event] > 100, happened
+    for kind_of_event in ("canary rolled back", "shadow rolled back", "death under requests"):
+        assert happened[kind_of_event] > 2, happened

@@ -4,6 +4,7 @@ text by its characters, so that a mix-up of texts shows."""
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import jsonschema
 import openai
 import pytest
 from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
 from starlette.testclient import TestClient
 
 from rlhf_ray.config.serving import BatchingSettings, CallerSettings, CandidateSettings, LimitSettings
@@ -383,6 +385,24 @@ def test_a_bad_body_is_a_typed_error(path, body):
     error = answer.json()["error"]
     assert error if path == "/predict" else error["type"] == "bad_request"
     assert "Traceback" not in answer.text
+
+
+def test_the_first_wrong_entry_refuses_a_list():
+    """One error for each of a hundred thousand entries would hold up everybody for seconds."""
+    bodies = [
+        value
+        for name in ("chat", "own", "rollouts", "tei", "vllm")
+        for value in vars(importlib.import_module(f"rlhf_ray.reward.serve.wire.{name}")).values()
+        if isinstance(value, type) and issubclass(value, BaseModel)
+    ]
+    counts = {}
+    for body in bodies:
+        try:
+            body.model_validate(dict.fromkeys(body.model_fields, [[]] * 1000))
+        except ValidationError as error:
+            counts[body.__name__] = error.error_count()
+    assert len(counts) > 15
+    assert max(counts.values()) < 40, counts
 
 
 def test_an_error_never_holds_the_text():

@@ -44,8 +44,8 @@ BEAT_S = 1.0
 _MONITOR_TIMEOUT_S = 5.0
 _FIRST_ORDER_TIMEOUT_S = 120.0
 _PROBE_TIMEOUT_S = 20.0
-_MOST_AUDIT_RECORDS = 100_000
-"""That wait for the disk."""
+_MOST_AUDIT_RECORDS, _MOST_AUDIT_TOKENS = 100_000, 2_000_000
+"""That wait for the disk: some 80 MB."""
 _AUDIT_PAUSE_S = 5.0
 """Before a log that could not be written is opened again."""
 
@@ -178,26 +178,30 @@ class Replica:
             raise ApiError(ErrorType.UNAVAILABLE, "the monitor does not answer", retry_after_s=1) from None
 
     async def _beat(self) -> None:
-        """Report each second, and follow the monitor's order; both go on whatever happens to the monitor."""
+        """Report each second, and follow the monitor's order; both go on whatever happens to the monitor, or here."""
         while True:
             await asyncio.sleep(BEAT_S)
-            beat = Beat(
-                replica=self._id,
-                order=self._follower.followed,
-                models=self._follower.models(),
-                load_failure=self._follower.failure,
-                queued=self._engine.queued_requests,
-                age_s=time.monotonic() - self._began,
-                traffic=self._observer.take(),
-                exposition=self._exposition(),
-                audit=self._audit.head if self._audit is not None else None,
-            )
             try:
+                beat = self._report()
                 order = await asyncio.wait_for(self._monitor.beat.remote(beat), _MONITOR_TIMEOUT_S)
-            except Exception as error:
+                self._follower.told(order)
+            except (TimeoutError, RayError, RayServeException) as error:
                 logger.warning("the monitor does not answer (%s); serving on", type(error).__name__)
-                continue
-            self._follower.told(order)
+            except Exception:
+                logger.exception("nothing was reported to the monitor; serving on")
+
+    def _report(self) -> Beat:
+        return Beat(
+            replica=self._id,
+            order=self._follower.followed,
+            models=self._follower.models(),
+            load_failure=self._follower.failure,
+            queued=self._engine.queued_requests,
+            age_s=time.monotonic() - self._began,
+            traffic=self._observer.take(),
+            exposition=self._exposition(),
+            audit=self._audit.head if self._audit is not None else None,
+        )
 
 
 async def _host_of_serve() -> str:
@@ -224,15 +228,17 @@ class AuditQueue:
         self._log: AuditLog | None = open_log()
         self._open_again_at = 0.0
         self._records: list[AuditRecord] = []
+        self._num_tokens = 0
         self._writing: asyncio.Task[None] | None = None
         self.head = self._log.head
 
     def put(self, records: Sequence[AuditRecord]) -> None:
         """Take scores; they are on the disk a moment later."""
-        if len(self._records) > _MOST_AUDIT_RECORDS:
+        if len(self._records) > _MOST_AUDIT_RECORDS or self._num_tokens > _MOST_AUDIT_TOKENS:
             self._lost(len(records))  # the disk does not answer, and memory is not for them
             return
         self._records.extend(records)
+        self._num_tokens += sum(len(record.token_ids) for record in records)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.get_running_loop().create_task(self._write())
 
@@ -245,7 +251,7 @@ class AuditQueue:
 
     async def _write(self) -> None:
         while self._records:
-            records, self._records = self._records, []
+            records, self._records, self._num_tokens = self._records, [], 0
             if time.monotonic() < self._open_again_at:
                 self._lost(len(records))
                 continue

@@ -286,7 +286,9 @@ class MicroBatcher:
                 self._suspects -= 1
         else:
             if not shadow:
-                self._pace.record(flight.tokens, time.perf_counter() - flight.began, flight.is_full)
+                # Two that end in one turn of the event loop leave no time between them.
+                seconds = max(time.perf_counter() - flight.began, batch.compute_s)
+                self._pace.record(flight.tokens, seconds, flight.is_full)
             self._observe(BatchRecord(model, len(items), flight.tokens, batch.compute_s, shadow))
             for row, item in enumerate(items):
                 self._deliver(item, batch, row)

@@ -1,4 +1,4 @@
-"""How a candidate compares with the live model, and when it is taken back.
+"""How a candidate compares with the live model, and when it is rolled back.
 
 A *shadow* scores the texts that the live model scored, so the two are compared text by text: a policy is trained by
 the order of responses, so what counts first is how many pairs the shadow orders otherwise. A *canary* scores other
@@ -204,7 +204,7 @@ class CanaryComparison(_Works):
 
 
 def judge(comparison: ShadowComparison | CanaryComparison, settings: CandidateSettings) -> tuple[str, ...]:
-    """Why a candidate is to be taken back: a line for each rule that it breaks; none to keep it.
+    """Why a candidate is to be rolled back: a line for each rule that it breaks; none to keep it.
 
     Texts that the live model fails too are no fault of the candidate: its failure rate is allowed to be the live
     model's plus the setting. Sign flips are judged by the lower end of their interval, so that a handful of pairs

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,23 +158,30 @@ def run_service(config: ServingConfig, detach: bool) -> None:
             serve.start(http_options={"host": config.endpoint.host, "port": config.endpoint.port})
             # Here, and not before: Ray has put a handler of its own in place.
             with stop_signals() as stopping:
-                _bring_up(config, folder, token, detach)
-                print(
-                    f"{config.run.name} scores at {_url(config)} after {time.monotonic() - started:.0f} s", flush=True
-                )
-                if not detach:
+                was_there = config.run.name in serve.status().applications
+                try:
+                    _bring_up(config, folder, token, detach, stopping)
+                except BaseException:
+                    if not local and not was_there:  # the cluster outlives this command
+                        _delete(config.run.name)
+                    raise
+                if not stopping:
+                    took = time.monotonic() - started
+                    print(f"{config.run.name} scores at {_url(config)} after {took:.0f} s", flush=True)
+                    if detach:
+                        return
                     print("its page is there too; Ctrl-C, or the same command with --stop, ends it", flush=True)
                     _hold(config.run.name, stopping)
-                    print("stopping: requests under way are answered first", flush=True)
-                    _delete(config.run.name)
+                print("stopping: requests under way are answered first", flush=True)
+                _delete(config.run.name)
         finally:
             if not detach:
                 (folder / STATE_NAME).unlink(missing_ok=True)
             disconnect()
 
 
-def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bool) -> None:
-    """Deploy, and wait until it scores."""
+def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bool, stopping: Sequence[int]) -> None:
+    """Deploy, and wait until it scores, or a signal came."""
     import ray
     from ray import serve
 
@@ -182,7 +189,9 @@ def _bring_up(config: ServingConfig, folder: Path, token: str | None, detach: bo
 
     service = application(absolute_service(config), absolute_models(config))
     serve.run(service, name=config.run.name, route_prefix="/", blocking=False)
-    _wait_until_it_scores(config, _url(config), token)
+    _wait_until_it_scores(config, _url(config), token, stopping)
+    if stopping:
+        return
     pid = None if detach else os.getpid()
     began = None if pid is None else _start_of(pid)
     address, mode = ray.get_runtime_context().gcs_address, os.environ.get(_AUTH_MODE)
@@ -249,7 +258,7 @@ def replay_audit(config: ServingConfig, folder: Path, texts: Path | None, heads:
         key=read_key(config.audit),
         heads=read_heads(heads) if heads else (),
     )
-    print(f"{report.num_equal} scores are the same to the bit", flush=True)
+    print(f"{report.num_equal} scores are bit-for-bit the same", flush=True)
     for each in report.differences[:10]:
         who = f" of {each.caller}" if each.caller else ""
         print(f"{each.place}: request {each.request_id}{who}: {each.logged!r}, now {each.replayed!r}", flush=True)
@@ -309,7 +318,10 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
     last: dict[str, Any] = {}
 
     def followed() -> bool:
-        last.update(_status(config, running.url, token))
+        try:
+            last.update(_status(config, running.url, token))
+        except RoleFailure:  # the monitor, too, may be exchanged
+            return False
         replicas = last["replicas"]
         if {row["name"] for row in last["models"]} != ordered:
             return False
@@ -320,7 +332,7 @@ def _change(config: ServingConfig, running: ServiceState, token: str | None) -> 
     if not _wait_until(followed, config.endpoint.start_timeout_s):
         raise _failure(config, f"not every replica has the new models after {config.endpoint.start_timeout_s:g} s")
     for row in last["models"]:
-        state = f"taken back earlier ({row['reason']})" if row["role"] == "rolled_back" else row["role"]
+        state = f"rolled back earlier ({row['reason']})" if row["role"] == "rolled_back" else row["role"]
         print(f"{row['name']} {row['version']}: {state}", flush=True)
     print(f"{config.run.name} at {running.url} has the models", flush=True)
 
@@ -349,12 +361,14 @@ def _hold(name: str, stopping: list[int]) -> None:
             next_look = time.monotonic() + _STATUS_POLL_S
 
 
-def _wait_until_it_scores(config: ServingConfig, url: str, token: str | None) -> None:
+def _wait_until_it_scores(config: ServingConfig, url: str, token: str | None, stopping: Sequence[int]) -> None:
     from ray import serve
 
     name = config.run.name
 
     def scores() -> bool:
+        if stopping:
+            return True
         application = serve.status().applications.get(name)
         if application is not None and application.status.value in ("DEPLOY_FAILED", "UNHEALTHY"):
             deployments = "; ".join(each.message for each in application.deployments.values() if each.message)

@@ -7,8 +7,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedScorerSettings
@@ -19,7 +20,7 @@ from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import ScoredTexts
 from rlhf_ray.reward.core.texts import RewardTexts
 from rlhf_ray.reward.serve.batcher import BatchedScores, MicroBatcher, gather_rows
-from rlhf_ray.reward.serve.context import REQUEST, Caller
+from rlhf_ray.reward.serve.context import REQUEST, Caller, RequestContext
 from rlhf_ray.reward.serve.exchange import Answer, ModelInfo, Score, ScoreInput, Timings
 from rlhf_ray.reward.serve.model_table import PROBE, LoadedModel, ModelTable, read_table
 from rlhf_ray.reward.serve.observations import Observer
@@ -99,7 +100,6 @@ class RewardEngine:
                 await self._try(model)
             self.paces = await self._time(table)
             self._table = table
-            self._observer.keep_only([model.info.id for model in table.models])
             self._scored_at = {}
         finally:
             # Of the old table, or of one that could not be loaded whole.
@@ -135,11 +135,12 @@ class RewardEngine:
         return paces
 
     async def _let_go(self) -> None:
-        """Free the memory of models that are no longer in the table, once nobody waits for them."""
+        """Forget models that are no longer in the table, once nobody waits for them."""
         kept = {model.key for model in self._table.models}
         while any(count and key not in kept for key, count in self._using.items()):
             await asyncio.sleep(_LET_GO_POLL_S)
         await self._process.keep_only([model.key for model in self._table.models])
+        self._observer.keep_only([model.info.id for model in self._table.models])
 
     def models(self) -> tuple[ModelInfo, ...]:
         """The models, the one with the largest share first."""
@@ -148,7 +149,23 @@ class RewardEngine:
     async def tokenizing(self, work: Callable[[RewardTexts], Result], model: str | None = None) -> Result:
         """Let a function read texts as a model does, in the thread of long texts; see `Tokenizing`."""
         texts = self._find(model).long_texts
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, texts)
+        async with self._in_time(REQUEST.get()):
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, work, texts)
+
+    @asynccontextmanager
+    async def _in_time(self, context: RequestContext) -> AsyncIterator[None]:
+        """Give a request up at its deadline.
+
+        Raises:
+            ApiError: it is past.
+        """
+        limits = self._limits
+        try:
+            async with asyncio.timeout(context.started + limits.deadline_s - time.perf_counter()):
+                yield
+        except TimeoutError:
+            cause = f"not scored within {limits.deadline_s:g} s"
+            raise ApiError(ErrorType.DEADLINE, cause, retry_after_s=limits.retry_after_s) from None
 
     async def probe(self, timeout_s: float) -> None:
         """See that every model scores: it has just done so, or scores a sentence now, before all who wait.
@@ -158,9 +175,13 @@ class RewardEngine:
         """
         self._find(None)
         for model in self._table.models:
-            async with self._probing:
-                if time.monotonic() - self._scored_at.get(model.key, -math.inf) > _SCORE_HOLDS_S:
-                    await self._probe(model, timeout_s)
+            try:
+                async with asyncio.timeout(timeout_s), self._probing:
+                    if time.monotonic() - self._scored_at.get(model.key, -math.inf) > _SCORE_HOLDS_S:
+                        await self._probe(model)
+            except TimeoutError:
+                cause = f"model {model.info.name} scored nothing within {timeout_s:g} s"
+                raise ApiError(ErrorType.UNAVAILABLE, cause) from None
 
     def check_ready(self) -> None:
         """See, without scoring anything, that texts are scored here. A full queue is no fault: it passes.
@@ -172,14 +193,8 @@ class RewardEngine:
         self._process.check(model.key for model in self._table.live)
         self._batcher.check()
 
-    async def _probe(self, model: LoadedModel, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
-        except TimeoutError:
-            raise ApiError(
-                ErrorType.UNAVAILABLE, f"model {model.info.name} scored nothing within {timeout_s:g} s"
-            ) from None
+    async def _probe(self, model: LoadedModel) -> None:
+        batched = await self._batcher.score(model, [model.texts.encode(PROBE)], first=True)
         scored, row = batched.rows[0]
         if not math.isfinite(scored.scores[row]):
             raise ApiError(ErrorType.UNAVAILABLE, f"model {model.info.name} returns no finite score")
@@ -199,18 +214,12 @@ class RewardEngine:
             self._requests += 1
             self._using[chosen.key] += 1
             try:
-                began = time.perf_counter()
-                async with asyncio.timeout(context.started + self._limits.deadline_s - began):
+                async with self._in_time(context):
+                    began = time.perf_counter()
                     _check_cuts(inputs, chosen)
                     encoded = await self._encode(inputs, chosen)
                     tokenized = time.perf_counter()
                     batched = await self._score(chosen, encoded)
-            except TimeoutError:
-                raise ApiError(
-                    ErrorType.DEADLINE,
-                    f"not scored within {self._limits.deadline_s:g} s",
-                    retry_after_s=self._limits.retry_after_s,
-                ) from None
             finally:
                 self._requests -= 1
                 self._using[chosen.key] -= 1
@@ -323,9 +332,11 @@ class RewardEngine:
             batched = await self._batcher.score_as_shadow(shadow, await self._encode(inputs, shadow))
             self._observer.shadowed(request_id, live, shadow, scored, gather_rows(batched.rows))
             self._scored_at[shadow.key] = time.monotonic()
-        except Exception as error:  # nobody waits for it, and it counts against the shadow whatever it is
-            if not isinstance(error, ApiError):
-                logger.exception("the shadow %s failed", shadow.info.name)
+        except ApiError as error:
+            told = self._observer.shadow_failed if error.type in _MODEL_FAULTS else self._observer.shadow_skipped
+            told(shadow, len(inputs))
+        except Exception:  # nobody waits for it
+            logger.exception("the shadow %s failed", shadow.info.name)
             self._observer.shadow_failed(shadow, len(inputs))
         finally:
             self._using[shadow.key] -= 1
@@ -349,7 +360,7 @@ def _check_cuts(inputs: Sequence[ScoreInput], model: LoadedModel) -> None:
 
 def _num_characters(each: ScoreInput) -> int:
     messages = each.messages or ()
-    return len(each.text or "") + sum(len(str(message["content"])) for message in messages)
+    return len(each.text or "") + len(each.token_ids or ()) + sum(len(str(message["content"])) for message in messages)
 
 
 def _tokens_of(each: ScoreInput, index: int, model: LoadedModel, reader: RewardTexts) -> Encoded:

@@ -24,8 +24,8 @@ from rlhf_ray.reward.serve.exchange import ModelId, Timings
 from rlhf_ray.reward.serve.model_table import LoadedModel, unit_hash
 from rlhf_ray.reward.serve.traffic import LATENCY_EDGES_S, ModelWork, ShadowSample, TextSample, Traffic
 
-_CLIENT_GONE = 499
-"""What Serve says where nobody waits for the answer any more."""
+_SAID_BY_SERVE = {499: "client_gone", 500: ErrorType.INTERNAL.value}
+"""What Serve answers itself: where nobody waits any more, and where our part was lost; else it has no replica."""
 _MOST_SAMPLES = 4096
 """Texts of one model that a beat carries; the rest is counted."""
 _MOST_SHADOW_TEXTS = 2048
@@ -156,7 +156,8 @@ class Observer:
             work.failures += failures
             counters["failed_texts"].labels(*labels).inc(failures)
         self.record(context, model, encoded, scored)
-        self._recent[labels].extend(zip(scores.tolist(), scored.disagreement[good].tolist(), strict=True))
+        if len(good):
+            self._recent[labels].extend(zip(scores.tolist(), scored.disagreement[good].tolist(), strict=True))
         if self._num_samples[labels] + len(good) > _MOST_SAMPLES:
             self._traffic.left_out += len(good)
         elif len(good):
@@ -213,7 +214,7 @@ class Observer:
         error = context.error
         fault = None if error is None else error.value
         if error is None and status >= 400:  # nobody here said so, but Serve: the client left, or there is no replica
-            fault = "client_gone" if status == _CLIENT_GONE else ErrorType.UNAVAILABLE.value
+            fault = _SAID_BY_SERVE.get(status, ErrorType.UNAVAILABLE.value)
         self.metrics.counters["requests"].labels(context.family, str(status)).inc()
         if context.caller.name is not None:
             self.metrics.counters["caller_requests"].labels(context.caller.name).inc()
@@ -251,6 +252,11 @@ class Observer:
         work.failures += int((~np.isfinite(unseen.scores)).sum())
         group = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest(), "big")
         self._shadows[(live.info.id, shadow.info.id)].append((seen.scores, unseen.scores, group))
+
+    def shadow_skipped(self, shadow: LoadedModel, num_texts: int) -> None:
+        """Texts that a live model had scored were not scored by a shadow, through no fault of its own."""
+        self._waiting_for_shadow -= num_texts
+        self.metrics.counters["shadow_skipped_texts"].labels(*shadow.info.id).inc(num_texts)
 
     def shadow_failed(self, shadow: LoadedModel, num_texts: int) -> None:
         """A shadow could not score texts that a live model had scored."""

@@ -51,7 +51,7 @@ def _candidates(status: dict[str, Any]) -> Table:
             _figure(row["score_shift"], "+.2f"),
             _figure(row["latency_ratio"], ".2f"),
             _figure(row["failure_rate"], ".2%"),
-            "taken back" if row["rolled_back"] else "",
+            "rolled back" if row["rolled_back"] else "",
         )
     return table
 

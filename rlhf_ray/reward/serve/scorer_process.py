@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.config.serving import ServedScorerSettings
@@ -36,6 +36,8 @@ from rlhf_ray.reward.serve.model_table import Weights
 from rlhf_ray.runtime.actor_group import environment
 
 _NICENESS = 10
+_DEATHS = (RayActorError, OutOfMemoryError)
+"""How Ray says that the process is gone; the second where Ray itself ended it, because the node's memory was full."""
 _RECENT_S = 60.0
 _LONGEST_PAUSE_S = 30.0
 
@@ -132,9 +134,7 @@ class ScorerProcess:
         self._weights[weights.key] = weights
 
     async def keep_only(self, keys: Sequence[str]) -> None:
-        """Let go of all other models."""
-        if self._weights.keys() <= set(keys):
-            return
+        """Let go of all other models, also of one whose load was given up."""
         self._weights = {key: weights for key, weights in self._weights.items() if key in keys}
         with suppress(ProcessDied):  # the next one has these alone
             await self._call("keep_only", list(keys))
@@ -169,7 +169,7 @@ class ScorerProcess:
             running = self._running
         try:
             return await getattr(running.host, method).remote(*arguments)
-        except RayActorError as error:
+        except _DEATHS as error:
             logger.error("the scoring process died: %s", error)
             await self._replace(running)
             raise ProcessDied("the scoring process died") from error
@@ -184,7 +184,7 @@ class ScorerProcess:
                 try:
                     for weights in list(self._weights.values()):
                         await self._load_again(started, weights)
-                except RayActorError as error:
+                except _DEATHS as error:
                     logger.error("the scoring process died of its models: %s", error)
                 else:
                     self._running = started
@@ -194,7 +194,7 @@ class ScorerProcess:
             await started.host.load.remote(weights)
         except RayTaskError as error:
             logger.error("a model is lost: %s", error)
-            del self._weights[weights.key]
+            self._weights.pop(weights.key, None)
 
     def _pause_s(self) -> float:
         """Before the next start: none after the first death, then longer with each one of the last minute."""

@@ -11,14 +11,14 @@ from typing_extensions import TypedDict
 
 from rlhf_ray.reward.client.service_errors import ApiError, ErrorType
 from rlhf_ray.reward.serve.exchange import ModelInfo, Service
-from rlhf_ray.reward.serve.wire.bodies import Lenient, plain, read_body, scored
+from rlhf_ray.reward.serve.wire.bodies import Lenient, Several, plain, read_body, scored
 from rlhf_ray.reward.serve.wire.rollouts import Message, conversation, sticky_key
 
 
 class ChatRequest(Lenient):
     """A conversation that ends with the response; sampling options are not read."""
 
-    messages: list[Message]
+    messages: Several[Message]
     model: str | None = None
     stream: bool | None = None
     n: int | None = None

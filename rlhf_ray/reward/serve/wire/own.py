@@ -19,14 +19,14 @@ OnTooLong = Literal["default", "fail", "truncate"]
 class Turn(Strict):
     """A prompt, as text or chat messages, and its response."""
 
-    prompt: str | list[Message]
+    prompt: str | Several[Message]
     response: str
 
 
 class Conversation(Strict):
     """Chat messages that end with the response."""
 
-    messages: list[Message]
+    messages: Several[Message]
 
 
 class Text(Strict):
@@ -57,7 +57,7 @@ class RewardRequest(Strict):
 class ResponsePair(Strict):
     """A prompt and two responses."""
 
-    prompt: str | list[Message]
+    prompt: str | Several[Message]
     response_a: str
     response_b: str
 

@@ -37,7 +37,7 @@ class SlimeRequest(Lenient):
         label: not read.
     """
 
-    prompt: str | list[Message]
+    prompt: str | Several[Message]
     response: str
     label: Any = None
 

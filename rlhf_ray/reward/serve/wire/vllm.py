@@ -49,7 +49,7 @@ class PoolingRequest(Common):
     """`/classify`, `/pooling` and `/v1/embeddings`: texts, tokens, or a conversation."""
 
     input: str | Several[str] | TokenIds | Several[TokenIds] | None = None
-    messages: list[Message] | None = None
+    messages: Several[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = False
     task: Literal["classify", "score", "reward"] | None = None
