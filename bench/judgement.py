@@ -28,6 +28,7 @@ from tests.synthetic import (
     Model,
     Responses,
     flipped,
+    in_units_of,
     judged,
     length_only,
     partly_blind,
@@ -38,7 +39,12 @@ from tests.synthetic import (
 )
 
 PROMPTS = 100
-SOUND: dict[str, Model] = {"perfect": perfect, "perfect × 0.02": unsure, "partly blind": partly_blind}
+SOUND: dict[str, Model] = {
+    "perfect": perfect,
+    "perfect × 0.02": unsure,
+    "perfect × 200": in_units_of(0.005),
+    "partly blind": partly_blind,
+}
 SURE = {"sure raters": 2.0, "unsure raters": 1.0}
 REPETITIONS = 500
 

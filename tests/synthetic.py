@@ -97,9 +97,12 @@ def perfect(responses: Responses) -> Array:
     return responses.quality
 
 
-def unsure(responses: Responses) -> Array:
+def in_units_of(unit: float) -> Model:
     """The same in another unit: perfect after temperature scaling only."""
-    return 0.02 * responses.quality
+    return lambda responses: responses.quality / unit
+
+
+unsure = in_units_of(50)
 
 
 def partly_blind(responses: Responses) -> Array:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ class PreferencePair:
         prompt: empty where the rows hold whole texts.
         chosen, rejected: responses; `prompt + response` is the text to score.
         chosen_probability: soft label in [0, 1]: how likely a person is to prefer `chosen`.
-        margin: by how much the scores should differ at least, or None.
+        margin: by how much more the scores should differ, not negative, or None.
         weight: of the pair in the loss, not negative.
         source: where the pair comes from, for results by source, or None.
         attributes: how much better `chosen` is than `rejected` by name of the attribute; the sign is the label,
@@ -148,7 +149,7 @@ def _pair(row: Row, tokenizer: PreTrainedTokenizerBase) -> PreferencePair:
         chosen=chosen,
         rejected=rejected,
         chosen_probability=probability,
-        margin=_optional_number(values, "margin"),
+        margin=_optional_number(values, "margin", low=0),
         weight=number_value(values.get("weight", 1.0), "weight", low=0),
         source=_source(values),
         attributes=_attributes(values, names),
@@ -232,8 +233,8 @@ def _split_conversations(
     return context, (chosen[length:], rejected[length:])
 
 
-def _optional_number(values: Mapping[str, Any], name: str) -> float | None:
-    return number_value(values[name], name) if name in values else None
+def _optional_number(values: Mapping[str, Any], name: str, low: float = -math.inf) -> float | None:
+    return number_value(values[name], name, low=low) if name in values else None
 
 
 def _source(values: Mapping[str, Any]) -> str | None:

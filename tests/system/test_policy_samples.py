@@ -72,7 +72,7 @@ def test_the_number_of_engines_changes_nothing(samples: PolicySamples, local_ray
 
 def test_a_reward_model_is_judged_on_them(samples: PolicySamples, tiny: Path):
     scorer = RewardScorer(RewardSettings(model=str(tiny / "reward_model")))
-    scores = score_samples(samples, scorer.texts, lambda encoded: scorer.score_encoded(encoded).scores)
+    scores = score_samples(samples, scorer.texts, lambda encoded, _: scorer.score_encoded(encoded).scores)
     first = scorer.score_texts([samples.prompts[1].text + samples.responses[1][2]]).scores[0]
     assert scores[1, 2] == pytest.approx(first, abs=SCORE_ROUNDING)
     report = report_best_of_n(scores, judge_samples(samples, "vader"), "vader")

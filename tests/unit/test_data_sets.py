@@ -337,6 +337,7 @@ VOTED = {"prompt": "P", "response_a": "A", "response_b": "B"}
         ({**GOOD, "rejected": 5}, "`rejected` is a number"),
         ({**GOOD, "margin": float("nan")}, "`margin` is nan"),
         ({**GOOD, "margin": "big"}, "`margin` is a string"),
+        ({**GOOD, "margin": -0.5}, "`margin` is -0.5"),
         ({**GOOD, "weight": float("inf")}, "`weight` is inf"),
         ({**GOOD, "weight": -1}, "`weight` is -1"),
         ({**GOOD, "weight": True}, "`weight` is a boolean"),

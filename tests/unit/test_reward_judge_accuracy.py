@@ -56,4 +56,6 @@ def test_gap_bins_hold_every_gap_once():
     assert fixed.names == ("[0.5, 1)", "[1, 2]")
     assert fixed.labels == ("[0.5, 1)", "[1, 2]", "[1, 2]", None)
     assert gap_bins([1.0, 1.0], bins=4).labels == ("[1, 1]", "[1, 1]")
+    close = gap_bins([1234.1, 1234.2, 1234.3, 1234.4, 1234.6, 1234.8], bins=3)
+    assert [close.labels.count(name) for name in close.names] == [2, 2, 2], close.names
     assert gap_bins([None]).names == ()

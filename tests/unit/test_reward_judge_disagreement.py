@@ -42,10 +42,25 @@ def test_the_interval_has_the_spread_of_repeated_samples(grouped: bool):
     assert np.mean(reaches) == pytest.approx(np.std(areas), rel=0.1)
 
 
+@pytest.mark.parametrize("errors", [2, 3, 5, 20])
+def test_few_errors_leave_much_open(errors: int):
+    """Where disagreement tells nothing, the interval holds one half in 19 of 20 cases."""
+    generator = np.random.default_rng(errors)
+    wrong = np.arange(200) < errors
+    found = [auroc(generator.normal(size=200), wrong, ~wrong, Groups.by(range(200))) for _ in range(400)]
+    assert np.mean([each.low <= 0.5 <= each.high for each in found]) >= 0.92
+
+
+def test_one_error_leaves_all_open():
+    report = compared(np.array([0.9, 0.1, 0.2]), np.array([False, True, True]))
+    assert (report.auroc.value, report.auroc.low, report.auroc.high) == (1.0, None, None)
+
+
 def test_perfect_and_useless_disagreement():
     correct = np.repeat([True, False], [80, 20])
     knows = compared(np.where(correct, 0.1, 0.9) + np.arange(100) / 1000, correct)
-    assert knows.auroc.value == 1.0
+    assert knows.auroc.value == knows.auroc.high == 1.0
+    assert 0.7 < knows.auroc.low < 1.0, "twenty errors do not prove that there will be no other"
     assert [band.accuracy.value for band in knows.bands] == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert [(point.coverage, point.risk) for point in knows.risk_coverage][7:] == [
         (0.8, 0.0),

@@ -107,6 +107,12 @@ def test_what_was_not_asked_refuses_nothing():
     assert judge(replace(SOUND, length=overpaid(-0.6)), [], GateSettings()).released
 
 
+@pytest.mark.parametrize(("differ", "released"), [(29, True), (30, False)])
+def test_a_few_responses_that_differ_in_length_prove_nothing(differ: int, released: bool):
+    few = replace(overpaid(0.9), longer_preferred=Proportion(0.6, 0.3, 0.8, differ))
+    assert judge(replace(SOUND, length=few), [], GateSettings()).released is released
+
+
 def test_nothing_counted_is_no_evidence():
     verdict = judge(replace(SOUND, accuracy=NOT_COUNTED), [], GateSettings())
     assert [line.split(":")[0] for line in verdict.refusals] == ["evidence", "accuracy"]

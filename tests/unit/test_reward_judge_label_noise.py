@@ -53,8 +53,10 @@ def test_labels_without_votes_are_taken_as_they_are():
     ceiling = rater_ceiling(soft)
     assert ceiling.agreement == pytest.approx(np.mean([0.82, 0.68, 1.0]))
     assert ceiling.accuracy == pytest.approx(np.mean([0.9, 0.8, 1.0]))
-    both = rater_ceiling([*soft, *voted((2, 1, 0), (2, 1, 0), (3, 0, 0))])
+    with_votes = voted((2, 1, 0), (2, 1, 0), (3, 0, 0))
+    both = rater_ceiling([*soft, *with_votes])
     assert ceiling.accuracy > both.accuracy > 0.5
+    assert both == rater_ceiling([*soft[:2], *with_votes]), "beside votes, a hard label is one person's choice"
 
 
 def test_hard_labels_imply_no_ceiling():

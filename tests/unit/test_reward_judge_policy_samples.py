@@ -96,7 +96,7 @@ def samples_of(*rows: tuple[str | list[dict[str, Any]], Sequence[str]], judge: A
     return PolicySamples(tuple(prompts), tuple(tuple(responses) for _, responses in rows), places, judge)
 
 
-def length_score(encoded: Sequence[Encoded]) -> np.ndarray:
+def length_score(encoded: Sequence[Encoded], _: np.ndarray) -> np.ndarray:
     """The number of tokens; none where the text was cut."""
     return np.array([np.nan if was_cut else float(len(token_ids)) for token_ids, was_cut in encoded])
 
@@ -108,9 +108,10 @@ def test_texts_are_scored_as_they_are_and_chat_as_its_template_has_it(policy_tok
     samples = samples_of(("I think", [" yes", " so" * 40]), ([QUESTION], ["Good.", "Bad."]))
     seen: list[Encoded] = []
 
-    def score(encoded: Sequence[Encoded]) -> np.ndarray:
+    def score(encoded: Sequence[Encoded], prompts: np.ndarray) -> np.ndarray:
         seen.extend(encoded)
-        return length_score(encoded)
+        assert prompts.tolist() == [0, 0, 1, 1]
+        return length_score(encoded, prompts)
 
     scores = score_samples(samples, encoding, score)
     assert seen[0] == encoding.encode("I think yes")

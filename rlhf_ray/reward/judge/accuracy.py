@@ -100,11 +100,14 @@ def gap_bins(gaps: Sequence[float | None], *, bins: int = 4, edges: Sequence[flo
     if not len(known):
         return GapBins((), (None,) * len(gaps))
     bounds = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)) if edges is None else np.asarray(edges, float))
+    # As few digits as tell the ranges apart: their names are what pairs are sorted by.
+    digits = next(digits for digits in range(3, 18) if len({f"{bound:.{digits}g}" for bound in bounds}) == len(bounds))
     if len(bounds) == 1:
         bounds = np.repeat(bounds, 2)
     last = len(bounds) - 2
     names = tuple(
-        f"[{low:.3g}, {high:.3g}{']' if place == last else ')'}" for place, (low, high) in enumerate(pairwise(bounds))
+        f"[{low:.{digits}g}, {high:.{digits}g}{']' if place == last else ')'}"
+        for place, (low, high) in enumerate(pairwise(bounds))
     )
     places = np.minimum(np.searchsorted(bounds, sizes, side="right") - 1, last)
     inside = (sizes >= bounds[0]) & (sizes <= bounds[-1])

@@ -152,8 +152,8 @@ def _peak(report: BestOfNReport, single_judge: bool) -> Iterator[Finding]:
             f"The gain by {report.judge} peaks at best of {peak.n} (√KL {curve.peak_sqrt_kl:.2f}) and is smaller at "
             f"best of {last.n}, while the reward goes on rising.",
             "Over-optimisation: beyond that pressure a policy is selected for the model's mistakes.",
-            f"A stronger leash: algorithm.kl.coefficient up, algorithm.kl.stop_above near {nats:.1f} nats to begin "
-            "with (PPO spends more KL on the same gain than best-of-n does)."
+            f"A stronger KL penalty: algorithm.kl.coefficient up, algorithm.kl.stop_above near {nats:.1f} nats to "
+            "begin with (PPO spends more KL on the same gain than best-of-n does)."
             f"{ensemble if single_judge else ''} Cleaner labels and more pairs move the peak, too.",
             "high" if last.gold <= first.gold else "medium",
         )

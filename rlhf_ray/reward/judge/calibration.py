@@ -33,6 +33,7 @@ from rlhf_ray.reward.judge.groups import LEVEL, Estimate, Groups
 BINS = 10
 PAIRS_PER_BIN = 50
 TEMPERATURE_BOUNDS = (0.01, 100.0)
+"""In root mean squares of the differences, whose unit is arbitrary."""
 SIMULATIONS = 2000
 
 
@@ -197,6 +198,9 @@ def fit_temperature(
 
     The likelihood is concave in the slope a = 1/T, so its derivative Σ Δ (σ(aΔ) − p) has one root or none; without
     one the result is the nearest bound.
+
+    Args:
+        bounds: of T, as multiples of the root mean square of the differences.
     """
     delta, probability = check_pairs(differences, chosen_probability)
     if not len(delta):
@@ -205,11 +209,13 @@ def fit_temperature(
     def derivative(log_slope: float) -> float:
         return float(delta @ (expit(math.exp(log_slope) * delta) - probability))
 
-    flattest, steepest = -math.log(bounds[1]), -math.log(bounds[0])
+    typical = float(np.sqrt(np.square(delta).mean())) or 1.0
+    lowest, highest = (bound * typical for bound in bounds)
+    flattest, steepest = -math.log(highest), -math.log(lowest)
     if derivative(flattest) >= 0:
-        temperature, at_bound = bounds[1], True
+        temperature, at_bound = highest, True
     elif derivative(steepest) <= 0:
-        temperature, at_bound = bounds[0], True
+        temperature, at_bound = lowest, True
     else:
         temperature, at_bound = math.exp(-brentq(derivative, flattest, steepest)), False
     return TemperatureFit(temperature, at_bound, negative_log_likelihood(delta, probability, temperature))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.reward import ScorerSettings
 from rlhf_ray.config.reward_model import JUDGES_WITHOUT_MODEL, BestOfNSettings, RewardEvaluationConfig
 from rlhf_ray.failures import BadInput, Refused
-from rlhf_ray.reward.core.card import RewardModelCard
+from rlhf_ray.reward.core.card import RewardModelCard, ScoreAggregation
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.scorer import RewardScorer
 from rlhf_ray.reward.core.texts import RewardTexts
@@ -105,7 +105,7 @@ def run_evaluation(config: RewardEvaluationConfig, gate: bool) -> None:
                 results = []
                 for benchmark in benchmarks:
                     tracker.phase(f"scoring {benchmark.name}")
-                    results.append(_score_benchmark(_text_scorer(scorers, config.scorer), benchmark, texts))
+                    results.append(_score_benchmark(_text_scorer(scorers, config.scorer, card), benchmark, texts))
                 best_of_n = None
                 if samples is not None and config.best_of_n is not None:
                     tracker.phase("best of n")
@@ -144,11 +144,13 @@ def read_texts(model: str, key: str, scorer: ScorerSettings) -> RewardTexts:
 
 
 def _leakage(config: RewardEvaluationConfig, used: UsedPairs, texts: RewardTexts) -> Leakage | None:
-    training = TrainingTexts.load(config.model, "model")
+    """Against what the model's own record and `training_pairs` hold."""
+    known = [TrainingTexts.load(config.model, "model")]
     if config.training_pairs is not None:
         read = read_pairs(config.training_pairs, "training_pairs.path", texts, "truncate")
-        training = TrainingTexts.of(hash_pairs(read.pairs))
-    return None if training is None else training.leakage(hash_pairs(used.pairs))
+        known.append(TrainingTexts.of(hash_pairs(read.pairs)))
+    sets = [each for each in known if each is not None]
+    return TrainingTexts.of(*sets).leakage(hash_pairs(used.pairs)) if sets else None
 
 
 def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
@@ -160,33 +162,45 @@ def _read_samples(settings: BestOfNSettings | None) -> PolicySamples | None:
 def _score_benchmark(score: TextScorer, benchmark: Benchmark, texts: RewardTexts) -> BenchmarkResult:
     templated = texts.tokenizer.chat_template is not None
     encoded = [texts.encode(item_text(item, texts.tokenizer), templated=templated) for item in benchmark.items]
-    return score_benchmark(benchmark, score(encoded))
+    # Published figures are of texts that are scored alone.
+    return score_benchmark(benchmark, score(encoded, np.arange(len(encoded))))
 
 
 def _best_of_n(
     config: RewardEvaluationConfig, samples: PolicySamples, scorers: ActorGroup[RewardScorer], texts: RewardTexts
 ) -> BestOfNReport:
     """Ranked by the reward model, judged by the second judge (for which a reward model takes its place for a while)."""
-    settings, score = config.best_of_n, _text_scorer(scorers, config.scorer)
+    settings = config.best_of_n
     assert settings is not None, "called with the section only"
-    proxy = score_samples(samples, texts, score)
+    proxy = score_samples(samples, texts, _text_scorer(scorers, config.scorer, texts.card))
     if settings.judge in JUDGES_WITHOUT_MODEL:
         gold = judge_samples(samples, settings.judge)
     else:
         build_scorers(scorers, settings.judge, config.scorer)
-        gold = score_samples(samples, read_texts(settings.judge, "best_of_n.judge", config.scorer), score)
+        judge = read_texts(settings.judge, "best_of_n.judge", config.scorer)
+        gold = score_samples(samples, judge, _text_scorer(scorers, config.scorer, judge.card))
     return report_best_of_n(proxy, gold, settings.judge, truncated_share=samples.truncated_share)
 
 
-def _text_scorer(scorers: ActorGroup[RewardScorer], settings: ScorerSettings) -> TextScorer:
-    """Scores by whatever model the scorers have; NaN where a text is too long to be scored as it is."""
+def _text_scorer(
+    scorers: ActorGroup[RewardScorer], settings: ScorerSettings, card: RewardModelCard | None
+) -> TextScorer:
+    """Scores by the model that the scorers have; NaN where a text is too long to be scored as it is.
 
-    def score(encoded: Sequence[Encoded]) -> NDArray[np.float64]:
-        whole_only = settings.on_too_long == "fail"
-        tokens = [None if was_cut and whole_only else tuple(token_ids) for token_ids, was_cut in encoded]
-        unique = list(dict.fromkeys(ids for ids in tokens if ids is not None))
-        scores = score_all(scorers, unique).scores.tolist() if unique else []
-        score_of = dict(zip(unique, scores, strict=True))
-        return np.array([math.nan if ids is None else score_of[ids] for ids in tokens])
+    Args:
+        card: of that model.
+    """
+    aggregation = card.aggregation if card else ScoreAggregation()
+
+    def score(encoded: Sequence[Encoded], prompts: NDArray[np.int64]) -> NDArray[np.float64]:
+        result = np.full(len(encoded), math.nan)
+        kept = [row for row, (_, was_cut) in enumerate(encoded) if not (was_cut and settings.on_too_long == "fail")]
+        if not kept:
+            return result
+        tokens = [tuple(encoded[row][0]) for row in kept]
+        unique = {text: place for place, text in enumerate(dict.fromkeys(tokens))}
+        scored, places = score_all(scorers, list(unique)), [unique[text] for text in tokens]
+        result[kept], _ = aggregation.scores(scored.heads[places], scored.num_tokens[places], prompts[kept])
+        return result
 
     return score

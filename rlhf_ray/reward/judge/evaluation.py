@@ -17,7 +17,7 @@ from rlhf_ray.reward.judge.calibration import Calibration, TemperatureFit, calib
 from rlhf_ray.reward.judge.disagreement import DisagreementReport, disagreement_against_error
 from rlhf_ray.reward.judge.groups import Groups, Proportion
 from rlhf_ray.reward.judge.inputs import attribute_label
-from rlhf_ray.reward.judge.label_noise import RaterCeiling, rater_ceiling, single_vote_accuracy
+from rlhf_ray.reward.judge.label_noise import RaterCeiling, rater_ceiling, shows_agreement, single_vote_accuracy
 
 _HISTOGRAM_BINS = 40
 
@@ -74,7 +74,7 @@ class PairEvaluation:
     """How well a reward model's preferences are those of people.
 
     Attributes:
-        prompts: different ones; a pair without one counts as one.
+        prompts: different ones, of pairs with a preference; a pair without one counts as one.
         accuracy: against the majority's preference. Intervals everywhere allow for prompts and texts that pairs share.
         calibration: of σ(Δ) as it is, against the shares of people.
         scaled: of σ(Δ/T), each half of the pairs with the temperature fitted on the other half.
@@ -130,12 +130,11 @@ def evaluate_pairs(
     bins = gap_bins([pair.gap for pair in pairs], bins=settings.gap_bins)
     texts = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
     first = [pair.chosen_is_first if sign else None for pair, sign in zip(pairs, preferred, strict=True)]
-    # As in the ceiling, with which it is compared.
-    voted = np.array([pair.raters is None or pair.raters > 1 for pair in pairs], dtype=bool)
+    voted = shows_agreement(pairs)  # as in the ceiling, with which it is compared
     several_members = scores.member_differences.shape[1] > 1 and bool(preferred.any())
     return PairEvaluation(
         pairs=len(pairs),
-        prompts=groups.count,
+        prompts=_num_prompts([pair for pair, sign in zip(pairs, preferred, strict=True) if sign]),
         ties=int((preferred == 0).sum()),
         accuracy=groups.share(credit),
         by_source=accuracy_by([pair.source for pair in pairs], credit, groups),
@@ -162,6 +161,10 @@ def evaluate_pairs(
     )
 
 
+def _num_prompts(pairs: Sequence[PreferencePair]) -> int:
+    return len({pair.prompt if pair.prompt.strip() else place for place, pair in enumerate(pairs)})
+
+
 def _attribute_accuracy(
     name: str, index: int, pairs: Sequence[PreferencePair], scores: PairScores, groups: Groups
 ) -> AttributeAccuracy:
@@ -182,5 +185,6 @@ def _cross_fitted(
     for half in (0, 1):
         own, other = fold == half, fold != half
         if other.any():
-            scaled[own] = delta[own] / fit_temperature(delta[other], probability[other]).stored
+            # At a bound, too: where the other half is all right, its pairs say that the model is always sure.
+            scaled[own] = delta[own] / fit_temperature(delta[other], probability[other]).temperature
     return scaled

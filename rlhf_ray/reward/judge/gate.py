@@ -3,7 +3,7 @@
 A policy finds whatever a reward model gets wrong, so a doubt counts against the model, and all doubts alike. There must
 be enough pairs, from enough prompts, for a sound model to show that it is one; then every estimate is held against its
 limit by the end of its interval that speaks against the model. An estimate without an interval refuses, unless there
-was nothing to estimate (responses that never differ in length). Leaks and failures are counted, not estimated.
+was nothing to estimate (responses that hardly ever differ in length). Leaks and failures are counted, not estimated.
 
 Where the gate is not asked, or has let a figure pass, the same figure may still be worth a finding: then by what is
 more than chance.
@@ -176,9 +176,9 @@ def _length(length: LengthBias, gate: GateSettings | None) -> Iterator[Finding]:
             "Pairs balanced in length, for training and to judge by.",
             severity,
         )
-    elif paid == NOTHING_TO_PAY_FOR:
+    elif paid == NOTHING_TO_PAY_FOR or longer.count < FEW_PAIRS:
         return
-    elif share.high is None and (gate is not None or longer.count >= FEW_PAIRS):
+    elif share.high is None:
         yield Finding(
             "length",
             f"Between responses of the same length a typical score difference is worth {_three(paid.score)} in "

@@ -173,13 +173,24 @@ class Groups:
         effective = self.effective(counted.astype(np.float64))
         if effective < 2:
             return Proportion(value, None, None, count)
-        variance = self.variance(np.where(counted, table - value, 0.0) / count, effective)
+        found = self.wilson(value, np.where(counted, table - value, 0.0) / count, effective, level)
+        return Proportion(value, found.low, found.high, count)
+
+    def wilson(self, value: float, influence: NDArray[np.float64], effective: float, level: float = LEVEL) -> Estimate:
+        """Wilson's interval of a probability, as `share` has it.
+
+        Args:
+            value: in [0, 1].
+            influence: `[P]`, see `interval`.
+            effective: groups that it rests on, at least 2.
+        """
+        variance = self.variance(influence, effective)
         spread = value * (1 - value)
         trials = spread / variance if variance > 1e-12 else effective
         squared = _quantile(effective, level) ** 2 / trials
         middle = (value + squared / 2) / (1 + squared)
         reach = math.sqrt(squared * (spread + squared / 4)) / (1 + squared)
-        return Proportion(value, max(middle - reach, 0.0), min(middle + reach, 1.0), count)
+        return Estimate(value, max(middle - reach, 0.0), min(middle + reach, 1.0))
 
 
 def mean_with_interval(values: NDArray[np.float64], level: float = LEVEL) -> Estimate:

@@ -228,12 +228,13 @@ class RewardInspector:
 
     def _encoding_check(self, texts: Sequence[str], members: Sequence[PlainMember]) -> Check:
         """The card's rule fits tokenizer and positions, and is the one that the scorer follows."""
-        faults, ending = [], "append_eos not recorded"
-        if self._card is not None:
-            needed = RewardEncoding.for_backbone(self._tokenizer, self._encoding.max_length).append_eos
-            ending = f"append_eos {needed}"
-            if needed != self._encoding.append_eos:
-                faults.append(f"append_eos is {self._encoding.append_eos}, the tokenizer needs {needed}")
+        meaning = "texts end, or are cut, otherwise than in training"
+        if self._card is None:
+            return Check("encoding", None, "no card: append_eos and max_length of the training are not known", meaning)
+        faults = []
+        needed = RewardEncoding.for_backbone(self._tokenizer, self._encoding.max_length).append_eos
+        if needed != self._encoding.append_eos:
+            faults.append(f"append_eos is {self._encoding.append_eos}, the tokenizer needs {needed}")
         longest = min(int(member.network.config.max_position_embeddings) for member in members)
         longest = min(longest, self._tokenizer.model_max_length)
         if self._encoding.max_length > longest:
@@ -243,8 +244,8 @@ class RewardInspector:
         by_tokens = self._invariant_scorer.score_tokens(self.token_ids(texts)).heads
         if not np.array_equal(by_text, by_tokens):
             faults.append("the scorer does not encode texts by the card's rule")
-        found = "; ".join(faults) or f"{ending}, max_length {self._encoding.max_length}"
-        return Check("encoding", not faults, found, "texts end, or are cut, otherwise than in training")
+        found = "; ".join(faults) or f"append_eos {needed}, max_length {self._encoding.max_length}"
+        return Check("encoding", not faults, found, meaning)
 
     def _probe(self) -> Check:
         probes = self._card.probes if self._card else ()

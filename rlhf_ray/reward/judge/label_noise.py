@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import beta
 
 from rlhf_ray.data.preferences import PreferencePair, Votes
@@ -21,7 +21,7 @@ class RaterCeiling:
         agreement: probability that two different raters, drawn at random, vote for the same response, where a tie is
             half a vote for either.
         soft_pairs: pairs whose label is neither 0 nor 1.
-        pairs: that the figures are over: all but those with a single vote.
+        pairs: that the figures are over, see `shows_agreement`.
     """
 
     accuracy: float | None
@@ -42,9 +42,9 @@ def rater_ceiling(pairs: Sequence[PreferencePair]) -> RaterCeiling:
     A tie counts half for either response. A label without votes is taken for p itself.
 
     Args:
-        pairs: those with a single vote have no part in it.
+        pairs: those that say nothing of it (`shows_agreement`) have no part in it.
     """
-    used = [pair for pair in pairs if pair.raters is None or pair.raters > 1]
+    used = [pair for pair, shows in zip(pairs, shows_agreement(pairs), strict=True) if shows]
     soft = sum(0 < pair.chosen_probability < 1 for pair in used)
     if not soft:
         return RaterCeiling(None, None, 0, len(used))
@@ -58,6 +58,19 @@ def rater_ceiling(pairs: Sequence[PreferencePair]) -> RaterCeiling:
         leans += len(squares) / (2 * a * float(beta(0.5, a)))
     agreement = 0.5 + 2 * float(np.square(known).sum() + squares.sum()) / len(used)
     return RaterCeiling(0.5 + leans / len(used), min(max(agreement, 0.0), 1.0), soft, len(used))
+
+
+def shows_agreement(pairs: Sequence[PreferencePair]) -> NDArray[np.bool_]:
+    """`[P]`: whether a pair's label says how far raters agree: all but those with a single vote. Beside rows with
+    votes, a hard label without any is one, too: somebody's choice, and not the choice of everybody."""
+    some_votes = any(pair.votes is not None for pair in pairs)
+    return np.array(
+        [
+            pair.raters > 1 if pair.raters is not None else not some_votes or 0 < pair.chosen_probability < 1
+            for pair in pairs
+        ],
+        dtype=bool,
+    )
 
 
 def _squared_lean(votes: Votes) -> float:

@@ -91,8 +91,9 @@ class TrainingTexts:
     prompts: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, *sets: PairHashes) -> TrainingTexts:
-        """Of the training pairs, and of the validation pairs that the best model was chosen by, if any."""
+    def of(cls, *sets: PairHashes | TrainingTexts) -> TrainingTexts:
+        """Of the training pairs, and of the validation pairs that the best model was chosen by, if any; or of what was
+        recorded of such sets before."""
 
         def union(name: str) -> NDArray[np.uint64]:
             found = np.unique(np.concatenate([getattr(hashes, name).ravel() for hashes in sets]))

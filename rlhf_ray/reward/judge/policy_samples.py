@@ -52,8 +52,9 @@ from rlhf_ray.tracking.tracker import Tracker
 SCORED_FLAT = 0.01
 """A prompt is scored flat where its scores lie within this share of the standard deviation of all scores."""
 
-TextScorer = Callable[[Sequence[Encoded]], NDArray[np.float64]]
-"""Scores of whole texts, NaN for those without one; equal texts have equal scores, to the bit."""
+TextScorer = Callable[[Sequence[Encoded], NDArray[np.int64]], NDArray[np.float64]]
+"""Scores of whole texts and the numbers of their prompts, NaN for those without one; equal texts of a prompt have
+bit-for-bit equal scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +296,9 @@ def score_samples(samples: PolicySamples, encoding: RewardEncoding, score: TextS
             encoded += [encoding.encode_turn(prompt.messages or prompt.text, response) for response in responses]
         except RowError as problem:
             raise BadInput(place, problem.found, problem.allowed) from None
-    return score(encoded).reshape(len(samples.prompts), -1)
+    count = len(samples.prompts)
+    prompts = np.repeat(np.arange(count), [len(responses) for responses in samples.responses])
+    return score(encoded, prompts).reshape(count, -1)
 
 
 def judge_samples(samples: PolicySamples, judge: str) -> NDArray[np.float64]:

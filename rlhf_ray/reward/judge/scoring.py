@@ -25,7 +25,7 @@ class ScoredPairs:
         kept: indices of those pairs.
         failures: causes of the others, with how often.
         failed_texts: texts without a score.
-        text_scores, text_lengths: `[n]` score, NaN where there is none, and tokens of every different text.
+        text_scores, text_lengths: `[n]` score of every different text alone, NaN where there is none, and its tokens.
     """
 
     scores: PairScores
@@ -60,7 +60,9 @@ def score_all(scorers: ActorGroup[RewardScorer], texts: Sequence[Tokens]) -> Sco
 
 
 def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation: ScoreAggregation) -> ScoredPairs:
-    """Score both sides of every pair; a text that occurs in several pairs is scored once.
+    """Score both sides of every pair; a text that occurs in several pairs is computed once.
+
+    The members of an ensemble are centred within each pair, as PPO centres them within a prompt.
 
     Args:
         aggregation: how heads become a score; the scorers' own may not be final yet.
@@ -71,15 +73,16 @@ def score_pairs(scorers: ActorGroup[RewardScorer], used: UsedPairs, aggregation:
     scores, _ = aggregation.scores(scored.heads, scored.num_tokens)
     attributes = scored.heads.mean(axis=2)
     members = aggregation.member_scores(scored.heads) - aggregation.length_coefficient * scored.num_tokens[:, None]
-    chosen, rejected = (np.array([place[text] for text in side]) for side in (used.chosen, used.rejected))
-    good = np.isfinite(scores[chosen]) & np.isfinite(scores[rejected])
-    kept = np.flatnonzero(good)
-    chosen, rejected = chosen[kept], rejected[kept]
+    sides = np.array([[place[text] for text in side] for side in (used.chosen, used.rejected)])
+    kept = np.flatnonzero(np.isfinite(scores[sides]).all(axis=0))
+    chosen, rejected = sides[:, kept]
+    both, pair = np.concatenate([chosen, rejected]), np.tile(np.arange(len(kept)), 2)
+    in_pairs, _ = aggregation.scores(scored.heads[both], scored.num_tokens[both], pair)
     causes = [cause for cause in scored.failures if cause]
     return ScoredPairs(
         PairScores(
-            chosen=scores[chosen],
-            rejected=scores[rejected],
+            chosen=in_pairs[: len(kept)],
+            rejected=in_pairs[len(kept) :],
             chosen_attributes=attributes[chosen],
             rejected_attributes=attributes[rejected],
             member_differences=members[chosen] - members[rejected],

@@ -225,7 +225,7 @@ def _fit_aggregation(
     """Scales of the members and the length penalty, from training pairs, and the scored texts of those.
 
     Raises:
-        Refused: a member gives all texts the same score.
+        Refused: a member gives all texts the same score, or no pair has scores.
     """
     aggregation = card.aggregation
     penalty = settings.length_penalty
@@ -236,7 +236,12 @@ def _fit_aggregation(
     rows = range(0, len(training.pairs), stride)
     texts = [side[row] for side in (training.chosen, training.rejected) for row in rows]
     scored = score_all(scorers, texts)
-    chosen, rejected = aggregation.member_scores(scored.heads).reshape(2, len(rows), -1)
+    whole = np.flatnonzero(np.isfinite(scored.heads).all(axis=(1, 2)).reshape(2, -1).all(axis=0))
+    if not len(whole):
+        raise Refused(card.base_model, ("failures: Not one of the training pairs has scores for both texts.",))
+    sides = np.concatenate([whole, whole + len(rows)])
+    heads, num_tokens, pairs = scored.heads[sides], scored.num_tokens[sides], [training.pairs[rows[at]] for at in whole]
+    chosen, rejected = aggregation.member_scores(heads).reshape(2, len(whole), -1)
     if chosen.shape[1] > 1:
         try:
             scale = fit_member_scale(chosen, rejected)
@@ -244,11 +249,10 @@ def _fit_aggregation(
             raise Refused(card.base_model, (f"ensemble: {error}; there is nothing to aggregate",)) from None
         aggregation = aggregation.model_copy(update={"offsets": scale.offset, "scales": scale.scale})
     if penalty == "fitted":
-        scores, _ = aggregation.scores(scored.heads, scored.num_tokens)
+        scores, _ = aggregation.scores(heads, num_tokens, np.tile(whole, 2))
         score_differences, length_differences = (
-            np.subtract(*values.reshape(2, len(rows))) for values in (scores, scored.num_tokens)
+            np.subtract(*values.reshape(2, len(whole))) for values in (scores, num_tokens)
         )
-        pairs = [training.pairs[row] for row in rows]
         labels = [pair.chosen_probability for pair in pairs]
         found = overpayment(score_differences, length_differences, labels, Groups.of(pairs))
         aggregation = aggregation.model_copy(update={"length_coefficient": found.penalty})
