@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,13 @@ def measure(label: str, pair: Pair, count: int) -> list[Result]:
     return results
 
 
+def _measure(label: str, model: str, dtype: str, learning_rate: float, count: int) -> list[Result]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+    return measure(label, Pair(model, dtype, learning_rate, Rank(0, 1, "127.0.0.1", port)), count)
+
+
 def main() -> None:
     """Tiny (tied) and, where it is prepared, SmolLM2-135M, in float32 and in bfloat16 where the CPU has it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -129,21 +137,19 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        rank = Rank(0, 1, "127.0.0.1", int(listener.getsockname()[1]))
     models: dict[str, Any] = {
         "tiny": (arguments.data / "tiny" / "policy_tied", 1e-3),
         "smollm2-135m": (arguments.data / "smollm2-135m", 1e-5),
     }
     report = Report("sync_faults")
-    with tempfile.TemporaryDirectory():
+    # Each in a process of its own: neither engine can be started twice in one.
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for name in arguments.models.split(","):
             model, learning_rate = models[name]
             for dtype in ("float32", "bfloat16") if cpu_has_bf16() else ("float32",):
-                pair = Pair(str(model), dtype, learning_rate, rank)
-                report.add(measure(f"{name} {dtype}", pair, arguments.count), f"{name} {dtype}")
-                del pair
+                label = f"{name} {dtype}"
+                work = processes.submit(_measure, label, str(model), dtype, learning_rate, arguments.count)
+                report.add(work.result(), label)
 
 
 if __name__ == "__main__":

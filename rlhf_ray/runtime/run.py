@@ -94,7 +94,9 @@ class Run:
             if self._resume:
                 dropped = self.tracker.truncate_after(0)
                 self.tracker.events.write("nothing_to_resume", dropped_rows=dropped)
-                self.tracker.display.message(f"{self.folder.path} has no checkpoint: the run begins at its first step")
+                if dropped:  # where nothing was done yet there is nothing to say: one command begins and resumes
+                    cause = f"{self.folder.path} has no checkpoint"
+                    self.tracker.display.message(f"{cause}: the run begins again at its first step")
             return None
         step, path = self._sound
         self.tracker.phase(f"loading the checkpoint of step {step}")

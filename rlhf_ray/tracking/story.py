@@ -50,7 +50,7 @@ _TOLD: dict[str, tuple[Tone, Callable[[_Event], str]]] = {
     "rolled_back": ("warn", lambda event: f"back from step {event.get('from_step')} to step {event.get('to_step')}"),
     "checkpoint_broken": ("bad", lambda event: f"the checkpoint of step {event.get('step')} cannot be used"),
     "checkpoint_loaded": ("", lambda event: f"went on from the checkpoint of step {event.get('step')}"),
-    "nothing_to_resume": ("warn", lambda event: "no checkpoint: began again at the first step"),
+    "nothing_to_resume": ("", lambda event: f"no checkpoint: began at the first step{_again(event)}"),
     "checkpoint_failed": ("bad", lambda event: "a checkpoint could not be written"),
     "copy_failed": ("bad", lambda event: f"{event.get('what', 'a checkpoint')} could not be copied"),
     "copy_fetched": ("", lambda event: f"took the checkpoint of step {event.get('step')} from its copy"),
@@ -270,6 +270,11 @@ def _ledger(folder: RunFolder, steps: int) -> LedgerCheck | None:
     written = [int(row["step"] or 0) for row in read_log(folder.ledger)]
     drawn = sampling["prompts_per_step"] + sampling.get("spare_prompts", 0)
     return check_ledger(folder.ledger, drawn * sampling["samples_per_prompt"], max([steps, *written]))
+
+
+def _again(event: _Event) -> str:
+    dropped = event.get("dropped_rows")
+    return f"; the {dropped} done before are done again" if dropped else ""
 
 
 def _back(event: _Event) -> str:

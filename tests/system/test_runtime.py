@@ -26,6 +26,7 @@ from rlhf_ray.runtime.cluster import RoleRequest, check_resources, cluster_nodes
 from rlhf_ray.runtime.learner_group import role_group
 from rlhf_ray.tracking.logs import read_log
 from tests.making import random_rollout
+from tests.system.commands import wait_until
 from tests.system.groups import started, tracked
 
 SETTINGS = ActorSettings(replicas=2, cpus=0.25, threads=1, env={"FAVOURITE": "amber"})
@@ -154,7 +155,7 @@ def test_a_process_that_falls_silent_is_ended_and_its_call_told(local_ray: Path)
         told = [(event["kind"], event["role"]) for event in read_log(tracker.events.path) if "role" in event]
     assert (failure.role, failure.kind) == ("watched-1", FailureKind.INFRASTRUCTURE)
     assert ("role_silent", "watched-1") in told
-    assert not psutil.pid_exists(pid)
+    wait_until(lambda: not psutil.pid_exists(pid), 30, "the end of the silent process")
 
 
 def test_threads_are_the_settings(local_ray: Path):

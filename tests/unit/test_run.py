@@ -37,9 +37,11 @@ def row(step: int) -> dict[str, float | int | None]:
     return {"step": step, "loss": 1.0}
 
 
-def test_resume_begins_a_run_that_is_not_there_and_takes_up_one_that_is(tmp_path: Path):
+def test_resume_begins_a_run_that_is_not_there_and_takes_up_one_that_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     config = config_of(SFTConfig, "demo/sft.yaml", tmp_path)
-    steps_done = []
+    steps_done, complaints = [], []
     for steps in (1, 2, 1):  # the first run ends without a checkpoint
         with Run(config, "sft", "title", 9, (), config.checkpoint, resume=True) as run:
             restored = run.restore(State)
@@ -50,7 +52,9 @@ def test_resume_begins_a_run_that_is_not_there_and_takes_up_one_that_is(tmp_path
             if steps == 2:
                 run._writer.begin(done + steps, State(done + steps), lambda folder: [])
                 run.tracker.step(row(done + steps + 1))
+        complaints.append("no checkpoint" in "".join(capsys.readouterr()))
     assert steps_done == [(0, []), (0, []), (2, [1, 2])]
+    assert complaints == [False, True, False], "a first run has nothing that could be missing"
     events = [json.loads(line) for line in run.folder.events.read_text().splitlines()]
     found = [(each["kind"], each["dropped_rows"]) for each in events if "dropped_rows" in each]
     assert found == [("nothing_to_resume", 0), ("nothing_to_resume", 1), ("checkpoint_loaded", 1)]
