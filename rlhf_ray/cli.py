@@ -130,8 +130,8 @@ def preflight(
 ) -> None:
     """Check a configuration of `sft`, `train-rm` or `ppo` before anything is started.
 
-    Reads what the run would read, and asks each node of a running cluster. Starts no role and writes nothing; prints a
-    line a check: ok, or what to change. Exit status 2 when something must be changed.
+    Reads what the run would read, and asks each node of a running cluster. Starts no role and leaves nothing behind;
+    prints a line a check: ok, or what to change. Exit status 2 when something must be changed.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from rlhf_ray.preflight.command import run_preflight
@@ -180,7 +180,7 @@ def serve_rm(
         Path | None, typer.Option(metavar="FILE", help="Write the file for `serve deploy` and RayService, and end.")
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Score an audit log again, and compare to the bit.")
+        Path | None, typer.Option(metavar="FOLDER", help="Score an audit log again, and compare bit for bit.")
     ] = None,
     texts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --replay: the texts, where the log keeps hashes.")

@@ -121,6 +121,10 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
 
 
+_FORMS: Mapping[Any, str] = {tuple: "{} or a list of such", list: "list of {}", dict: "mapping of names to {}"}
+"""Of sections in the plural, by the type of their annotation."""
+
+
 def _table(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) -> list[str]:
     # Pydantic's JSON schema has types and bounds in one flat form, whatever annotation they came from.
     schema = section.model_json_schema()["properties"]
@@ -128,8 +132,9 @@ def _table(section: type[BaseModel], headings: Mapping[type[BaseModel], str]) ->
     for name, field in section.model_fields.items():
         inner = _section_of(field)
         empty = type(None) in get_args(field.annotation)
-        several = " or a list of such" if get_origin(field.annotation) is tuple else ""
-        allowed = f"[{headings[inner]}](#{_anchor(headings[inner])}){several}" if inner else _allowed(schema[name])
+        form = _FORMS.get(get_origin(field.annotation), "{}")
+        link = form.format(f"[{headings[inner]}](#{_anchor(headings[inner])})") if inner else ""
+        allowed = link or _allowed(schema[name])
         rows.append(
             f"| `{name}` | {_cell(allowed + (' or empty' if empty else ''))} | {_default(field, inner)} "
             f"| {_cell(field.description or '')} |"
@@ -162,10 +167,9 @@ def _default(field: FieldInfo, inner: type[BaseModel] | None) -> str:
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "*empty*"
-    if inner is None:
+    if inner is None or not isinstance(value, BaseModel):
         return f"`{json.dumps(value, ensure_ascii=False)}`"
-    others = _others(value) if isinstance(value, BaseModel) else ()
-    return ", ".join(["its defaults", *(f"but `{key}` `{json.dumps(other)}`" for key, other in others)])
+    return ", ".join(["its defaults", *(f"but `{key}` `{json.dumps(other)}`" for key, other in _others(value))])
 
 
 def _others(value: BaseModel) -> Iterator[tuple[str, Any]]:

@@ -170,7 +170,7 @@ class AlgorithmSettings(Settings):
     )
     score_clip: PositiveFloat | None = Field(None, description="Clip scores to ± this; empty: off.")
     missing_eos_penalty: NonNegativeFloat = Field(
-        0.0, description="Subtracted from the score of a response that did not end by itself."
+        0.0, description="Subtracted from the score of a response that was cut at the limit."
     )
     length: LengthSettings = Field(default_factory=LengthSettings, description="Length shaping.")
     mask_truncated: bool = Field(

@@ -258,7 +258,9 @@ class RewardEvaluationConfig(RunConfig):
     model: str = Field(description="Directory of the reward model.")
     pairs: PreferenceSettings = Field(description="Pairs to judge it on, held out from its training.")
     training_pairs: PreferenceSettings | None = Field(
-        None, description="What it was trained on, to look for leaks; empty: its own record of them, where it has one."
+        None,
+        description="What it was trained on, to look for leaks beside its own record, where it has one, and instead of "
+        "it where it has none.",
     )
     scorer: ScorerSettings = Field(default_factory=ScorerSettings, description="How it scores.")
     judgement: JudgementSettings = Field(default_factory=JudgementSettings, description="What the evaluation computes.")

@@ -161,7 +161,7 @@ class ScalingSettings(Settings):
 
 
 class CandidateSettings(Settings):
-    """When a canary or shadow is taken back by itself. Each rule acts only after `min_texts`."""
+    """When a canary or shadow is rolled back automatically. Each rule acts only after `min_texts`."""
 
     min_texts: PositiveInt = Field(500, description="Texts given to it before any rule acts.")
     max_sign_flip_rate: Fraction = Field(
@@ -224,7 +224,7 @@ class ServiceSettings(Settings):
     limits: LimitSettings = Field(default_factory=LimitSettings, description="What is refused.")
     scaling: ScalingSettings = Field(default_factory=ScalingSettings, description="How many replicas.")
     candidates: CandidateSettings = Field(
-        default_factory=CandidateSettings, description="When canaries and shadows are taken back."
+        default_factory=CandidateSettings, description="When canaries and shadows are rolled back."
     )
     drift: DriftSettings = Field(default_factory=DriftSettings, description="Comparison with the training data.")
     audit: AuditSettings = Field(default_factory=AuditSettings, description="The log of scores.")

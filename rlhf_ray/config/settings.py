@@ -83,8 +83,8 @@ class ClusterSettings(Settings):
     )
     silent_after_s: PositiveFloat = Field(
         45.0,
-        description="A process that neither answers nor computes for so long, or whose call does not get on for so "
-        "long, is ended, and lost like one that died by itself. Calls that wait for others say so, and are left alone.",
+        description="A process that neither responds nor computes for so long, or whose call makes no progress for so "
+        "long, is killed and treated as crashed. Calls that declare that they wait for others are left alone.",
     )
     max_restarts: NonNegativeInt = Field(
         3,

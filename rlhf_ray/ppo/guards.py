@@ -2,7 +2,7 @@
 
 Each guard raises a `RoleFailure` that names the role, the cause and what to do; the run ends non-zero, and its newest
 checkpoint is one of before the harm. A gradient that is not finite is refused where it is computed, before it is
-applied (`roles/deepspeed_engine.py`); a disk without room before a checkpoint is begun (`runtime/run.py`).
+applied (`roles/deepspeed_engine.py`); a disk without room before a checkpoint is begun (`runtime/checkpoints.py`).
 """
 
 from __future__ import annotations

@@ -264,8 +264,8 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "group/unfilled",
         "prompts",
-        "Prompts that are in the step for want of others, although their responses all score alike or have no scores; "
-        "only with `sampling.spare_prompts`, which should be raised where this is not 0.",
+        "Prompts that fill the step because there were no others, although their responses all score alike or have no "
+        "scores; only with `sampling.spare_prompts`, which should be raised where this is not 0.",
     ),
     Metric(
         "group/surplus",
@@ -288,7 +288,7 @@ PPO_METRICS: tuple[Metric, ...] = (
     Metric(
         "response/eos_fraction",
         "",
-        "Share of responses that ended by themselves; 1 minus the share that was cut.",
+        "Share of responses that ended before the limit; 1 minus the share that was cut.",
     ),
     Metric(
         "response/masked",
