@@ -133,7 +133,7 @@ def test_clients_give_serve_no_orders():
     given = {"X-Request-Timeout-Seconds": "0.001", "x-request-disconnect-disabled": "?1"}
     given |= {"serve_multiplexed_model_id": "x"}
     # Serve would decode it.
-    no_trace = {"traceparent": b"\xff"}
+    no_trace = {"traceparent": b"\xff", "X-Session-Id": b"\xff", "x_session_id": b"\xc3("}
     traced = {"tracestate": "a=b", "X-Request-Id": "mine"}
     with serving(Service().app) as url:
         answer = httpx.post(f"{url}/get_reward", json={}, headers={**AUTHORIZED, **given, **no_trace, **traced})

@@ -42,8 +42,8 @@ _SERVE_HEADERS = frozenset(
     {b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve-multiplexed-model-id"}
 )
 """With which clients would give Serve orders."""
-_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
-"""Which Serve decodes where it makes traces."""
+_DECODED_HEADERS = frozenset({b"traceparent", b"tracestate", b"x-session-id"})
+"""Which Serve decodes, and fails at where they are no text."""
 _PASSED = "rlhf_ray.passed"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -80,11 +80,7 @@ class Front:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         context = RequestContext(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex, family_of(scope["path"]))
-        kept = [
-            (name, value)
-            for name, value in scope["headers"]
-            if name.replace(b"_", b"-") not in _SERVE_HEADERS and (name not in _TRACE_HEADERS or value.isascii())
-        ]
+        kept = [(name, value) for name, value in scope["headers"] if _is_passed(name.replace(b"_", b"-"), value)]
         scope = {**scope, _PASSED: True, "headers": [*kept, (b"x-request-id", context.request_id.encode())]}
         held = REQUEST.set(context)
         answer = _Answer(send, context, _may_bring_much(headers))
@@ -172,6 +168,10 @@ class Front:
 
     def _too_many_bytes(self) -> ApiError:
         return ApiError(ErrorType.TOO_LARGE, f"the body is larger than {self._limits.max_body_bytes} bytes")
+
+
+def _is_passed(name: bytes, value: bytes) -> bool:
+    return name not in _SERVE_HEADERS and (name not in _DECODED_HEADERS or value.isascii())
 
 
 def _check_browser(headers: dict[bytes, bytes]) -> None:
