@@ -125,15 +125,15 @@ def test_a_run_leaves_a_model_with_its_card_and_its_judgement(trained: Path):
 def test_the_offline_scorer_repeats_the_judgement(trained: Path, data_root: Path):
     scorer = RewardScorer(RewardSettings(model=str(trained / "reward_model")))
     rows = rows_of(data_root / "tiny" / "pairs_test.jsonl")
-    chosen, rejected = (
-        scorer.score_texts([row["prompt"] + row[side] for row in rows]) for side in ("chosen", "rejected")
-    )
+    encoded = [scorer.texts.encode(row["prompt"] + row[side]) for side in ("chosen", "rejected") for row in rows]
+    # The members are centred within each pair.
+    scored = scorer.score_encoded(encoded, prompts=np.tile(np.arange(len(rows)), 2))
+    chosen, rejected = scored.scores.reshape(2, -1)
     report = read(trained / "evaluation.json")
-    margins = report["pairs"]["margins"]
-    assert np.mean(chosen.scores > rejected.scores) == report["pairs"]["accuracy"]["value"]
-    assert (chosen.scores - rejected.scores).mean() == pytest.approx(margins["mean"], abs=1e-5)
-    assert (chosen.disagreement > 0).all()
-    assert chosen.version == report["version"]
+    assert np.mean(chosen > rejected) == report["pairs"]["accuracy"]["value"]
+    assert (chosen - rejected).mean() == pytest.approx(report["pairs"]["margins"]["mean"], abs=1e-5)
+    assert (scored.disagreement > 0).all()
+    assert scored.version == report["version"]
 
 
 def test_flipped_labels_are_refused_with_reasons(trained: Path):

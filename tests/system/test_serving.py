@@ -431,7 +431,7 @@ def test_the_audit_log_names_callers_and_is_replayed_to_the_bit(service: Running
     models = [f"models.{name}={{path: {path}, shadow: true}}" for name, path in service.models.items()]
     replayed = service.again(*models, "--replay", str(copy), "--heads", str(heads), name="replay")
     number, _, rest = replayed.stdout.strip().partition(" ")
-    assert rest == "scores are the same to the bit"
+    assert rest == "scores are bit-for-bit the same"
     assert int(number) >= len(texts)
 
 
