@@ -323,7 +323,7 @@ def candidate_results(plan: Plan, seconds: float) -> list[Result]:
         Result("canary: texts that two models answered", sum(len(names) > 1 for names in models.values()), "", "<= 0"),
         Result("canary and shadow: failures", load.summary.failed, target="<= 0"),
         Result("shadow: answers from it", sum(each.model == "shadow" for each in load.outcomes), target="<= 0"),
-        Result("shadow: taken back, as the rules demand", int(shadow["rolled_back"]), target=">= 1"),
+        Result("shadow: rolled back, as the rules demand", int(shadow["rolled_back"]), target=">= 1"),
         *(Result(f"shadow: {name.replace('_', ' ')}", value) for name, value in figures.items()),
     ]
 

@@ -1,4 +1,4 @@
-"""Orders that cannot be followed yet, beats that fail, and processes that die again and again."""
+"""Orders that cannot be followed yet, beats that fail, processes that die again and again, and Serve's own queue."""
 
 import asyncio
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from rlhf_ray.config.serving import ServedModelSettings, ServedScorerSettings
+from rlhf_ray.config.serving import LimitSettings, ServedModelSettings, ServedScorerSettings, ServiceSettings
 from rlhf_ray.failures import BadInput
 from rlhf_ray.reward.serve import application, following
 from rlhf_ray.reward.serve.application import Replica
@@ -116,3 +116,10 @@ def test_a_model_whose_load_was_given_up_is_let_go():
         assert process.told[-1] == ("keep_only", (["other"],))
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_serves_own_queue_has_an_end_too_and_lies_behind_ours():
+    service = ServiceSettings(limits=LimitSettings(max_queued_requests=7))
+    replica = application.application(service, ())._bound_deployment
+    assert replica._deployment_config.max_queued_requests == 7
+    assert 7 < replica.max_ongoing_requests < 200
