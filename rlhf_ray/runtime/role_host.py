@@ -129,7 +129,7 @@ class RoleHost:
 
     def call(self, method: str, *args: Any) -> Any:
         """One method of the role; deferred arguments are fetched first."""
-        # Ray 2.56 forgets that an object is there if a process's last reference to it goes at the moment when another
+        # Ray 2.60 forgets that an object is there if a process's last reference to it goes at the moment when another
         # call brings one, and `ray.get` then waits for nothing.
         self._latest = args if self._overlapping else ()
         if self._role is None and self._remake is not None:
