@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from bench.ppo.workers import profile, serve, worker_arguments
+from rlhf_ray.models.products import prefer_onednn
 
 KL_COEFFICIENT = 0.05
 CLIP = 0.2
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    prefer_onednn()
     torch.manual_seed(0)
     prompts = [json.loads(line)["prompt"] for line in Path(arguments.prompts).read_text("utf-8").splitlines()]
     prompt_ids = torch.tensor(AutoTokenizer.from_pretrained(arguments.model)(prompts).input_ids)

@@ -40,7 +40,7 @@ class Effort:
     repeats: int
 
 
-EFFORT = {"tiny": Effort(6, 8, 5), "smollm2": Effort(2, 3, 2)}
+EFFORT = {"tiny": Effort(6, 8, 5), "smollm2": Effort(3, 3, 2)}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rlhf_ray.models.products import prefer_onednn
+
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
 
@@ -98,6 +100,8 @@ class RankEngine:
             join_group(rank, on_gpu)
         self.rank = rank or Rank(0, 1, "", 0)
         self.device = torch.device("cuda" if on_gpu else "cpu")
+        if not on_gpu:
+            prefer_onednn()
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a float64 vector over the ranks, in rank order whatever their timing."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rlhf_ray.config.reward import RewardSettings
 from rlhf_ray.data.rows import RowError
 from rlhf_ray.models.loading import resolve_attention, resolve_dtype, resolve_padded_attention
+from rlhf_ray.models.products import prefer_onednn
 from rlhf_ray.reward.core.card import ScoreAggregation
 from rlhf_ray.reward.core.encoding import Encoded
 from rlhf_ray.reward.core.loading import load_reward_network, padded_width
@@ -94,6 +95,8 @@ class RewardScorer:
         self._settings = settings
         self.batch_invariant = settings.batch_invariant
         self._device = torch.device("cuda" if on_gpu else "cpu")
+        if not on_gpu:
+            prefer_onednn()
         self._batch_tokens = settings.batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
         self.texts = RewardTexts.read(settings.model, settings.max_length)
         self._responses = ResponseReader(policy_model) if policy_model else None
