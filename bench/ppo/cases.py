@@ -39,7 +39,7 @@ class Case:
 
 
 CASES = (
-    Case("tiny", "float32", 64, 64, 1.35, "two-ranks"),
+    Case("tiny", "float32", 64, 64, 1.35, "two-references"),
     Case("smollm2", "float32", 32, 32, 1.7, "two-references"),
     Case("smollm2", "bfloat16", 32, 32, 3.0, "two-references"),
 )
