@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch.nn.attention.varlen import varlen_attn
 
+from rlhf_ray.models.products import product_of_rare_shape
 from rlhf_ray.models.trunk import states_of
 from rlhf_ray.rollout import Rollout, TrunkColumn, offsets
 
@@ -75,10 +76,28 @@ class PackedBatch:
     tokens: torch.Tensor
     trunk: torch.Tensor | None = None
 
+    @property
+    def filling(self) -> int:
+        """Tokens behind the row that nobody reads: on a CPU a model is given rows of few different lengths.
+
+        oneDNN compiles a product for each shape and keeps a thousand of them, which in the heap lie between the large
+        tensors: a learner whose every row had a new length would grow for hundreds of steps. So there are at most 32
+        lengths between a power of two and the next.
+        """
+        num_tokens = self.input_ids.shape[1]
+        step = max(_WIDTH_STEP, 1 << max(num_tokens.bit_length() - 6, 0))
+        return -num_tokens % step if self.input_ids.device.type == "cpu" else 0
+
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers model."""
-        bounds = RowBounds(self.lengths).model_inputs(self.input_ids.device)
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids, **bounds, "use_cache": False}
+        """Keyword arguments of a transformers model, the filling included."""
+        filling = self.filling
+        bounds = RowBounds((*self.lengths, filling) if filling else self.lengths)
+        return {
+            "input_ids": F.pad(self.input_ids, (0, filling)),
+            "position_ids": F.pad(self.position_ids, (0, filling)),
+            **bounds.model_inputs(self.input_ids.device),
+            "use_cache": False,
+        }
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
@@ -389,6 +408,10 @@ def _row_layout(starts: tuple[int, ...], device: torch.device) -> _RowLayout:
 def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted: _Attention) -> torch.Tensor:
     """`[N, heads, value_size]` of a group's tokens, from query, key and value as `[T, heads, size]`."""
     num_sequences, width = len(group.lengths), group.width
+    short = wanted.causal and width <= SHORT_WIDTH and heads[0].device.type == "cpu"
+    if short:
+        # Few different shapes, as in `PackedBatch.filling`.
+        num_sequences = 1 << (num_sequences - 1).bit_length()
 
     def spread(packed: torch.Tensor) -> torch.Tensor:
         padded = packed.new_zeros(num_sequences * width, *packed.shape[1:])
@@ -396,7 +419,6 @@ def _padded_attention(heads: Sequence[torch.Tensor], group: _WidthGroup, wanted:
         return padded.unflatten(0, (num_sequences, width)).transpose(1, 2)
 
     query, key, value = (spread(each) for each in heads)
-    short = wanted.causal and width <= SHORT_WIDTH and query.device.type == "cpu"
     if short or wanted.softcap is not None or wanted.sinks is not None:
         attended = _written_out_attention(query, key, value, wanted)
     else:
@@ -465,7 +487,10 @@ def _plain_attention(
     # `split` gathers the gradients once; slices would each add to the whole. In float32, because bfloat16 products
     # are compiled for every shape, and every length is one.
     parts = zip(*(each[0].float().split(lengths, dim=1) for each in (query, key, value)), strict=True)
-    attended = [F.dropout((q @ k.transpose(-1, -2) * scale).softmax(-1), dropout) @ v for q, k, v in parts]
+    attended = []
+    for q, k, v in parts:
+        weights = (product_of_rare_shape(q, k.transpose(-1, -2)) * scale).softmax(-1)
+        attended.append(product_of_rare_shape(F.dropout(weights, dropout), v))
     return torch.cat(attended, dim=1).transpose(0, 1)[None].to(query.dtype)
 
 

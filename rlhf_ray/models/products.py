@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,3 +42,37 @@ def _cpu_vendor() -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+def product_of_rare_shape(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right`, for float32 matrices whose shape seldom comes again, such as those of one text's attention.
+
+    oneDNN would compile each of them and its gradients, and keep them: for matrices as small as these that takes longer
+    than MKL takes to multiply them, and a process that reads texts of all lengths would grow by hundreds of megabytes.
+    """
+    product: torch.Tensor = _RareProduct.apply(left, right)
+    return product
+
+
+class _RareProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        with _left_to_mkl():
+            return left @ right
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = ctx.saved_tensors
+        with _left_to_mkl():
+            return gradient @ right.transpose(-1, -2), left.transpose(-1, -2) @ gradient
+
+
+@contextmanager
+def _left_to_mkl() -> Iterator[None]:
+    products = torch.backends.mkldnn.matmul
+    usual, products.fp32_precision = products.fp32_precision, "none"
+    try:
+        yield
+    finally:
+        products.fp32_precision = usual

@@ -40,6 +40,9 @@ Objective = TokenObjective | SequenceObjective
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Float32 logits of one chunk: enough rows to keep a matrix product efficient."""
 
+_CHUNK_STEP = 64
+"""Positions are filled up to a multiple of this, for the reason that `PackedBatch.filling` gives."""
+
 _PROBES = (-60.0, -1.0, 0.5, 7.0, 300.0)
 
 
@@ -148,14 +151,17 @@ class ChunkedHead:
     def _chunked(self, hidden: torch.Tensor, targets: torch.Tensor, objective: Objective | None) -> Any:
         weight, bias = self._projection.weight, self._projection.bias
         head = _Head(weight.detach(), None if bias is None else bias.detach(), self.transform, self._float32)
+        num_tokens = len(targets)
+        filling = -num_tokens % head.step
+        hidden, targets = F.pad(hidden, (0, 0, 0, filling)), F.pad(targets, (0, filling))
         if objective is None or isinstance(objective, SequenceObjective):
             with torch.no_grad():
                 parts = [head.logprobs(hidden[part], targets[part]) for part in head.chunks(len(targets))]
-                logprobs = torch.cat(parts)
+                logprobs = torch.cat(parts)[:num_tokens]
             if objective is None:
                 return logprobs
             objective = objective.given(logprobs)
-        return _TokenLoss.apply(hidden, weight, bias, targets, head, objective, torch.is_grad_enabled())
+        return _TokenLoss.apply(hidden, weight, bias, targets, num_tokens, head, objective, torch.is_grad_enabled())
 
 
 class _Head:
@@ -175,11 +181,13 @@ class _Head:
         # speed, no float32 copy of the weights is needed.
         self._float32_sum = float32 and weight.dtype != torch.float32 and weight.device.type == "cuda"
         self._projected = weight.float() if float32 and not self._float32_sum else weight
+        self._most = max(CHUNK_BYTES.get(weight.device.type, 128 << 20) // (4 * len(weight)), 1)
+        self.step = min(_CHUNK_STEP, self._most)
 
     def chunks(self, num_positions: int) -> Iterator[slice]:
-        """Slices of about equal length whose logits fit."""
-        most = max(CHUNK_BYTES.get(self.weight.device.type, 128 << 20) // (4 * len(self.weight)), 1)
-        size = -(-num_positions // -(-num_positions // most)) if num_positions else 1
+        """Slices of about equal length whose logits fit; multiples of `step`, if that is one."""
+        steps, most = -(-num_positions // self.step), self._most // self.step
+        size = -(-steps // -(-steps // most)) * self.step if steps else 1
         for start in range(0, num_positions, size):
             yield slice(start, min(start + size, num_positions))
 
@@ -268,27 +276,33 @@ class _TokenLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        num_tokens: int,
         head: _Head,
         objective: TokenObjective,
         with_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wants_hidden, wants_weight, wants_bias = (needed and with_gradient for needed in ctx.needs_input_grad[:3])
         loss = torch.zeros((), device=hidden.device)
-        logprobs, entropies = torch.empty(2, len(targets), device=hidden.device)
+        logprobs, entropies = torch.empty(2, num_tokens, device=hidden.device)
         by_hidden = torch.zeros_like(hidden) if wants_hidden else None
         by_weight: torch.Tensor | None = None
         by_bias = torch.zeros(len(weight), device=hidden.device) if wants_bias else None
         for part in head.chunks(len(targets)):
             states, chosen = hidden[part], targets[part]
             chunk = _Chunk.of(head.logits(states), chosen)
-            logprobs[part], entropies[part] = chunk.logprobs, chunk.entropy
+            real = slice(part.start, min(part.stop, num_tokens))
+            num_real = real.stop - real.start
+            logprobs[real], entropies[real] = chunk.logprobs[:num_real], chunk.entropy[:num_real]
             with torch.enable_grad():
-                leaves = [each.detach().requires_grad_(with_gradient) for each in (chunk.logprobs, chunk.entropy)]
-                value = objective(part, *leaves)
+                leaves = [each[real].detach().requires_grad_(with_gradient) for each in (logprobs, entropies)]
+                value = objective(real, *leaves)
             loss += value.detach()
             if not value.requires_grad:
                 continue
-            by_logprob, by_entropy = torch.autograd.grad(value, leaves, allow_unused=True)
+            by_logprob, by_entropy = (
+                None if each is None else F.pad(each, (0, len(chosen) - num_real))
+                for each in torch.autograd.grad(value, leaves, allow_unused=True)
+            )
             gradient = head.raw_gradient(chunk, chosen, by_logprob, by_entropy)
             if by_bias is not None:
                 by_bias += gradient.sum(0)
@@ -310,7 +324,7 @@ class _TokenLoss(torch.autograd.Function):
             None if gradient is None else gradient.mul_(by_loss).to(dtype)
             for gradient, dtype in zip(gradients, ctx.types, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _plus_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

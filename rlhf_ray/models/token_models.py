@@ -47,7 +47,8 @@ class PolicyModel(nn.Module):
         """
         assert self._trunk is not None, "cut_above comes first"
         inputs = {**batch.model_inputs(), "logits_to_keep": batch.predict_at[:1]}  # in case it comes to logits
-        return self._trunk.states(lambda: self.language_model(**inputs), to_the_end=to_the_end)[0]
+        states = self._trunk.states(lambda: self.language_model(**inputs), to_the_end=to_the_end)
+        return states[0, : batch.input_ids.shape[1]]
 
     def forward(self, batch: PackedBatch, objective: Objective | None = None) -> Any:
         """Log-probabilities of `batch.targets`, or an objective of them.
@@ -112,7 +113,7 @@ def begun_behind(trunk: FrozenTrunk | None, batch: PackedBatch) -> AbstractConte
         return nullcontext()
     if trunk is None:
         raise ValueError("the row has states to begin with, and the model is not cut")
-    return trunk.begun_at(batch.trunk)
+    return trunk.begun_at(nn.functional.pad(batch.trunk, (0, 0, 0, batch.filling)))
 
 
 def load_policy_model(

@@ -278,6 +278,20 @@ def test_a_row_is_laid_out_once_for_all_layers(packed_model: PolicyModel):
     assert (_row_layout.cache_info().misses, _row_layout.cache_info().hits) == (1, 3)
 
 
+def test_a_model_is_given_rows_of_few_lengths():
+    """Every shape of a product is compiled and kept, so a learner would grow with every new length."""
+    for octave in (64, 1024, 4096):
+        given = set()
+        for length in range(octave, 2 * octave):
+            inputs = pack([np.full(length, 5, dtype=np.int32)], [1]).model_inputs()
+            tokens = inputs["input_ids"].shape[1]
+            assert length <= tokens <= max(length * 33 / 32, length + 15)
+            assert inputs["position_ids"].shape == (1, tokens)
+            assert int(inputs["cu_seq_lens_q"][-1]) == tokens
+            given.add(tokens)
+        assert len(given) <= 33
+
+
 def test_pack_points_at_the_tokens_before_the_predicted_ones():
     batch = pack([np.array([5, 6, 7, 8], dtype=np.int32), np.array([9, 10], dtype=np.int32)], [2, 1], [10, 0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]

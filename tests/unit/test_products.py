@@ -50,3 +50,23 @@ def test_lost_digits_are_noticed(monkeypatch: pytest.MonkeyPatch):
     rounded = lambda left, right: full(left.bfloat16(), right.bfloat16()).float()  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
     assert not products._keeps_digits()
+
+
+def test_products_of_rare_shapes_are_left_to_mkl_in_both_directions(monkeypatch: pytest.MonkeyPatch, switch: Any):
+    switch.fp32_precision = "bf16"
+    seen: list[str] = []
+    full = torch.Tensor.__matmul__
+
+    def watched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        seen.append(switch.fp32_precision)
+        return full(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    random = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.rand(shape, generator=random, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (2, 5, 4))
+    )
+    assert torch.autograd.gradcheck(products.product_of_rare_shape, (left, right))
+    assert len(seen) > 2
+    assert set(seen) == {"none"}
+    assert switch.fp32_precision == "bf16"

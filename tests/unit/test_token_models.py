@@ -101,7 +101,7 @@ def test_no_chunk_of_logits_is_larger_than_asked_for(rows: int, monkeypatch: pyt
     monkeypatch.setattr(LogitTransform, "apply_", seen)
     PolicyModel(built("tied"))(BATCH, loss_of)[0].backward()
     sizes.remove(len(token_loss._PROBES))
-    assert sum(sizes) == 19
+    assert sum(sizes) == 19 + -19 % rows  # filled up, so that there are few shapes
     assert max(sizes) <= rows
 
 

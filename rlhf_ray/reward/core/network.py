@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rlhf_ray.models.packing import RowBounds
+from rlhf_ray.models.products import product_of_rare_shape
 from rlhf_ray.reward.core.loading import pad_texts
 
 _ROW_STEP = 64
@@ -121,8 +122,8 @@ def _first_hidden_states(
     attended = []
     for query, number in zip(queries, read, strict=True):
         own = slice(starts[number], starts[number + 1])
-        weights = (query @ keys[:, own].transpose(-1, -2) * attention.scaling).softmax(-1)
-        attended.append(weights @ values[:, own])
+        weights = (product_of_rare_shape(query, keys[:, own].transpose(-1, -2)) * attention.scaling).softmax(-1)
+        attended.append(product_of_rare_shape(weights, values[:, own]))
     joined = torch.cat(attended, dim=1).transpose(0, 1).flatten(1).to(hidden.dtype)[None]
     states: torch.Tensor = last.feed_forward_chunk(last.attention.output(joined, first))[0]
     return states
