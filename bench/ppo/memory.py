@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -126,16 +127,19 @@ class MemoryRun:
     Attributes:
         steps: after the first.
         prompts: of a step, with four samples each.
+        mixed: they are of all lengths, and not of one.
     """
 
     name: str
     steps: int
     prompts: int
+    mixed: bool
 
 
 def memory_runs(growth_steps: int) -> tuple[MemoryRun, ...]:
-    """The peak is of steps of 64 samples; growth is of many small ones, whose packs are as large."""
-    return MemoryRun("peak", 5, 16), MemoryRun("growth", growth_steps - 1, 4)
+    """The peak is of steps of 64 samples; growth is of many small ones, whose packs are as large, and of new lengths:
+    what is kept for each shape is what a process may grow by."""
+    return MemoryRun("peak", 5, 16, mixed=False), MemoryRun("growth", growth_steps - 1, 4, mixed=True)
 
 
 def memory_results(
@@ -144,7 +148,7 @@ def memory_results(
     """Peak and growth of one run, in GB of 10⁹ bytes."""
     watch = MemoryWatch(runs / "bench" / "metrics.jsonl", pages=True)
     overrides = {
-        "prompts.path": prepared.prompts.absolute(),
+        "prompts.path": (_mixed(prepared.prompts, runs) if run.mixed else prepared.prompts).absolute(),
         "policy.model": prepared.model.absolute(),
         "sampling.prompts_per_step": run.prompts,
         "sampling.prompts_per_shard": run.prompts // 2,
@@ -155,6 +159,15 @@ def memory_results(
     label = f"{prepared.case.model} float32, {run.prompts * SAMPLES_PER_PROMPT} samples"
     results = peak_results(label, watch.samples) + growth_results(label, watch.samples, run.steps + 1)
     return results + computed_results(label, watch.samples, runs / "bench" / "config.yaml")
+
+
+def _mixed(prompts: Path, folder: Path) -> Path:
+    """The same prompts, cut to one word and more."""
+    words = [json.loads(line)["prompt"].split() for line in prompts.read_text("utf-8").splitlines()]
+    cut = [" ".join(each[: 1 + index % len(each)]) for index, each in enumerate(words)]
+    path = folder / "mixed.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in cut), encoding="utf-8")
+    return path
 
 
 def peak_results(label: str, samples: Sequence[Sample]) -> list[Result]:
