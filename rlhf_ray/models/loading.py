@@ -251,13 +251,18 @@ def _check_safetensors(path: Path, key: str) -> None:
 
 
 @cache
+def cpu_entry(name: str) -> str:
+    """What the kernel says of this machine's first CPU, such as its `flags`; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
 def cpu_has_bf16() -> bool:
     """Whether this CPU has bf16 instructions; without them bf16 is slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_entry("flags").split())
 
 
 def resolve_dtype(dtype: str, on_gpu: bool) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlhf_ray.models.loading import cpu_entry
 
 
 def prefer_onednn() -> bool:
@@ -19,7 +19,7 @@ def prefer_onednn() -> bool:
     and AMD makes none; should it lose digits all the same, the switch goes back. CPUs without AVX-512 stay with MKL
     whatever the switch says.
     """
-    if _cpu_vendor() != "AuthenticAMD":
+    if cpu_entry("vendor_id") != "AuthenticAMD":
         return False
     products = torch.backends.mkldnn.matmul
     usual, products.fp32_precision = products.fp32_precision, "bf16"
@@ -33,15 +33,6 @@ def _keeps_digits() -> bool:
     """Whether a product has the digits of float32 that neither bfloat16 nor TF32 has."""
     values = 1 + torch.arange(64.0).repeat(64, 1) / 2**14
     return torch.equal(values @ torch.eye(64), values)
-
-
-@cache
-def _cpu_vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def product_of_rare_shape(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

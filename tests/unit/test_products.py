@@ -23,7 +23,7 @@ def switch() -> Iterator[Any]:
 
 @pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel", ""])
 def test_products_are_those_of_float32(monkeypatch: pytest.MonkeyPatch, switch: Any, vendor: str):
-    monkeypatch.setattr(products, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(products, "cpu_entry", {"vendor_id": vendor}.get)
     chosen = products.prefer_onednn()
     assert switch.fp32_precision == ("bf16" if chosen else "none")
     assert not chosen or vendor == "AuthenticAMD"
@@ -38,7 +38,7 @@ def test_products_are_those_of_float32(monkeypatch: pytest.MonkeyPatch, switch: 
 
 
 def test_where_digits_would_be_lost_nothing_changes(monkeypatch: pytest.MonkeyPatch, switch: Any):
-    monkeypatch.setattr(products, "_cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "cpu_entry", {"vendor_id": "AuthenticAMD"}.get)
     monkeypatch.setattr(products, "_keeps_digits", lambda: False)
     assert not products.prefer_onednn()
     assert switch.fp32_precision == "none"
